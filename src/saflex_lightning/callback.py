@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from .checks import check_fit, check_rows, find_steering_loader, first_loader, other_role
+from .checks import check_fit, check_rows, find_steering_loader, first_loader, other_roles
 from .functional import (
     PRESETS,
     EngineName,
@@ -168,7 +168,8 @@ class SAflexCallback(pl.Callback):
         if owned:
             self._loader = first_loader(trainer.val_dataloaders)
             check_rows(self._loader, self.val_batch_size, trainer.world_size)
-        self._warn_same_rows("select checkpoints" if owned else other_role(trainer, self._loader))
+        roles = other_roles(trainer, self._loader)
+        self._warn_same_rows({"select checkpoints", *roles} if owned else roles)
         self._steering.start(
             pl_module,
             self._loader,
@@ -179,8 +180,9 @@ class SAflexCallback(pl.Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where the rows that steered also test."""
-        if self._loader is not None:
-            self._warn_same_rows(other_role(trainer, self._loader))
+        loader = self._given_loader if self._loader is None else self._loader
+        if loader is not None:
+            self._warn_same_rows(other_roles(trainer, loader))
 
     # Every training step
 
@@ -286,10 +288,10 @@ class SAflexCallback(pl.Callback):
                 "regime rows are told apart poorly; use smaller batches or match more parameters."
             )
 
-    def _warn_same_rows(self, role: str | None) -> None:
-        if role is not None:
+    def _warn_same_rows(self, roles: Iterable[str]) -> None:
+        for role in roles:
             self._warn_once(
-                f"Expected rows of their own to steer SAFLEX, but the same rows also {role}. "
+                f"Expected rows that {role} not to steer SAFLEX, but the same rows also {role}. "
                 "Their score is then too good; give SAFLEX other rows with `val_dataloader` or "
                 "`saflex_dataloader()`."
             )

@@ -12,7 +12,7 @@ from .functional import Preset
 from .mixin import SAflexMixin
 from .validation import count_rows, same_rows
 
-__all__ = ["check_fit", "check_rows", "find_steering_loader", "first_loader", "other_role"]
+__all__ = ["check_fit", "check_rows", "find_steering_loader", "first_loader", "other_roles"]
 
 
 def check_fit(trainer: Any, module: Any, preset: Preset, params: list[str] | None) -> None:
@@ -136,15 +136,15 @@ def check_rows(loader: Any, batch_size: int | None, world_size: int) -> None:
         )
 
 
-def other_role(trainer: pl.Trainer, loader: Any) -> str | None:
-    """Say which other role the steering rows play in this run.
+def other_roles(trainer: pl.Trainer, loader: Any) -> list[str]:
+    """Say which other roles the steering rows play in this run.
 
     Args:
         trainer: The Trainer, with its dataloaders set up.
         loader: The loader that steers.
 
     Returns:
-        ``"select checkpoints"``, ``"test"`` or None.
+        None, one or both of ``"select checkpoints"`` and ``"test"``.
     """
     steering = getattr(loader, "dataset", loader)
 
@@ -163,6 +163,9 @@ def other_role(trainer: pl.Trainer, loader: Any) -> str | None:
         getattr(callback, "monitor", None) is not None
         for callback in trainer.callbacks  # type: ignore[attr-defined]
     )
+    roles = []
     if monitors and shared(trainer.val_dataloaders):
-        return "select checkpoints"
-    return "test" if shared(trainer.test_dataloaders) else None
+        roles.append("select checkpoints")
+    if shared(trainer.test_dataloaders):
+        roles.append("test")
+    return roles

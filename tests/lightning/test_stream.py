@@ -164,6 +164,33 @@ def test_steering_rows_that_select_or_test_warn(tmp_path):
     trainer.test(module, make_loader(24, seed=4), verbose=False)  # equal values, other rows
 
 
+def test_each_role_of_the_steering_rows_is_said_once(tmp_path):
+    rows = make_loader(24, seed=4)
+    module = seeded(Classifier)
+    with pytest.warns(SAflexWarning) as caught:
+        trainer = fit(
+            module,
+            SAflexCallback(rows),
+            ModelCheckpoint(tmp_path, monitor="val/loss"),
+            val_dataloaders=rows,
+            enable_checkpointing=True,
+        )
+        for _ in range(2):
+            trainer.test(module, rows, verbose=False)
+    said = [str(w.message).split(", but ")[1] for w in caught if w.category is SAflexWarning]
+    assert [message.split(". ")[0] for message in said] == [
+        "the same rows also select checkpoints",
+        "the same rows also test",
+    ]
+
+
+def test_rows_that_steer_and_test_are_told_without_a_fit():
+    steering = make_loader(24, seed=4)
+    trainer = make_trainer(SAflexCallback(steering))
+    with pytest.warns(SAflexWarning, match="the same rows also test"):
+        trainer.test(seeded(Classifier), DataLoader(steering.dataset, 8), verbose=False)
+
+
 def test_same_rows_looks_through_subsets():
     rows = TensorDataset(torch.arange(6))
     assert same_rows(rows, rows)

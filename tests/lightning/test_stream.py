@@ -165,9 +165,9 @@ def test_steering_rows_that_select_or_test_warn(tmp_path):
 
 
 def test_each_role_of_the_steering_rows_is_said_once(tmp_path):
-    rows = make_loader(24, seed=4)
-    module = seeded(Classifier)
-    with pytest.warns(SAflexWarning) as caught:
+    rows, module = make_loader(24, seed=4), seeded(Classifier)
+
+    def fit_and_test_twice():
         trainer = fit(
             module,
             SAflexCallback(rows),
@@ -177,6 +177,9 @@ def test_each_role_of_the_steering_rows_is_said_once(tmp_path):
         )
         for _ in range(2):
             trainer.test(module, rows, verbose=False)
+
+    with pytest.warns(SAflexWarning) as caught:
+        fit_and_test_twice()
     said = [str(w.message).split(", but ")[1] for w in caught if w.category is SAflexWarning]
     assert [message.split(". ")[0] for message in said] == [
         "the same rows also select checkpoints",

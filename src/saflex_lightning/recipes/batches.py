@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.medmnist import Split
+from saflex_lightning.recipes.operations import TaggedImage, TagOperations
 
 __all__ = ["AugmentedImages", "CleanImages", "EpochSampler", "collate_rows", "normalize"]
 
@@ -22,12 +23,16 @@ def normalize(images: Tensor) -> Tensor:
 
 
 class TrainingRow(NamedTuple):
-    """One training image before collation; ``augmented`` is None without an augmentation."""
+    """One training image before collation; ``augmented`` is None without an augmentation.
+
+    ``group`` tells what made the augmented image: its operation, or 1 where that is not known.
+    """
 
     row: int
     target: int
     clean: Tensor
     augmented: Tensor | None
+    group: int = 1
 
 
 @contextmanager
@@ -53,7 +58,9 @@ class AugmentedImages(Dataset[TrainingRow]):
     ones. Items are addressed by ``(epoch, row)`` (see `EpochSampler`).
     """
 
-    def __init__(self, rows: Split, augmentation: v2.Transform | None, seed: int) -> None:
+    def __init__(
+        self, rows: Split, augmentation: v2.Transform | TagOperations | None, seed: int
+    ) -> None:
         self.rows = rows
         self.augmentation = augmentation
         self.seed = seed
@@ -64,7 +71,7 @@ class AugmentedImages(Dataset[TrainingRow]):
     def __getitem__(self, key: tuple[int, int]) -> TrainingRow:
         epoch, row = key
         clean = self.rows.images[row]
-        augmented = None
+        augmented, group = None, 1
         if self.augmentation is not None:
             draw = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)
             # torchvision draws from the global generator; the default generator is seeded by
@@ -72,7 +79,9 @@ class AugmentedImages(Dataset[TrainingRow]):
             with torch.random.fork_rng(devices=[]), one_thread():
                 torch.default_generator.manual_seed(int(draw[0]))
                 augmented = self.augmentation(clean)
-        return TrainingRow(row, int(self.rows.target[row]), clean, augmented)
+            if isinstance(augmented, TaggedImage):
+                augmented, group = augmented.image, augmented.group
+        return TrainingRow(row, int(self.rows.target[row]), clean, augmented, group)
 
 
 class EpochSampler(DistributedSampler[tuple[int, int]]):
@@ -120,13 +129,14 @@ def collate_rows(
     if not made:
         return AugmentedBatch(normalize(clean), target, ones < 0, ones * 0, index, none)
     augmented = torch.stack(made)
+    group = torch.tensor([row.group for row in rows])
     if batch == "replace":
-        return AugmentedBatch(normalize(augmented), target, ones > 0, ones, index + num_rows, none)
+        return AugmentedBatch(normalize(augmented), target, ones > 0, group, index + num_rows, none)
     return AugmentedBatch(
         inputs=normalize(torch.cat([clean, augmented])),
         target=target.repeat(2),
         augmented=torch.arange(2 * size) >= size,
-        group=torch.cat([ones * 0, ones]),
+        group=torch.cat([ones * 0, group]),
         index=torch.cat([index, index + num_rows]),
         source=torch.cat([none, torch.arange(size)]),
     )

@@ -18,6 +18,7 @@ from saflex_lightning.recipes.batches import (
     collate_rows,
 )
 from saflex_lightning.recipes.medmnist import Split, read_medmnist
+from saflex_lightning.recipes.operations import TagOperations, group_names_of
 
 __all__ = ["MedMNISTDataModule", "split_stratified"]
 
@@ -168,6 +169,10 @@ class MedMNISTDataModule(L.LightningDataModule):
         """Return the loader of the rows that steer SAFLEX, without augmentation."""
         return self._make_loader(self._steering, self.eval_batch_size)
 
+    def saflex_group_names(self) -> tuple[str, ...]:
+        """Return what each value of ``AugmentedBatch.group`` stands for."""
+        return group_names_of(self._make_augmentation())
+
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of the official validation split."""
         return self._make_loader(self._val, self.eval_batch_size)
@@ -187,9 +192,9 @@ class MedMNISTDataModule(L.LightningDataModule):
             **kwargs,
         )
 
-    def _make_augmentation(self) -> v2.Transform | None:
+    def _make_augmentation(self) -> v2.Transform | TagOperations | None:
         if self.augmentation == "none":
             return None
         if self.augmentation == "randaugment":
-            return v2.RandAugment(self.num_ops, self.magnitude)
-        return v2.TrivialAugmentWide()
+            return TagOperations(v2.RandAugment(self.num_ops, self.magnitude))
+        return TagOperations(v2.TrivialAugmentWide())

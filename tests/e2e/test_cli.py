@@ -75,7 +75,8 @@ def test_saved_config_may_be_written_twice_into_one_directory(saflex):
 def test_callback_is_added_by_class_path(saflex):
     saflex(
         "fit",
-        *("--model=saflex_lightning.recipes.ImageClassifier", "--model.lr=0.01"),
+        *("--model=saflex_lightning.recipes.Classifier", "--model.lr=0.01"),
+        *("--model.network=saflex_lightning.recipes.ResNet18", "--model.num_classes=8"),
         *("--data=saflex_lightning.recipes.MedMNISTDataModule", *SHORT),
         *("--trainer.max_epochs=1", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"),
         "--trainer.logger.save_dir=logs",

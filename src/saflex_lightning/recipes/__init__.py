@@ -1,6 +1,7 @@
 """Ready-made data and models; they use the public interface alone, as a user would."""
 
+from saflex_lightning.recipes.classifier import Classifier
 from saflex_lightning.recipes.data import MedMNISTDataModule
-from saflex_lightning.recipes.models import ImageClassifier
+from saflex_lightning.recipes.resnet import ResNet18
 
-__all__ = ["ImageClassifier", "MedMNISTDataModule"]
+__all__ = ["Classifier", "MedMNISTDataModule", "ResNet18"]

@@ -142,6 +142,10 @@ class MedMNISTDataModule(L.LightningDataModule):
         self._steering = self._val if self.steering == "val" else CleanImages(steering)
         self._is_set_up = True
 
+    def class_counts(self) -> Tensor:
+        """Return the number of training rows of each class, ``(classes,)`` int64."""
+        return self._train.target.bincount(minlength=self.num_classes or 0)
+
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
         """Return the loader of training batches; its order is a function of seed and epoch."""
         # Without a trainer, or with one process, there is nothing to share out.

@@ -1,0 +1,272 @@
+"""The LightningModule that trains the classifiers of every recipe."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
+
+from saflex_lightning import AugmentedBatch, SAflexMixin
+
+__all__ = ["Classifier", "balanced_class_weight", "learning_rate_factor", "make_optimizer"]
+
+OptimizerName = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["constant", "cosine", "steps"]
+Batch = AugmentedBatch | tuple[Any, Tensor]
+
+
+def learning_rate_factor(schedule: Schedule, epoch: int, max_epochs: int) -> float:
+    """Return what the learning rate is multiplied with in an epoch, in (0, 1].
+
+    ``"cosine"`` falls along half a cosine; ``"steps"`` is a tenth from half of the epochs on and a
+    hundredth from three quarters on (the MedMNIST protocol).
+
+    Args:
+        schedule: Name of the schedule.
+        epoch: Epochs done, from 0.
+        max_epochs: Epochs of the whole training; not read by ``"constant"``.
+
+    Example:
+        >>> [learning_rate_factor("steps", epoch, 4) for epoch in range(4)]
+        [1.0, 1.0, 0.1, 0.01]
+    """
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * epoch / max_epochs))
+    if schedule == "steps":
+        return (1.0, 1.0, 0.1, 0.01)[min(4 * epoch // max_epochs, 3)]
+    return 1.0
+
+
+def make_optimizer(
+    name: OptimizerName,
+    params: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+) -> Optimizer:
+    """Return an optimizer by name.
+
+    Args:
+        name: ``"adam"``, ``"adamw"`` or ``"sgd"``.
+        params: What it updates.
+        lr: Learning rate.
+        weight_decay: Added to the gradient by ``"adam"`` and ``"sgd"``, decoupled in ``"adamw"``.
+        momentum: Momentum of ``"sgd"``, in [0, 1); the others have their own averages.
+    """
+    if name == "sgd":
+        return SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    make = AdamW if name == "adamw" else Adam
+    return make(params, lr=lr, weight_decay=weight_decay)
+
+
+def balanced_class_weight(class_counts: Tensor) -> Tensor:
+    """Return weights that give every class the same share of the loss.
+
+    A row of class k weighs n / (K n_k), so the rows of a training epoch weigh 1 on average. A
+    class without rows is weighted as if it had one.
+
+    Args:
+        class_counts: Training rows of each class, ``(classes,)``.
+
+    Returns:
+        ``(classes,)`` float32, positive.
+
+    Example:
+        >>> balanced_class_weight(torch.tensor([30, 10]))
+        tensor([0.6667, 2.0000])
+    """
+    return class_counts.sum() / (len(class_counts) * class_counts.clamp(min=1).float())
+
+
+class Classifier(SAflexMixin, L.LightningModule):
+    """A network trained on (weighted, soft-label) cross-entropy, ready for SAFLEX.
+
+    Without `SAflexCallback` it trains on plain cross-entropy. It logs accuracy, AUROC (macro, one
+    against the rest; for two classes that is the binary AUROC) and F1 (macro) of the validation
+    and test rows, and the plain cross-entropy of the validation rows.
+
+    Args:
+        network: From inputs to logits, ``(batch, classes)``. Inputs that are a tuple or list of
+            tensors (numeric and categorical columns) are passed one by one.
+        num_classes: Number of classes.
+        optimizer: See `make_optimizer`.
+        lr: Learning rate of the first epoch.
+        weight_decay: See `make_optimizer`.
+        momentum: See `make_optimizer`.
+        schedule: See `learning_rate_factor`; stepped once per epoch.
+        class_weight: Weight of each class in the loss; ``"balanced"`` asks the datamodule's
+            ``class_counts()`` and weighs by `balanced_class_weight`; None weighs all alike.
+        label_smoothing: In [0, 1).
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        *,
+        optimizer: OptimizerName = "adam",
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        schedule: Schedule = "cosine",
+        class_weight: list[float] | Literal["balanced"] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_choice("optimizer", optimizer, get_args(OptimizerName))
+        _check_choice("schedule", schedule, get_args(Schedule))
+        given = _read_class_weight(class_weight, num_classes)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(
+                f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}. Pass 0.0 "
+                "to train on the labels as they are."
+            )
+        self.save_hyperparameters(ignore=["network"])
+        self.network = network
+        self.num_classes = num_classes
+        self.optimizer: OptimizerName = optimizer
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.momentum = momentum
+        self.schedule: Schedule = schedule
+        self.balanced = class_weight == "balanced"
+        self.label_smoothing = label_smoothing
+        # Not in checkpoints: the settings and the datamodule make it anew.
+        self.register_buffer("class_weight", given, persistent=False)
+        self.val_metrics = _make_metrics(num_classes)
+        self.test_metrics = _make_metrics(num_classes)
+
+    def setup(self, stage: str) -> None:
+        """Ask the datamodule for the class counts, where the class weights follow from them.
+
+        Raises:
+            MisconfigurationException: If the datamodule has no ``class_counts()``.
+        """
+        if stage != "fit" or not self.balanced:
+            return
+        count = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
+        if count is None:
+            raise MisconfigurationException(
+                "Expected the datamodule to have a method `class_counts()` with "
+                "`class_weight`='balanced', but there is none. Add one that returns the training "
+                f"rows of each of the {self.num_classes} classes, or pass a list of weights."
+            )
+        self.class_weight = balanced_class_weight(count()).to(self.device)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return logits, ``(batch, classes)``."""
+        return self.network(*inputs)
+
+    def saflex_val_batch(self, batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the inputs one by one, and the target."""
+        return _as_tuple(batch[0]), batch[1]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the SAFLEX loss, or plain cross-entropy without the callback."""
+        inputs, target = batch[:2]
+        logits = self.saflex_forward(*_as_tuple(inputs))
+        loss = self.saflex_loss(
+            logits,
+            target,
+            class_weight=self.class_weight,
+            label_smoothing=self.label_smoothing,
+        )
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> None:
+        """Log the plain cross-entropy and the metrics of the validation rows."""
+        inputs, target = batch
+        logits = self(*_as_tuple(inputs))
+        self.log("val/loss", F.cross_entropy(logits, target))
+        self._log_metrics("val", self.val_metrics, logits, target)
+
+    def test_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> None:
+        """Log the metrics of the test rows."""
+        inputs, target = batch
+        self._log_metrics("test", self.test_metrics, self(*_as_tuple(inputs)), target)
+
+    def _log_metrics(
+        self, stage: str, metrics: nn.ModuleDict, logits: Tensor, target: Tensor
+    ) -> None:
+        for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
+            metric.update(logits, target)
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer and its schedule.
+
+        Raises:
+            MisconfigurationException: If the schedule needs the number of epochs and the Trainer
+                has none.
+        """
+        optimizer = make_optimizer(
+            self.optimizer,
+            self.parameters(),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+        )
+        max_epochs = self.trainer.max_epochs or -1
+        if self.schedule != "constant" and max_epochs < 1:
+            raise MisconfigurationException(
+                f"Expected the Trainer's `max_epochs` to be positive with `schedule`="
+                f"'{self.schedule}', but got {max_epochs}. Set `max_epochs`, or pass "
+                "`schedule`='constant'."
+            )
+        scheduler = LambdaLR(
+            optimizer, lambda epoch: learning_rate_factor(self.schedule, epoch, max_epochs)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def _make_metrics(num_classes: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "auroc": MulticlassAUROC(num_classes, average="macro"),
+            "f1": MulticlassF1Score(num_classes, average="macro"),
+        }
+    )
+
+
+def _as_tuple(inputs: Any) -> tuple[Tensor, ...]:
+    # A loader's own collation makes lists of tuples.
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"Expected `{name}` to be one of {sorted(choices)}, but got {value!r}. Choose one."
+        )
+
+
+def _read_class_weight(
+    class_weight: Sequence[float] | Literal["balanced"] | None, num_classes: int
+) -> Tensor | None:
+    if class_weight is None or class_weight == "balanced":
+        return None
+    is_text = isinstance(class_weight, str)
+    if is_text or len(class_weight) != num_classes or min(class_weight) < 0:
+        raise ValueError(
+            f"Expected `class_weight` to be None, 'balanced' or a list of {num_classes} "
+            f"non-negative numbers, but got {class_weight!r}. Pass one weight per class."
+        )
+    return torch.tensor(list(class_weight), dtype=torch.float32)

@@ -1,0 +1,60 @@
+"""Every notebook runs on small settings, and its two files hold the same cells."""
+
+from pathlib import Path
+
+import jupytext
+import matplotlib.pyplot as plt
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NAMES = sorted({file.stem for file in NOTEBOOKS.iterdir() if file.suffix in {".py", ".ipynb"}})
+
+# What replaces the values of the cell tagged "parameters", one entry per notebook.
+SMALL = {
+    "medmnist_quickstart": {
+        "max_epochs": 1,
+        "batches_per_epoch": 2,
+        "batch_size": 16,
+        "eval_batches": 1,
+    },
+}
+
+
+def test_every_notebook_has_small_settings():
+    assert list(SMALL) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_files_hold_the_same_cells(name):
+    script, notebook = (jupytext.read(NOTEBOOKS / f"{name}{end}") for end in (".py", ".ipynb"))
+    cells = [
+        [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in file.cells]
+        for file in (script, notebook)
+    ]
+    assert cells[0] == cells[1], f"run `jupytext --sync notebooks/{name}.py`"
+    assert notebook.metadata["jupytext"]["formats"] == "ipynb,py:percent"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_stripped(name):
+    for cell in jupytext.read(NOTEBOOKS / f"{name}.ipynb").cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_on_small_settings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("agg")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    namespace = {"__name__": "__main__"}
+    cells = jupytext.read(NOTEBOOKS / f"{name}.py").cells
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
+    for number, cell in enumerate(cells):
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{name}, cell {number}", "exec"), namespace)
+        if "parameters" in cell.metadata.get("tags", []):
+            assert SMALL[name].keys() <= namespace.keys()
+            namespace |= SMALL[name]
+    plt.close("all")

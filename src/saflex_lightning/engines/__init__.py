@@ -17,6 +17,7 @@ from .finite_difference import FiniteDifferenceEngine
 from .forward_mode import ForwardModeEngine
 from .gradient import loss_gradient
 from .head import HeadEngine
+from .last_layer import LastLayer, LayerCalls
 from .parameters import (
     Scores,
     Tangent,
@@ -35,6 +36,8 @@ __all__ = [
     "FiniteDifferenceEngine",
     "ForwardModeEngine",
     "HeadEngine",
+    "LastLayer",
+    "LayerCalls",
     "RowSubset",
     "Scores",
     "Tangent",

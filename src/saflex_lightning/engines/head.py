@@ -1,13 +1,12 @@
 """The cheap engine: the last linear layer alone, in closed form."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
+from .last_layer import LastLayer
 from .parameters import Scores, Tangent, unchanged_state
 from .precision import full_precision
 
@@ -35,21 +34,9 @@ class HeadEngine:
 
     def __init__(self, module: nn.Module, head: nn.Module | None = None) -> None:
         self.module = module
-        linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-        if head is None and not linears:
-            raise UnsupportedModelError(
-                "Expected engine='head' to find an `nn.Linear`, but the model has none. "
-                "Pass engine='finite_difference'."
-            )
-        if head is not None and not isinstance(head, nn.Linear):
-            raise UnsupportedModelError(
-                f"Expected `saflex_head()` to return an `nn.Linear`, but got "
-                f"{type(head).__name__}. {_INSTEAD}"
-            )
-        self._head = head
-        self._checked = False
-        if head is not None:
-            _check_parameters(head)
+        self._last = LastLayer(module, head, wanted_by="engine='head'", instead=_INSTEAD)
+        if self._last.layer is not None:
+            _check_parameters(self._last.layer)
 
     @property
     def head(self) -> nn.Linear:
@@ -61,9 +48,9 @@ class HeadEngine:
         Raises:
             RuntimeError: If no pass has been run yet to find it.
         """
-        if self._head is None:
+        if self._last.layer is None:
             raise RuntimeError("Expected `gradient` to be called once before `head` is read.")
-        return self._head
+        return self._last.layer
 
     @property
     def params(self) -> list[Tensor]:
@@ -89,13 +76,12 @@ class HeadEngine:
         Returns:
             One tensor per parameter: ``(classes, features)`` and, with a bias, ``(classes,)``.
         """
-        if self._head is None:
-            self._head = self._find_head(forward)
+        _check_parameters(self._last.find(forward))
         with unchanged_state(self.module), torch.no_grad():
             self.module.eval()
-            with full_precision(self.params), self._captured() as inputs:
+            with full_precision(self.params), self._last.recorded() as inputs:
                 scores = forward()
-        scores = self._check(scores, inputs).detach().requires_grad_()
+        scores = self._last.check(scores, inputs).detach().requires_grad_()
         with torch.enable_grad():
             (residual,) = torch.autograd.grad(loss(scores), scores)
         features = inputs[-1][0].to(residual.dtype)
@@ -123,9 +109,9 @@ class HeadEngine:
         Returns:
             The scores with their graph, and the detached tangent of the rows.
         """
-        with self._captured() as inputs:
+        with self._last.recorded() as inputs:
             scores = forward()
-        self._check(scores, inputs)
+        self._last.check(scores, inputs)
         features = inputs[-1][0].detach()
         if rows is not None:
             features = features[rows]
@@ -135,88 +121,6 @@ class HeadEngine:
             if len(tangent.direction) > 1:
                 product = product + tangent.direction[1].to(wide)
             return scores, product * tangent.norm
-
-    @property
-    def _head_name(self) -> str:
-        return next((n for n, part in self.module.named_modules() if part is self.head), "head")
-
-    def _find_head(self, forward: Callable[[], Scores]) -> nn.Linear:
-        called: list[nn.Linear] = []
-
-        def record(part: nn.Module, _args: object, _output: object) -> None:
-            if isinstance(part, nn.Linear):
-                called.append(part)
-
-        linears = [part for part in self.module.modules() if isinstance(part, nn.Linear)]
-        handles = [part.register_forward_hook(record) for part in linears]
-        try:
-            with unchanged_state(self.module), torch.no_grad():
-                self.module.eval()
-                forward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not called:
-            raise UnsupportedModelError(
-                f"Expected engine='head' to see an `nn.Linear` called, but the scores used none. "
-                f"{_INSTEAD}"
-            )
-        _check_parameters(called[-1])
-        return called[-1]
-
-    @contextmanager
-    def _captured(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Record the inputs and outputs of the head.
-
-        Yields:
-            A list that fills with one (input, output) pair per call.
-        """
-        calls: list[tuple[Tensor, Tensor]] = []
-
-        def record(_part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls.append((args[0], output))
-
-        handle = self.head.register_forward_hook(record)
-        try:
-            yield calls
-        finally:
-            handle.remove()
-
-    def _check(self, scores: Scores, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Check, the first time only, that the head's output is the scores.
-
-        Args:
-            scores: What the forward returned.
-            calls: What the head was called with.
-
-        Returns:
-            The scores.
-
-        Raises:
-            UnsupportedModelError: If the head does not make the scores.
-        """
-        if not calls:
-            raise UnsupportedModelError(
-                f"Expected submodule `{self._head_name}` to be called for engine='head', but no "
-                "call was seen; a compiled model hides its layers. Leave the head out of what "
-                "`torch.compile` takes, or pass engine='finite_difference'."
-            )
-        if not isinstance(scores, Tensor) or calls[-1][0].ndim != 2:
-            raise UnsupportedModelError(
-                f"Expected submodule `{self._head_name}` to map (batch, features) to the scores, "
-                f"but the model does something else with it. {_INSTEAD}"
-            )
-        if not self._checked:
-            output, expected = calls[-1][1].detach().to(scores.dtype), scores.detach()
-            if output.shape != expected.shape or not torch.allclose(
-                output, expected, rtol=0.0, atol=0.0, equal_nan=True
-            ):
-                raise UnsupportedModelError(
-                    f"Expected the output of submodule `{self._head_name}` to be the scores, but "
-                    f"they differ. {_INSTEAD}"
-                )
-            self._checked = True
-        return scores
 
 
 def _check_parameters(head: nn.Linear) -> None:

@@ -4,6 +4,7 @@ from .batch import AugmentedBatch
 from .callback import SAflexCallback, SAflexWarning
 from .engines import UnsupportedModelError
 from .functional import SAflexSolution
+from .gather import gather_rows
 from .mixin import SAflexMixin
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "SAflexSolution",
     "SAflexWarning",
     "UnsupportedModelError",
+    "gather_rows",
 ]

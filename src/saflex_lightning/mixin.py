@@ -23,9 +23,13 @@ class SAflexMixin:
     Attributes:
         saflex_solution: Weights and soft labels of the last refined loss, detached; a tuple of
             them when the scores are a tuple; None when the last loss was plain.
+        saflex_rows_interact: Set it to True where the scores of a row depend on other rows through
+            collectives, as with `gather_rows`: the extra pass then runs on whole batches without
+            first trying a part of one, which the other ranks might not join.
     """
 
     saflex_solution: SAflexSolution | tuple[SAflexSolution, ...] | None = None
+    saflex_rows_interact: bool = False
     _saflex_step: SAflexStep | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -100,7 +104,7 @@ class SAflexMixin:
             return scores
 
         probe, step.probed_rows = None, None
-        if isinstance(step.batch, AugmentedBatch):
+        if isinstance(step.batch, AugmentedBatch) and not self.saflex_rows_interact:
             mask = step.batch.augmented
             probe, step.probed_rows = step.rows.probe(self.saflex_scores, inputs, kwargs, mask)
         scores, step.scores_tangent = step.engine.measure(
@@ -132,7 +136,8 @@ class SAflexMixin:
         Args:
             logits: What `saflex_forward` returned: ``(batch, classes)``, or a tuple of them.
             target: Upstream labels, ``(batch,)`` int64 or ``(batch, classes)`` float; None for
-                contrastive scores, whose target is the diagonal.
+                contrastive scores, whose target is the diagonal (of the columns of this rank, where
+                features were gathered).
             augmented: True where a row is refined, ``(batch,)`` bool; None refines every row. An
                 `AugmentedBatch` brings its own mask, and then this must be None.
             class_weight: ``(classes,)``; enters the validation gradient too, from the second

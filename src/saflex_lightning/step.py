@@ -176,7 +176,10 @@ class SAflexStep:
     ) -> tuple[Tensor, SAflexSolution, dict[str, Tensor]]:
         """Solve one task and return its loss, its solution and what the solution did."""
         contrastive = target is None
-        target = contrastive_target(scores) if target is None else target
+        target = _diagonal_target(scores) if target is None else target
+        # Where each process scores its own pairs alone, a column means something else on each.
+        own_pairs = contrastive and scores.shape[0] == scores.shape[1]
+        reduce_sum = None if own_pairs else self.reduce_sum
         check_target(target, scores, values=target.device.type == "cpu")
         mask = self._augmented_rows(scores.shape[0], augmented)
         with torch.no_grad():
@@ -199,7 +202,7 @@ class SAflexStep:
                 class_weight=options.class_weight,
                 label_smoothing=options.label_smoothing,
                 generator=self.generator,
-                reduce_sum=self.reduce_sum,
+                reduce_sum=reduce_sum,
             )
             share = solution.weights
             if options.class_weight is not None and target.ndim == 1:
@@ -236,10 +239,11 @@ class SAflexStep:
                 f"Expected `logits` of shape {expected}, as from `saflex_forward`, but got "
                 f"{found}. Pass them on unchanged."
             )
-        if self.num_classes and scores[0].shape[-1] != self.num_classes:
+        one = isinstance(logits, Tensor)  # the classes of proxy tasks are the batch's own
+        if one and self.num_classes and logits.shape[-1] != self.num_classes:
             raise ValueError(
                 f"Expected the training batch to be scored over {self.num_classes} classes like "
-                f"the validation batch, but got {scores[0].shape[-1]}. Use one head for both."
+                f"the validation batch, but got {logits.shape[-1]}. Use one head for both."
             )
         return tangents
 
@@ -258,13 +262,23 @@ def mean_cross_entropy(logits: Scores, target: Tensor | None, options: LossOptio
     losses = [
         torch.nn.functional.cross_entropy(
             scores,
-            contrastive_target(scores) if target is None else target,
+            _diagonal_target(scores) if target is None else target,
             weight=options.class_weight,
             label_smoothing=options.label_smoothing,
         )
         for scores in as_tuple(logits)
     ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+
+def _diagonal_target(scores: Tensor) -> Tensor:
+    """Return which column belongs to each row, also where columns are the pairs of all ranks."""
+    if scores.ndim == 2 and scores.shape[0] == scores.shape[1]:
+        return contrastive_target(scores)
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return contrastive_target(scores)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return contrastive_target(scores, rank=rank, world_size=world_size)
 
 
 def call_scores(module: HasScores, inputs: Any) -> Scores:

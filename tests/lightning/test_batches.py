@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers.training import NUM_CLASSES, Classifier, fit, make_loader, make_rows, seeded
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
-from saflex_lightning.functional import contrastive_scores, info_nce
+from saflex_lightning.functional import contrastive_scores, info_nce, make_preset
+from saflex_lightning.step import LossOptions, SAflexStep
 
 
 @dataclass
@@ -242,3 +243,78 @@ def test_contrastive_loss_with_plain_weights_is_info_nce():
         fit(module, callback)
     loss, plain, _ = module.last
     assert loss == pytest.approx(plain, rel=1e-5)
+
+
+class Captioned(SAflexMixin, pl.LightningModule):
+    """Match rows with embeddings of their class; steered by the classification they allow.
+
+    Args:
+        shift: Added to the labels of validation rows, to steer wrongly.
+    """
+
+    def __init__(self, shift):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 6), nn.Embedding(NUM_CLASSES, 6)
+        self.shift = shift
+        self.mass, self.even = 0.0, 0.0
+
+    def saflex_scores(self, rows, classes):
+        first, second = self.first(rows), self.second(classes)
+        if len(rows) != len(classes):
+            return 10.0 * cosine_similarity(first.unsqueeze(1), second, dim=-1)
+        return contrastive_scores(first, second, 10.0)
+
+    def saflex_val_batch(self, batch):
+        return (batch[0], torch.arange(NUM_CLASSES)), (batch[1] + self.shift) % NUM_CLASSES
+
+    def training_step(self, batch, batch_idx):
+        rows, classes = batch
+        loss = self.saflex_loss(self.saflex_forward(rows, classes))
+        beside = ~torch.eye(len(classes), dtype=torch.bool)
+        same = beside & (classes.unsqueeze(1) == classes)
+        for solution in self.saflex_solution:
+            given_away = solution.soft_labels[beside].sum().item()
+            self.mass += solution.soft_labels[same].sum().item()
+            self.even += given_away * (same.sum() / beside.sum()).item()
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Expected more matched parameters than unknowns")
+@pytest.mark.parametrize(("preset", "least"), [("robust", 1.1), ("paper", 1.5)])
+def test_learned_labels_repair_false_negatives(preset, least):
+    # Rows of one class have the same caption, yet the diagonal target calls them negatives. Of
+    # what a learned label gives away, pairs of the row's class must get more than by chance.
+    modules = [seeded(lambda shift=shift: Captioned(shift)) for shift in (0, 2)]
+    for module in modules:
+        callback = SAflexCallback(make_loader(64, 16, seed=7), preset, engine="forward_mode")
+        fit(module, callback, max_epochs=5)
+    share, share_steered_wrongly = (module.mass / module.even for module in modules)
+    assert share > least
+    assert share_steered_wrongly < 1
+
+
+@pytest.mark.parametrize("columns", [6, 12])
+def test_pairs_of_one_process_are_solved_without_those_of_others(columns):
+    # Six columns are the process's own pairs, twelve those of two processes.
+    scores, tangent = torch.randn(2, 6, columns, generator=torch.Generator().manual_seed(0))
+    solutions = []
+    for reduce_sum in (None, lambda total: 2.0 * total + 1.0):
+        step = SAflexStep(
+            preset=make_preset("robust"),
+            engine=None,
+            tangent=None,
+            usable=torch.tensor(True),
+            rows=None,
+            options=LossOptions(),
+            num_classes=0,
+            batch=None,
+            generator=torch.Generator(),
+            reduce_sum=reduce_sum,
+            scores_tangent=tangent,
+        )
+        step.refine(scores, None if columns == 6 else torch.arange(6), LossOptions())
+        solutions.append(step.solutions[0])
+    assert torch.equal(*(solution.weights for solution in solutions)) == (columns == 6)

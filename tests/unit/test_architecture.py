@@ -11,6 +11,7 @@ PACKAGE = Path(saflex_lightning.__file__).parent
 LAYERS = {
     "functional": 0,
     "engines": 1,
+    "gather": 1,
     "batch": 2,
     "validation": 2,
     "step": 3,
@@ -61,7 +62,11 @@ def test_functional_and_engines_need_neither_lightning_nor_torchvision(path):
 
 
 def test_recipes_use_only_the_public_api():
-    public = set(saflex_lightning.__all__)
+    public = set(saflex_lightning.__all__) | {
+        f"{layer.__name__.rpartition('.')[-1]}.{name}"
+        for layer in (saflex_lightning.functional, saflex_lightning.engines)
+        for name in layer.__all__
+    }
     for path in FILES:
         if part_of(path) == "recipes":
             for name in imported_modules(path):

@@ -1,6 +1,6 @@
 """Tensors in, tensors out: the solve, its presets and its losses, without a model or a trainer."""
 
-from .contrastive import contrastive_scores, contrastive_target, info_nce
+from .contrastive import contrastive_scores, contrastive_target, info_nce, same_class_target
 from .losses import (
     check_target,
     dense_target,
@@ -52,6 +52,7 @@ __all__ = [
     "loss_inner_products",
     "make_preset",
     "project_tangent",
+    "same_class_target",
     "soft_cross_entropy",
     "solution_metrics",
     "solve",

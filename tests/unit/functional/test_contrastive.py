@@ -10,6 +10,7 @@ from saflex_lightning.functional import (
     contrastive_scores,
     contrastive_target,
     info_nce,
+    same_class_target,
     solve,
 )
 
@@ -82,6 +83,37 @@ def test_target_is_the_diagonal() -> None:
     target = contrastive_target(torch.zeros(3, 3))
     assert target.tolist() == [0, 1, 2]
     assert target.dtype == torch.int64
+
+
+def test_target_of_gathered_scores_is_the_block_of_the_rank() -> None:
+    assert contrastive_target(torch.zeros(2, 6), rank=2, world_size=3).tolist() == [4, 5]
+    with pytest.raises(ValueError, match=r"or one 3 times as wide as high.*got shape \(2, 4\)"):
+        contrastive_target(torch.zeros(2, 4), world_size=3)
+
+
+def test_scores_against_gathered_rows_are_those_of_the_whole_batch() -> None:
+    whole = contrastive_scores(*make_features(6), 5.0)
+    normalized = [torch.nn.functional.normalize(part, dim=-1) for part in make_features(6)]
+    first, second = (part[2:4] for part in make_features(6))
+
+    def gather(rows: Tensor) -> Tensor:
+        return next(full for full in normalized if torch.equal(full[2:4], rows))
+
+    for found, expected in zip(
+        contrastive_scores(first, second, 5.0, gather=gather), whole, strict=True
+    ):
+        torch.testing.assert_close(found, expected[2:4])
+
+
+def test_same_class_target_equals_loops() -> None:
+    labels, pair_labels = torch.tensor([3, 0, 3]), torch.tensor([0, 3, 7, 3, 0])
+    target = same_class_target(labels, pair_labels)
+    for i, label in enumerate(labels.tolist()):
+        share = 1 / pair_labels.tolist().count(label)
+        for j, pair_label in enumerate(pair_labels.tolist()):
+            assert target[i, j].item() == (share if label == pair_label else 0)
+    square = same_class_target(pair_labels)
+    assert torch.equal(square, square.T)  # so that one target serves both directions
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3,), (2, 2, 2)])

@@ -145,8 +145,8 @@ def compare(model: nn.Module, images: Tensor, tangent: Tangent) -> dict[str, Row
         here = model(images)
     tangents = {}
     for name, step in steps.items():
-        with unchanged_state(model, params):
-            torch._foreach_add_(params, tangent.direction, alpha=step)
+        moved = parameters.moved_parameters(params, tangent.direction, step)
+        with unchanged_state(model), moved:
             tangents[name] = (model(images) - here) / step
     engine = FiniteDifferenceEngine(model, params)
     with unchanged_state(model):

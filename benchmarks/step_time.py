@@ -4,10 +4,11 @@
     python benchmarks/step_time.py --models resnet18 --stem 3x3 --json step_time.json
 
 A step is forward, backward and Adam's update on 128 rows; a refined one adds the validation
-gradient where it is due, the engine's pass and the solve, all rows being augmented. Plain and
-refined steps of one model take turns in one process; an overhead is the ratio of a whole refresh
-interval to as many plain steps of the same round, given as median and quartiles over rounds. Peak
-memory is that of a fresh process for each engine.
+gradient where it is due, the engine's pass and the solve. All rows are augmented, but for the
+setting "union", where half of them are and the extra pass runs on those alone if the model scores
+rows one by one. Plain and refined steps of one model take turns in one process; an overhead is
+the ratio of a whole refresh interval to as many plain steps of the same round, given as median
+and quartiles over rounds. Peak memory is that of a fresh process for each engine.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from saflex_lightning.engines import Engine, adam_second_moments, make_engine
+from saflex_lightning.engines import Engine, RowSubset, adam_second_moments, make_engine
 from saflex_lightning.functional import (
     Preset,
     make_preset,
@@ -42,21 +43,24 @@ SETTINGS = {
     "B' = B, n = 1": partial(make_preset, "paper"),
     "B' = B/4, n = 4": partial(make_preset, "paper", refresh_every_n_steps=4, val_batch_ratio=0.25),
     "robust": partial(make_preset, "robust"),
+    "robust, union": partial(make_preset, "robust"),
 }
+UNION = "robust, union"
 NUM_CLASSES = 8
-SHARE = {"tabular": 0.05, "mlp": 0.15, "vit": 0.25, "resnet18": 0.55}  # of the time for rounds
+# Shares of the time for rounds.
+SHARE = {"tabular": 0.05, "mlp": 0.15, "vit": 0.15, "vit, dropout": 0.25, "resnet18": 0.4}
 PAPER = "42 % (MedMNIST, mean), 54 % (RandAugment), 31 % (Mixup), 81 % (tabular)"
 
 
 class SmallViT(nn.Module):
     """Vision transformer for 28-pixel images: 49 patches, width 128, 4 layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 128, 4, 4)
         self.position = nn.Parameter(0.02 * torch.randn(49, 128))
         layer = nn.TransformerEncoderLayer(
-            128, 4, 512, 0.1, "gelu", batch_first=True, norm_first=True
+            128, 4, 512, dropout, "gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
         self.head = nn.Linear(128, NUM_CLASSES)
@@ -71,15 +75,16 @@ def make_model(name: str, stem: str) -> nn.Module:
     """Return a model for 28-pixel images, or for 64 columns (``"tabular"``).
 
     Args:
-        name: A key of `SHARE`; the perceptrons are of width 1024 (``"mlp"``) and 256.
+        name: A key of `SHARE`; the perceptrons are of width 1024 (``"mlp"``) and 256, the
+            transformer's dropout is 0 or 0.1.
         stem: ``"7x7"`` is torchvision's; ``"3x3"`` that of the MedMNIST experiments.
     """
     if name in {"mlp", "tabular"}:
         inputs, width = (64, 256) if name == "tabular" else (3 * 28 * 28, 1024)
         hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
         return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, NUM_CLASSES))
-    if name == "vit":
-        return SmallViT()
+    if name.startswith("vit"):
+        return SmallViT(0.1 if "dropout" in name else 0.0)
     network = resnet18(num_classes=NUM_CLASSES)
     if stem == "3x3":
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -109,13 +114,16 @@ class Training:
         """Train on the batch with plain cross-entropy."""
         self.update(F.cross_entropy(self.model(self.inputs), self.target))
 
-    def make_refined_step(self, preset: Preset) -> Callable[[], None]:
+    def make_refined_step(self, preset: Preset, *, union: bool = False) -> Callable[[], None]:
         """Return a function that trains on the batch once with SAFLEX.
 
         Args:
             preset: The settings.
+            union: Refine the second half of the rows alone.
         """
         engine: Engine = make_engine(preset.engine, self.model)
+        subset = RowSubset(self.model)
+        augmented = torch.arange(len(self.inputs), device=self.device) >= len(self.inputs) // 2
         val_gradient = ValidationGradient(preset)
         val_rows = round(preset.val_batch_ratio * len(self.inputs))
         number = 0
@@ -131,11 +139,19 @@ class Training:
                 moments = adam_second_moments(engine.params, [self.optimizer])
                 val_gradient.refresh(number, gradient, moments if preset.precondition else None)
             number += 1
-            scores, tangent = engine.measure(lambda: self.model(self.inputs), val_gradient.tangent)
+            probe, rows = None, None
+            if union:
+                probe, rows = subset.probe(self.model, (self.inputs,), {}, augmented)
+            scores, tangent = engine.measure(
+                lambda: self.model(self.inputs), val_gradient.tangent, probe=probe, rows=rows
+            )
+            if rows is not None:
+                tangent = torch.zeros_like(scores).index_copy(0, rows, tangent)
             solution = solve(
                 tangent,
                 scores.detach().softmax(-1),
                 self.target,
+                augmented if union else None,
                 normalize=preset.normalize,
                 label_rule=preset.label_rule,
                 label_penalty=preset.label_penalty,
@@ -143,7 +159,7 @@ class Training:
                 gumbel=preset.gumbel,
                 weight_rule=preset.weight_rule,
             )
-            solution_metrics(solution, self.target)
+            solution_metrics(solution, self.target, augmented if union else None)
             losses = soft_cross_entropy(scores, solution.soft_labels)
             self.update(weighted_mean(losses, solution.weights, solution.weights.sum()))
 
@@ -183,7 +199,10 @@ def measure_time(name: str, args: argparse.Namespace) -> dict:
         for engine in args.engines
         for setting, make in SETTINGS.items()
     }
-    steps = {key: training.make_refined_step(preset) for key, preset in presets.items()}
+    steps = {
+        (engine, setting): training.make_refined_step(preset, union=setting == UNION)
+        for (engine, setting), preset in presets.items()
+    }
     for step in (training.plain_step, *steps.values()):
         step()
         step()

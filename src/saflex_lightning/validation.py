@@ -313,13 +313,12 @@ class ValidationGradient:
             state["average"] = tuple(torch.zeros_like(part) for part in gradient)
             state["started"] = torch.zeros_like(finite)
         elapsed = number - (state["refreshed"] or 0)
-        kept = torch.where(state["started"], self._decay**elapsed, 0.0)
-        state["average"] = tuple(
-            torch.where(finite, torch.lerp(new, old, kept.to(old.dtype)), old)
-            for old, new in zip(state["average"], gradient, strict=True)
-        )
+        share = torch.where(state["started"], 1 - self._decay**elapsed, 1.0)
+        for average, new in zip(state["average"], gradient, strict=True):
+            average.lerp_(torch.where(finite, new, average), share.to(average.dtype))
         state["started"] = state["started"] | finite
         state["refreshed"] = number
+        state["direction"] = None  # its memory serves the next one
         state["direction"], state["length"] = make_tangent(state["average"], second_moments)
 
     def to(self, device: torch.device) -> None:
@@ -344,7 +343,8 @@ class ValidationGradient:
         Args:
             state: The dictionary.
         """
-        self._state = dict(state)
+        # Averages are updated in place: the dictionary's own tensors must stay as they are.
+        self._state = apply_to_collection(dict(state), Tensor, torch.clone)
 
 
 def is_plain(loader: object) -> bool:

@@ -16,6 +16,7 @@ __all__ = [
     "adam_second_moments",
     "make_tangent",
     "map_scores",
+    "moved_parameters",
     "replaced_parameters",
     "select_parameters",
     "unchanged_generators",
@@ -95,18 +96,18 @@ def make_tangent(
         Ding et al. 2024, Eq. 8 and 9, with the minus that the paper leaves out.
     """
     if second_moments is None:
-        tangent = [-part for part in gradient]
+        ascent = [part.clone() for part in gradient]
     else:
         size = sum(moment.numel() for moment in second_moments)
         total = torch.stack([moment.sum() for moment in second_moments]).sum()
         damping = torch.where(total > 0, _DAMPING * (total / size).sqrt(), 1)
-        tangent = [
-            moment.sqrt().add_(damping).reciprocal_().mul_(part).neg_()
-            for part, moment in zip(gradient, second_moments, strict=True)
+        roots = [moment.sqrt().add_(damping) for moment in second_moments]
+        ascent = [
+            torch.div(part, root, out=root) for part, root in zip(gradient, roots, strict=True)
         ]
-    norm = torch.linalg.vector_norm(torch.stack([_wide_norm(part) for part in tangent]))
-    scale = torch.where(norm > 0, norm, 1)
-    return Tangent(tuple(part.div_(scale) for part in tangent), norm)
+    norm = torch.linalg.vector_norm(torch.stack([_wide_norm(part) for part in ascent]))
+    descent = -torch.where(norm > 0, norm, 1)
+    return Tangent(tuple(part.div_(descent) for part in ascent), norm)
 
 
 def _wide_norm(part: Tensor) -> Tensor:
@@ -159,23 +160,21 @@ def map_scores(function: Callable[..., Tensor], *scores: Scores) -> Scores:
 
 
 @contextmanager
-def unchanged_state(module: nn.Module, params: Sequence[Tensor] = ()) -> Iterator[None]:
+def unchanged_state(module: nn.Module) -> Iterator[None]:
     """Restore every bit of a module and of the random state on every exit.
 
-    Covers buffers (their values, and the tensor objects themselves), training modes, the given
-    parameters' values, and the random state of torch (CPU and the model's devices), NumPy and
-    Python.
+    Covers buffers (their values, and the tensor objects themselves), training modes, and the
+    random state of torch (CPU and the model's devices), NumPy and Python.
 
     Args:
         module: The module whose state is kept.
-        params: Parameters that the block changes in place.
 
     Yields:
         Nothing.
     """
     parts = list(module.modules())
     kept = [(part, part.training, dict(part._buffers)) for part in parts]
-    tensors = [*params, *(b for _, _, slots in kept for b in slots.values() if b is not None)]
+    tensors = [b for _, _, slots in kept for b in slots.values() if b is not None]
     with torch.no_grad():
         saved = [tensor.detach().clone() for tensor in tensors]
     with unchanged_generators(p for part in parts for p in part._parameters.values()):
@@ -209,6 +208,39 @@ def unchanged_generators(tensors: Iterable[Tensor | None]) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def moved_parameters(
+    params: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    length: float,
+    buffers: Sequence[Tensor] | None = None,
+) -> Iterator[None]:
+    """Let parameters hold ``parameter + length * direction`` for the block.
+
+    Only the storage behind each parameter is exchanged: the original values are never written, so
+    nothing can leave them half moved, and graphs that were recorded before stay valid. Every
+    reference to the parameter itself sees the move; a view of its storage made earlier does not.
+
+    Args:
+        params: Parameters, each once.
+        direction: One tensor per parameter.
+        length: How far to move along the direction.
+        buffers: Where to put the moved values, one tensor per parameter; None allocates them.
+
+    Yields:
+        Nothing.
+    """
+    values = [parameter.data for parameter in params]
+    try:
+        for place, (parameter, value) in enumerate(zip(params, values, strict=True)):
+            moved = None if buffers is None else buffers[place]
+            parameter.data = torch.add(value, direction[place], alpha=length, out=moved)
+        yield
+    finally:
+        for parameter, value in zip(params, values, strict=True):
+            parameter.data = value
 
 
 @contextmanager

@@ -172,6 +172,18 @@ def test_exceptions_at_any_stage_leave_everything_as_it_was(name, stage, error):
     assert [id(tensor) for _, tensor in slots(model)] == identities
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_graph_recorded_before_the_extra_pass_stays_valid(name):
+    model, inputs = CASES["mlp"].build()
+    engine = make_engine(name, model)
+    find_head(engine, model, inputs)
+    expected = torch.autograd.grad(model(inputs).square().sum(), list(model.parameters()))
+    earlier = model(inputs).square().sum()
+    engine.measure(lambda: model(inputs), make_tangent(random_direction(engine.params)))
+    found = torch.autograd.grad(earlier, list(model.parameters()))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_random_state_is_restored_after_an_exception():
     def draw() -> tuple:
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002

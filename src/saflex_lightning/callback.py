@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from .checks import check_fit, check_rows, find_steering_loader, first_loader, other_roles
 from .functional import (
@@ -144,7 +144,7 @@ class SAflexCallback(pl.Callback):
         self._armed: SAflexStep | None = None
         self._armed_steps = 0
         self._loss_calls = 0
-        self._skips: Tensor | None = None
+        self._skipped_steps = torch.zeros((), dtype=torch.long)
         self._warned: set[str] = set()
 
     # Once per fit
@@ -247,6 +247,7 @@ class SAflexCallback(pl.Callback):
         values: dict[str, Any] = dict(step.metrics)
         values["val_gradient_norm"] = self._steering.gradient.norm
         values["solve_seconds"] = step.seconds
+        values["skipped_steps"] = self._skipped_steps.float()
         shown = {
             "kept_fraction": self.preset.weight_rule in {"expected", "sum"},
             "relabelled_fraction": self.preset.label_rule != "keep",
@@ -265,12 +266,12 @@ class SAflexCallback(pl.Callback):
     def _count_skips(self, trainer: pl.Trainer, step: SAflexStep, batch_idx: int) -> None:
         """Count solves that met non-finite numbers; look at the count now and then."""
         skipped = (~step.finite).long()
-        self._skips = skipped if self._skips is None else self._skips + skipped
+        self._skipped_steps = self._skipped_steps.to(skipped.device) + skipped
         # Reading a number waits for the device, so on others than the CPU it is done rarely.
         interval = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if skipped.is_cuda and batch_idx % interval:
             return
-        if self._skips.item():
+        if self._skipped_steps.item():
             self._warn_once(
                 "Expected finite gradients and scores, but SAFLEX met a non-finite number in the "
                 f"solve at or before batch {batch_idx} of epoch {trainer.current_epoch}. Such "
@@ -311,11 +312,12 @@ class SAflexCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; equal on every rank."""
-        return self._steering.state_dict()
+        return {**self._steering.state_dict(), "skipped_steps": int(self._skipped_steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stopped."""
         self._steering.load_state_dict(state_dict)
+        self._skipped_steps = torch.tensor(state_dict["skipped_steps"])
 
     # The end
 

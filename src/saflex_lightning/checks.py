@@ -34,6 +34,7 @@ def check_fit(trainer: Any, module: Any, preset: Preset, params: list[str] | Non
             "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
         )
     problems = [*_module_problems(module), *_strategy_problems(trainer.strategy)]
+    problems += _precision_problems(trainer, preset)
     if isinstance(module, SAflexMixin):
         problems += _engine_problems(module, preset, params)
     if problems:
@@ -54,6 +55,16 @@ def _strategy_problems(strategy: Strategy) -> Iterator[str]:
         yield (
             "Expected a single device or `strategy='ddp'`, but got "
             f"`{type(strategy).__name__}`. Sharded parameters are not supported; choose `ddp`."
+        )
+
+
+def _precision_problems(trainer: pl.Trainer, preset: Preset) -> Iterator[str]:
+    if trainer.precision in {"16-true", "bf16-true"} and preset.engine == "finite_difference":
+        yield (
+            "Expected parameters of float32 or wider for engine='finite_difference', but got "
+            f"`precision={trainer.precision!r}`: its small step would be rounded away. Pass "
+            "engine='forward_mode' or engine='head', or choose `precision='bf16-mixed'` or "
+            "'16-mixed'."
         )
 
 

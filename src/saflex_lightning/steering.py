@@ -97,9 +97,11 @@ class Steering:
             self._stream = self._open(trainer, module, batch)
         if self.gradient.is_due(number):
             inputs, target = module.saflex_val_batch(self._stream.draw())
-            gradient = self.engine.gradient(
-                lambda: call_scores(module, inputs), lambda scores: self._loss(scores, target)
-            )
+            # The Trainer's context sets the default dtype of tensors that a forward makes.
+            with trainer.precision_plugin.val_step_context():
+                gradient = self.engine.gradient(
+                    lambda: call_scores(module, inputs), lambda scores: self._loss(scores, target)
+                )
             moments = None
             if self.preset.precondition:
                 moments = adam_second_moments(self.engine.params, trainer.optimizers)

@@ -259,11 +259,12 @@ def mean_cross_entropy(logits: Scores, target: Tensor | None, options: LossOptio
     Returns:
         Scalar.
     """
+    weight = options.class_weight
     losses = [
         torch.nn.functional.cross_entropy(
             scores,
             _diagonal_target(scores) if target is None else target,
-            weight=options.class_weight,
+            weight=None if weight is None else weight.to(scores.dtype),
             label_smoothing=options.label_smoothing,
         )
         for scores in as_tuple(logits)

@@ -22,6 +22,7 @@ METRICS = {
     "saflex/inner_product_rms",
     "saflex/val_gradient_norm",
     "saflex/target_entropy",
+    "saflex/skipped_steps",
     "saflex/solve_seconds",
 }
 
@@ -238,11 +239,16 @@ def test_non_finite_numbers_skip_the_solve_warn_once_and_poison_nothing(where):
             return loss
 
     module = seeded(Poisoned)
+    callback = SAflexCallback(make_loader(64, 64))
     with pytest.warns(SAflexWarning, match="batch 0 of epoch 1") as caught:
-        fit(module, SAflexCallback(make_loader(64, 64)), max_epochs=4)
+        trainer = fit(module, callback, max_epochs=4)
     assert len([w for w in caught if w.category is SAflexWarning]) == 1
     plain = [step for step, w in enumerate(module.log_of_weights) if torch.equal(w, torch.ones(16))]
     assert plain == [4, 8]
+    assert trainer.callback_metrics["saflex/skipped_steps"] == 2
+    resumed = SAflexCallback(make_loader(64, 64))
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.state_dict()["skipped_steps"] == 2
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
 
 

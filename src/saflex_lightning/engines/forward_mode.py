@@ -9,9 +9,17 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from saflex_lightning.functional import widen
+
 from .errors import refuse_unsupported
 from .gradient import loss_gradient
-from .parameters import Scores, Tangent, map_scores, replaced_parameters, unchanged_state
+from .parameters import (
+    Scores,
+    Tangent,
+    map_scores,
+    replaced_parameters,
+    unchanged_state,
+)
 from .precision import full_precision
 
 __all__ = ["ForwardModeEngine"]
@@ -77,7 +85,7 @@ class ForwardModeEngine:
                 forward_ad.dual_level(),
             ):
                 duals = [
-                    forward_ad.make_dual(parameter.detach(), part)
+                    forward_ad.make_dual(parameter.detach(), part.to(parameter.dtype))
                     for parameter, part in zip(self.params, tangent.direction, strict=True)
                 ]
                 with replaced_parameters(self.module, self.params, duals):
@@ -86,7 +94,7 @@ class ForwardModeEngine:
         guard = refuse_unsupported(self.module, self.name, _INSTEAD, plain=probe, retry=dual)
         with torch.no_grad(), guard:
             moved = dual()
-        return forward(), map_scores(lambda part: part * tangent.norm, moved)
+        return forward(), map_scores(lambda part: widen(part) * tangent.norm, moved)
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:

@@ -5,11 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from saflex_lightning.functional import widen
+
 from .errors import refuse_unsupported
-from .parameters import Scores, unchanged_state
+from .parameters import Scores, map_scores, unchanged_state
 from .precision import full_precision
 
 __all__ = ["loss_gradient"]
+
+_PEAKS = (10, 0, -10, -20)  # powers of two: largest cotangent of the scores, try after try
 
 
 def loss_gradient(
@@ -23,7 +27,9 @@ def loss_gradient(
     """Return the gradient of a loss with the model in evaluation mode.
 
     Running statistics are used instead of batch statistics and dropout is off; the module's modes,
-    buffers, ``.grad`` and the random state are as before afterwards.
+    buffers, ``.grad`` and the random state are as before afterwards. The loss sees scores of
+    float32 or wider, and the result has that precision whatever the parameters have. The backward
+    pass of a model with float16 parameters is scaled to their range.
 
     Args:
         module: The model.
@@ -35,19 +41,55 @@ def loss_gradient(
     Returns:
         One tensor per parameter; zeros where the loss does not depend on it.
     """
+    narrow = any(parameter.dtype == torch.float16 for parameter in module.parameters())
 
-    def compute() -> tuple[Tensor | None, ...]:
+    def compute() -> Sequence[Tensor]:
         with unchanged_state(module), full_precision(params), torch.enable_grad():
             module.eval()
-            return torch.autograd.grad(loss(forward()), params, allow_unused=True)
+            scores = map_scores(widen, forward())
+            value = loss(scores)
+            if narrow:
+                return _rescaled_gradient(value, scores, params)
+            return torch.autograd.grad(value, params, materialize_grads=True)
 
     def plain() -> Tensor:
         module.eval()
-        return loss(forward())
+        return loss(map_scores(widen, forward()))
 
     with refuse_unsupported(module, engine, "Pass engine='head'.", plain=plain, retry=compute):
-        gradients = compute()
-    return tuple(
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(params, gradients, strict=True)
-    )
+        return tuple(widen(part) for part in compute())
+
+
+def _rescaled_gradient(value: Tensor, scores: Scores, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of a loss through layers in float16, without its narrow range.
+
+    The mean loss of a batch moves each score by a fraction of 1 / batch, and what that becomes in
+    earlier layers can vanish in float16. So the cotangent of the scores is scaled to a largest
+    entry near 1,000, which the result undoes in float32. Where that overflows, the pass is
+    repeated with a smaller one. Looking for an overflow waits for the device.
+
+    Args:
+        value: The loss, scalar.
+        scores: What it was computed from, float32.
+        params: Parameters to differentiate with respect to.
+
+    Returns:
+        One tensor per parameter, float32; not finite where no scale fits.
+    """
+    tasks = (scores,) if isinstance(scores, Tensor) else scores
+    cotangents = torch.autograd.grad(value, tasks, retain_graph=True, materialize_grads=True)
+    peak = torch.stack([part.abs().amax() for part in cotangents]).amax()
+    gradients: list[Tensor] = []
+    for wanted in _PEAKS:
+        exponent = torch.frexp(peak).exponent - wanted  # powers of two scale without rounding
+        parts = torch.autograd.grad(
+            tasks,
+            params,
+            [torch.ldexp(part, -exponent) for part in cotangents],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        gradients = [torch.ldexp(widen(part), exponent) for part in parts]
+        if torch.stack([part.isfinite().all() for part in gradients]).all():
+            break
+    return gradients

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from saflex_lightning.functional import widen
+
 from .errors import UnsupportedModelError
 from .last_layer import LastLayer
 from .parameters import Scores, Tangent, unchanged_state
@@ -74,21 +76,19 @@ class HeadEngine:
             loss: Computes its mean loss.
 
         Returns:
-            One tensor per parameter: ``(classes, features)`` and, with a bias, ``(classes,)``.
+            One tensor per parameter, in float32 or wider: ``(classes, features)`` and, with a bias,
+            ``(classes,)``.
         """
         _check_parameters(self._last.find(forward))
         with unchanged_state(self.module), torch.no_grad():
             self.module.eval()
             with full_precision(self.params), self._last.recorded() as inputs:
                 scores = forward()
-        scores = self._last.check(scores, inputs).detach().requires_grad_()
+        scores = widen(self._last.check(scores, inputs).detach()).requires_grad_()
         with torch.enable_grad():
             (residual,) = torch.autograd.grad(loss(scores), scores)
         features = inputs[-1][0].to(residual.dtype)
-        parts = (residual.T @ features, residual.sum(0))
-        return tuple(
-            part.to(parameter.dtype) for part, parameter in zip(parts, self.params, strict=False)
-        )
+        return (residual.T @ features, residual.sum(0))[: len(self.params)]
 
     def measure(
         self,

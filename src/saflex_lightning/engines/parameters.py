@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saflex_lightning.functional import widen
+
 __all__ = [
     "Scores",
     "Tangent",
@@ -124,8 +126,8 @@ def adam_second_moments(
         optimizers: Optimizers that may hold them.
 
     Returns:
-        One tensor per parameter, zeros where an optimizer has not stepped it yet; None before the
-        first step of an Adam-like optimizer, or when none is Adam-like.
+        One tensor per parameter in float32 or wider, zeros where an optimizer has not stepped it
+        yet; None before the first step of an Adam-like optimizer, or when none is Adam-like.
     """
     wanted, moments = set(params), dict[Tensor, Tensor]()
     for optimizer in optimizers:
@@ -134,12 +136,12 @@ def adam_second_moments(
                 state: Mapping[str, Any] = optimizer.state.get(parameter, {})
                 if "exp_avg_sq" in state and "betas" in group:
                     correction = 1 - group["betas"][1] ** state["step"]
-                    moments[parameter] = state["exp_avg_sq"] / correction
+                    moments[parameter] = widen(state["exp_avg_sq"]) / correction
     matched = [moments.get(parameter) for parameter in params]
     if all(moment is None for moment in matched):
         return None
     return [
-        torch.zeros_like(parameter) if moment is None else moment
+        widen(torch.zeros_like(parameter)) if moment is None else moment
         for parameter, moment in zip(params, matched, strict=True)
     ]
 

@@ -7,6 +7,7 @@ from .losses import (
     log_probabilities,
     soft_cross_entropy,
     weighted_mean,
+    widen,
 )
 from .presets import (
     PRESETS,
@@ -57,4 +58,5 @@ __all__ = [
     "solution_metrics",
     "solve",
     "weighted_mean",
+    "widen",
 ]

@@ -10,7 +10,20 @@ __all__ = [
     "log_probabilities",
     "soft_cross_entropy",
     "weighted_mean",
+    "widen",
 ]
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in its own dtype where that is wider.
+
+    Args:
+        tensor: A floating-point tensor.
+
+    Returns:
+        The tensor itself or a copy.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def log_probabilities(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
@@ -149,8 +162,9 @@ def _check_values(target: Tensor, num_classes: int) -> None:
             f"{hint}"
         )
     if target.ndim == 2:
-        sums = target.sum(-1)
-        if low < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        sums = widen(target).sum(-1)
+        tolerance = 1e-3 + torch.finfo(target.dtype).eps / 2  # entries may have been rounded
+        if low < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=tolerance):
             raise ValueError(
                 "Expected rows of `target` to be probabilities that sum to 1, but got values from "
                 f"{low:.3g} and row sums from {sums.min().item():.3g} to "

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .losses import dense_target
+from .losses import dense_target, widen
 from .presets import LabelRule, Preset, ScoreSpace, WeightRule
 
 __all__ = [
@@ -115,7 +115,7 @@ def solve(
         products with the opposite sign.
     """
     reduce_sum = reduce_sum or _identity
-    probs = _widen(probs)
+    probs = widen(probs)
     labels = dense_target(target, probs.shape[-1], probs.dtype)
     if augmented is None:
         augmented = torch.ones(probs.shape[0], dtype=torch.bool, device=probs.device)
@@ -260,7 +260,9 @@ def learned_labels(
         objective = objective + noise
     if rule == "argmax":
         return dense_target(objective.argmax(-1), num_classes, labels.dtype)
-    return torch.softmax(objective / temperature, dim=-1)
+    # Relative to the largest entry nothing overflows, however cold it is.
+    lead = objective - objective.amax(-1, keepdim=True)
+    return torch.softmax(lead / max(temperature, torch.finfo(lead.dtype).tiny), dim=-1)
 
 
 def learned_weights(
@@ -403,10 +405,6 @@ def _gumbel_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     # Drawn on the CPU, so that the noise of a seed is the same on every device.
     draws = torch.empty(like.shape, dtype=torch.float64).exponential_(generator=generator)
     return -draws.clamp(min=torch.finfo(torch.float64).tiny).log().to(like)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -158,6 +158,14 @@ def test_good_targets_pass(target) -> None:
     check_target(target, make_logits())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_rounded_to_half_precision_pass(dtype) -> None:
+    target = torch.tensor([[0.1, 0.9, 0.0], [0.3, 0.3, 0.4]], dtype=dtype)
+    check_target(target, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="sum to 1"):
+        check_target(target * 0.98, torch.zeros(2, 3))
+
+
 def test_empty_batch_passes() -> None:
     check_target(torch.empty(0, dtype=torch.int64), torch.empty(0, CLASSES))
 

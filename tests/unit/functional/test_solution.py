@@ -113,6 +113,14 @@ class TestLabelRules:
         expected = torch.tensor([[3.0, -1.0 + 3.0, -5.0 + 1.0]]).softmax(-1)
         torch.testing.assert_close(labels, expected)
 
+    @pytest.mark.parametrize("temperature", [1e-30, 1e-42, 1e-300])
+    def test_no_temperature_is_too_low_for_float32(self, temperature) -> None:
+        products = torch.tensor([[3.0, -1.0, 3.0], [-1e18, 0.0, -1.0]])
+        found = learned_labels(
+            products, torch.eye(3)[:2], rule="softmax", penalty=0.0, temperature=temperature
+        )
+        assert found.tolist() == [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
+
     def test_keep_returns_hard_and_mixed_labels_untouched(self) -> None:
         mixed = torch.tensor([[0.2, 0.3, 0.5]])
         for target in (mixed, torch.tensor([2])):

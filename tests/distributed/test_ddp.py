@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.parallel import CASES, PAIR_CASES, differentiate_gathered_rows, train_all
+from helpers.parallel import SCENARIOS, differentiate_gathered_rows, skip, train, train_all
 from helpers.processes import run_in_processes
 
 pytestmark = [
@@ -11,9 +11,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def one_process():
-    return train_all(0, 1, [*CASES, *PAIR_CASES])
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} processes".format
+)
+def ranks(request):
+    """What each rank of one process group got from every scenario."""
+    return run_in_processes(train_all, request.param, request.param)
 
 
 def largest_difference(first, second):
@@ -21,26 +24,48 @@ def largest_difference(first, second):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "cases"),
-    [
-        pytest.param(2, [*CASES, *PAIR_CASES], id="2"),
-        pytest.param(4, [*CASES, *PAIR_CASES], id="4", marks=pytest.mark.slow),
-    ],
+    ("name", "dtype"),
+    [(name, dtype) for name in SCENARIOS for dtype in SCENARIOS[name].dtypes],
+    ids=str,
 )
-def test_processes_together_equal_one_process(world_size, cases, one_process):
-    ranks = run_in_processes(train_all, world_size, world_size, cases)
-    for key, found in ranks[0].items():
-        (engine, *_), dtype = key
-        expected = one_process[key]
-        for rank in range(1, world_size):
-            assert largest_difference(ranks[0][key], ranks[rank][key]) == 0, "ranks differ"
-        error = largest_difference(found, expected)
-        if dtype == torch.float64:
-            assert error < 1e-8, key
-        elif engine != "finite_difference":
-            assert error < 1e-5, key
-        else:
-            print(f"{world_size} processes, finite differences in float32: {error:.1e}")
+def test_processes_together_equal_one_process(name, dtype, ranks):
+    found = [rank[name, dtype].parameters for rank in ranks]
+    assert all(largest_difference(found[0], other) == 0 for other in found), "ranks differ"
+    error = largest_difference(found[0], train(name, dtype, 1).parameters)
+    if dtype == torch.float64:
+        assert error < 1e-8
+    elif not name.startswith("finite_difference"):
+        assert error < 1e-5
+    else:
+        print(f"{len(ranks)} processes, {name} in float32: {error:.1e}")
+
+
+def test_scenarios_are_what_their_names_say(ranks):
+    def steps(name):
+        return list(zip(*(rank[name, torch.float64].refined for rank in ranks), strict=True))
+
+    for first, *_, last in steps("no augmented row on a rank"):
+        assert first.rows == 0
+        assert last.rows > 0
+    dropped = [[rank.weight == 0 for rank in step] for step in steps("all rows dropped")]
+    assert any(any(step) and not all(step) for step in dropped)  # on some ranks
+    assert any(all(step) for step in dropped)  # on all
+
+
+def check_skip(endings):
+    assert all(ending.startswith("step 1: ") for ending in endings)
+    assert "by returning None in distributed training is not supported" in endings[-1]
+    # The others lose their peer in the middle of a sum over ranks.
+    assert not any("returning None" in ending for ending in endings[:-1])
+
+
+def test_a_step_that_returns_none_ends_every_rank(ranks):
+    check_skip([rank["skip"] for rank in ranks])
+
+
+@pytest.mark.slow
+def test_a_step_that_returns_none_after_the_loss_ends_every_rank():
+    check_skip(run_in_processes(skip, 2, 2, False, timeout=60))
 
 
 @pytest.mark.slow

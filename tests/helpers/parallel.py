@@ -1,71 +1,245 @@
 """Runs that several processes repeat; children import them by name, so they live here."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from helpers.pairs import TwoTowers
-from helpers.training import Classifier, fit, make_loader, make_rows, seeded, state_of
+from helpers.training import (
+    NUM_CLASSES,
+    Classifier,
+    fit,
+    make_loader,
+    make_rows,
+    seeded,
+    state_of,
+)
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from saflex_lightning import SAflexCallback, gather_rows
+from saflex_lightning import AugmentedBatch, SAflexCallback, gather_rows
 
 ENGINES = ("finite_difference", "forward_mode", "head")
-BATCH, VAL_BATCH, STEPS = 32, 16, 20
+BATCH, VAL_BATCH, STEPS, BATCHES = 32, 16, 20, 5
 PAPER = {"preset": "paper", "gumbel": False, "temperature": 0.5}
+HARD = {**PAPER, "label_rule": "keep"}  # keep or drop by the given label
 
 
-def settings_of(case):
-    engine, preset, *_ = case
-    return {"engine": engine, **(PAPER if preset == "paper" else {})}
+class Refined(NamedTuple):
+    """What one step refined on one rank: number of rows and the sum of their weights."""
+
+    rows: int
+    weight: float
 
 
-CASES = [(engine, preset) for engine in ENGINES for preset in ("robust", "paper")]
-# Features gathered over ranks; steered by pairs (gathered too) or by classification.
-PAIR_CASES = [
-    (engine, preset, steering)
-    for engine in ("finite_difference", "forward_mode")
-    for preset, steering in (("robust", "pairs"), ("paper", "classes"))
-]
+class Result(NamedTuple):
+    """Parameters after the training, and what each step refined."""
+
+    parameters: dict[str, torch.Tensor]
+    refined: list[Refined]
 
 
-def train_loader(dtype, rank, world_size):
+class Watched(Classifier):
+    """Remembers what each step refined."""
+
+    def __init__(self, *, dtype):
+        super().__init__(plain=True, dtype=dtype, optimizer="sgd", lr=0.1)
+        self.refined = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        weights = self.saflex_solution.weights
+        mask = batch.augmented if isinstance(batch, AugmentedBatch) else weights >= 0
+        self.refined.append(Refined(int(mask.sum()), float(weights[mask].sum())))
+        return loss
+
+
+class Branching(Watched):
+    """Leaves a layer out of every other step."""
+
+    def __init__(self, *, dtype):
+        super().__init__(dtype=dtype)
+        self.extra = nn.Linear(NUM_CLASSES, NUM_CLASSES, dtype=dtype)
+
+    def forward(self, inputs):
+        scores = self.net(inputs)
+        return scores + self.extra(scores) if self.global_step % 2 else scores
+
+
+class Manual(Watched):
+    """Steps its optimizer itself."""
+
+    def __init__(self, *, dtype):
+        super().__init__(dtype=dtype)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def plain(inputs, target, place):
+    """Rows as they are; all of them are refined."""
+    return inputs, target
+
+
+def union(inputs, target, place):
+    """Clean and augmented rows by turns."""
+    return augmented_where(place % 2 == 1, inputs, target)
+
+
+def clean_first_half(inputs, target, place):
+    """Augmented rows in the second half of the batch alone: the first ranks have none."""
+    return augmented_where(place >= BATCH // 2, inputs, target)
+
+
+def wrong(inputs, target, place):
+    """Wrong labels everywhere: few rows lower the validation loss."""
+    return inputs, (target + 1) % NUM_CLASSES
+
+
+def mixed(inputs, target, place):
+    """Soft labels, as Mixup makes them."""
+    labels = nn.functional.one_hot(target, NUM_CLASSES).to(inputs.dtype)
+    return inputs, 0.7 * labels + 0.3 * labels.roll(1, -1)
+
+
+def augmented_where(mask, inputs, target):
+    none = torch.full_like(target, -1)
+    return AugmentedBatch(inputs, target, mask, mask.long(), torch.arange(len(target)), none)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to train; the same for every number of processes.
+
+    Attributes:
+        settings: Keywords of the callback.
+        module: Makes the module of a dtype.
+        batch: Makes a batch from inputs, target and each row's place in the whole batch.
+        batch_size: Rows of the whole batch.
+        ddp: Keywords of the strategy.
+        trainer: Further keywords of the Trainer.
+        dtypes: Precisions to train in.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    module: Callable = Watched
+    batch: Callable = plain
+    batch_size: int = BATCH
+    ddp: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
+
+
+SCENARIOS = {
+    **{
+        f"{engine}, {name}": Scenario(
+            {"engine": engine, **preset}, dtypes=(torch.float64, torch.float32)
+        )
+        for engine in ENGINES
+        for name, preset in {"robust": {}, "paper": PAPER}.items()
+    },
+    "unused parameters": Scenario(module=Branching, ddp={"find_unused_parameters": True}),
+    "static graph": Scenario(ddp={"static_graph": True}),
+    "accumulation": Scenario(trainer={"accumulate_grad_batches": 2}),
+    "manual optimization": Scenario(module=Manual),
+    "union batch": Scenario(batch=union),
+    "no augmented row on a rank": Scenario(batch=clean_first_half),
+    "all rows dropped": Scenario(HARD, batch=wrong, batch_size=4),
+    "soft labels": Scenario(batch=mixed),
+    # Features gathered over ranks; steered by pairs (gathered too) or by classification.
+    **{
+        f"{engine}, {steering}": Scenario(
+            {"engine": engine, **preset},
+            module=partial(TwoTowers, gather=True, steering=steering),
+        )
+        for engine in ("finite_difference", "forward_mode")
+        for preset, steering in (({}, "pairs"), (PAPER, "classes"))
+    },
+}
+
+
+def train_loader(scenario, dtype, rank, world_size):
     """Batches of which every process holds its slice of rows."""
-    share = BATCH // world_size
-    slices = [
-        list(range(start + rank * share, start + (rank + 1) * share))
-        for start in range(0, 5 * BATCH, BATCH)
-    ]
-    return DataLoader(TensorDataset(*make_rows(5 * BATCH, dtype=dtype)), batch_sampler=slices)
+    size, share = scenario.batch_size, scenario.batch_size // world_size
+    rows = TensorDataset(*make_rows(BATCHES * size, dtype=dtype))
+    place = torch.arange(rank * share, (rank + 1) * share)
+    slices = [(first + place).tolist() for first in range(0, BATCHES * size, size)]
+    collate = DataLoader(rows).collate_fn
+    return DataLoader(
+        rows, batch_sampler=slices, collate_fn=lambda part: scenario.batch(*collate(part), place)
+    )
 
 
-def train(case, dtype, world_size, rank=0):
+def train(name, dtype, world_size, rank=0):
     """Train a few steps; every process has its share of each training and validation batch."""
-    if case in PAIR_CASES:
-        module = seeded(lambda: TwoTowers(dtype=dtype, gather=True, steering=case[2]))
-    else:
-        module = seeded(lambda: Classifier(plain=True, dtype=dtype, optimizer="sgd", lr=0.1))
+    scenario = SCENARIOS[name]
+    module = seeded(lambda: scenario.module(dtype=dtype))
     val = make_loader(96, VAL_BATCH // world_size, seed=7, dtype=dtype)
-    parallel = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
+    parallel = {}
+    if world_size > 1:
+        parallel = {"strategy": DDPStrategy(**scenario.ddp), "devices": world_size}
     trainer = fit(
         module,
-        SAflexCallback(val, **settings_of(case)),
-        train=train_loader(dtype, rank, world_size),
-        max_epochs=STEPS // 5,
+        SAflexCallback(val, **scenario.settings),
+        train=train_loader(scenario, dtype, rank, world_size),
+        max_epochs=STEPS // BATCHES,
         use_distributed_sampler=False,
         precision="64-true" if dtype == torch.float64 else "32-true",
+        **scenario.trainer,
         **parallel,
     )
-    assert trainer.global_step == STEPS
+    assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == STEPS
     assert trainer.world_size == world_size
-    return state_of(module)
+    return Result(state_of(module), getattr(module, "refined", []))
 
 
-def train_all(rank, world_size, cases):
-    return {
-        (case, dtype): train(case, dtype, world_size, rank)
-        for case in cases
-        for dtype in (torch.float64, torch.float32)
-        if dtype == torch.float64 or case not in PAIR_CASES
+class Skipping(Classifier):
+    """Returns None from the last rank's second step, before or after asking for the loss."""
+
+    def __init__(self, *, before, **kwargs):
+        super().__init__(**kwargs)
+        self.before = before
+
+    def training_step(self, batch, batch_idx):
+        skips = batch_idx == 1 and self.global_rank == self.trainer.world_size - 1
+        if skips and self.before:
+            return None
+        loss = super().training_step(batch, batch_idx)
+        return None if skips else loss
+
+
+def skip(rank, world_size, before):
+    """Return how a training ends in which one rank skips a step."""
+    module = seeded(lambda: Skipping(before=before, plain=True))
+    try:
+        fit(
+            module,
+            SAflexCallback(make_loader(96, 8, seed=7)),
+            train=make_loader(32 * world_size, 16),
+            strategy="ddp",
+            devices=world_size,
+        )
+    except RuntimeError as error:
+        return f"step {module.global_step}: {error}"
+    return "no error"
+
+
+def train_all(rank, world_size):
+    """Return the result of every scenario, and how one ends that cannot go on."""
+    results = {
+        (name, dtype): train(name, dtype, world_size, rank)
+        for name, scenario in SCENARIOS.items()
+        for dtype in scenario.dtypes
     }
+    return {**results, "skip": skip(rank, world_size, before=True)}  # breaks the process group
 
 
 def differentiate_gathered_rows(rank):

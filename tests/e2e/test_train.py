@@ -9,10 +9,12 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from helpers.standins import write_medmnist
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 import saflex_lightning
+from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
 from saflex_lightning.recipes.report import make_run_table
 from saflex_lightning.recipes.sweep import make_sweep_table, read_results
 from saflex_lightning.train import train
@@ -23,11 +25,19 @@ GROUPS = {
     for folder in sorted(CONFIGS.iterdir())
     if folder.is_dir() and folder.name not in {"lightning_cli", "__pycache__"}
 }
-METHODS = ("no_aug", "saflex_paper", "saflex_robust", "union", "upstream")
+METHODS = (
+    "no_aug",
+    "saflex_paper",
+    "saflex_robust",
+    "soft_augmentation",
+    "train_plus_val",
+    "uniform",
+    "upstream",
+)
 DEFAULTS = {
     "augmentation": "randaugment",
     "batch": "union",
-    "data": "bloodmnist",
+    "data": "blood_subset",
     "logger": "csv",
     "method": "saflex_robust",
     "model": "resnet18",
@@ -40,9 +50,9 @@ SHORT = (
     "trainer.max_epochs=1",
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
-    "+trainer.limit_train_batches=2",
-    "+trainer.limit_val_batches=1",
-    "+trainer.limit_test_batches=1",
+    "++trainer.limit_train_batches=2",
+    "++trainer.limit_val_batches=1",
+    "++trainer.limit_test_batches=1",
 )
 
 
@@ -81,11 +91,14 @@ def test_groups_and_defaults_are_the_ones_the_tests_know(tmp_path):
         (group, choice)
         for group in GROUPS
         for choice in GROUPS[group]
-        if group == "method" or choice != DEFAULTS[group]
+        if (group == "method" or choice != DEFAULTS[group])
+        and group != "data"
+        and choice != "soft_crop_weighted"
     ],
 )
 def test_every_choice_takes_a_short_run(tmp_path, group, choice):
-    cfg = compose_config(tmp_path, f"{group}={choice}", *SHORT)
+    short = [item for item in SHORT if "val_batches" not in item or choice != "train_plus_val"]
+    cfg = compose_config(tmp_path, f"{group}={choice}", *short)
     result = train(cfg)
     assert result["steps"] == 2
     assert 0.0 <= result["test_accuracy"] <= 1.0
@@ -99,13 +112,31 @@ def test_every_choice_takes_a_short_run(tmp_path, group, choice):
     assert (tmp_path / "csv" / "metrics.csv").is_file() == (choice != "none" or group != "logger")
 
 
+def test_weighted_targets_below_saflex_are_refused(tmp_path):
+    cfg = compose_config(tmp_path, "augmentation=soft_crop_weighted", *SHORT)
+    with pytest.raises(ValueError, match="`target` to be probabilities that sum to 1"):
+        train(cfg)
+
+
+@pytest.mark.parametrize("name", MEDMNIST_SETS)
+def test_official_sets_compose_with_a_model_that_fits(tmp_path, name):
+    write_medmnist(tmp_path, name)
+    overrides = (f"data.root={tmp_path}", "data.check_md5=false", "data.batch_size=2")
+    cfg = compose_config(tmp_path, f"data={name}mnist", *overrides)
+    data, model = instantiate(cfg.data), instantiate(cfg.model)
+    data.setup("fit")
+    images, _ = next(iter(data.train_dataloader()))[:2]
+    assert model(images).shape == (4, MEDMNIST_SETS[name].num_classes)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("augmentation", GROUPS["augmentation"])
 def test_combinations_compose_and_instantiate(tmp_path, method, augmentation):
     cfg = compose_config(tmp_path, f"method={method}", f"augmentation={augmentation}")
     assert cfg.name == method
     assert isinstance(instantiate(cfg.data), L.LightningDataModule)
-    assert cfg.data.augmentation == augmentation  # what the command line says wins
+    # What the command line says wins.
+    assert cfg.data.augmentation == augmentation.removesuffix("_weighted")
     for callback in cfg.callbacks.values():
         assert isinstance(instantiate(callback), saflex_lightning.SAflexCallback)
 
@@ -115,7 +146,9 @@ def test_combinations_compose_and_instantiate(tmp_path, method, augmentation):
     [
         ("no_aug", "none", "union", None),
         ("upstream", "randaugment", "replace", None),
-        ("union", "randaugment", "union", None),
+        ("uniform", "randaugment", "union", None),
+        ("train_plus_val", "randaugment", "union", None),
+        ("soft_augmentation", "soft_crop", "replace", None),
         ("saflex_paper", "randaugment", "union", "paper"),
         ("saflex_robust", "randaugment", "union", "robust"),
     ],
@@ -128,12 +161,13 @@ def test_what_a_method_means(tmp_path, method, augmentation, batch, preset):
 
 
 def test_methods_take_the_same_number_of_steps(tmp_path):
-    steps = set()
+    steps = {}
     for method in METHODS:
         data = instantiate(compose_config(tmp_path, f"method={method}").data)
         data.setup("fit")
-        steps.add(len(data.train_dataloader()))
-    assert steps == {18}
+        steps[method] = len(data.train_dataloader())
+    assert steps.pop("train_plus_val") == (1200 + 400) // 64
+    assert set(steps.values()) == {1200 // 64}
 
 
 def test_same_seed_same_result(tmp_path):
@@ -167,25 +201,25 @@ class TestSweepTable:
     def test_rows_are_methods(self, tmp_path):
         write_result(tmp_path / "0", "upstream", 1, 0.80, "method=upstream", "seed=1", "a=1")
         write_result(tmp_path / "1", "upstream", 2, 0.84, "method=upstream", "seed=2", "a=1")
-        write_result(tmp_path / "2", "union", 1, 0.85, "method=union", "seed=1", "a=1")
+        write_result(tmp_path / "2", "uniform", 1, 0.85, "method=uniform", "seed=1", "a=1")
         lines = render(make_sweep_table(read_results(tmp_path))).splitlines()
         row = next(line for line in lines if "upstream" in line)
         assert "82.00 ± 2.83" in row
         assert "0.9000 ± 0.0000" in row
         assert " 2 " in row
-        assert "±" not in next(line for line in lines if "union" in line)
+        assert "±" not in next(line for line in lines if "uniform" in line)
         assert not any("a=1" in line for line in lines)
 
     def test_other_settings_that_differ_get_their_own_row(self, tmp_path):
-        write_result(tmp_path / "0", "union", 1, 0.80, "model.lr=0.1", "seed=1")
-        write_result(tmp_path / "1", "union", 1, 0.84, "model.lr=0.2", "seed=1")
+        write_result(tmp_path / "0", "uniform", 1, 0.80, "model.lr=0.1", "seed=1")
+        write_result(tmp_path / "1", "uniform", 1, 0.84, "model.lr=0.2", "seed=1")
         table = render(make_sweep_table(read_results(tmp_path)))
-        assert "union model.lr=0.1" in table
-        assert "union model.lr=0.2" in table
+        assert "uniform model.lr=0.1" in table
+        assert "uniform model.lr=0.2" in table
 
     def test_results_of_an_earlier_sweep_are_left_out(self, tmp_path):
-        write_result(tmp_path / "0", "union", 1, 0.80)
-        write_result(tmp_path / "1", "union", 2, 0.84)
+        write_result(tmp_path / "0", "uniform", 1, 0.80)
+        write_result(tmp_path / "1", "uniform", 2, 0.84)
         os.utime(tmp_path / "0" / "result.json", (1000.0, 1000.0))
         assert [result["seed"] for result in read_results(tmp_path, since=2000.0)] == [2]
 

@@ -1,18 +1,22 @@
 """Training rows, their upstream augmentation, and how they become an `AugmentedBatch`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, NamedTuple, cast
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
-from torchvision.transforms import v2
 
 from saflex_lightning import AugmentedBatch
+from saflex_lightning.recipes.augment import (
+    AugmentedImage,
+    BatchMixing,
+    ImageAugmentation,
+    seeded_draws,
+)
 from saflex_lightning.recipes.medmnist import Split
-from saflex_lightning.recipes.operations import TaggedImage, TagOperations
+from saflex_lightning.recipes.mixing import mixing_group
 
 __all__ = ["AugmentedImages", "CleanImages", "EpochSampler", "collate_rows", "normalize"]
 
@@ -23,31 +27,13 @@ def normalize(images: Tensor) -> Tensor:
 
 
 class TrainingRow(NamedTuple):
-    """One training image before collation; ``augmented`` is None without an augmentation.
+    """One training image before collation; ``augmented`` is None without an augmentation."""
 
-    ``group`` tells what made the augmented image: its operation, or 1 where that is not known.
-    """
-
+    epoch: int
     row: int
     target: int
     clean: Tensor
-    augmented: Tensor | None
-    group: int = 1
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute in the calling thread.
-
-    Sharing out an image of 28 pixels takes longer than augmenting it, and far longer (a factor of
-    40 was seen) while another process has one of the cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    augmented: AugmentedImage | None
 
 
 class AugmentedImages(Dataset[TrainingRow]):
@@ -58,9 +44,7 @@ class AugmentedImages(Dataset[TrainingRow]):
     ones. Items are addressed by ``(epoch, row)`` (see `EpochSampler`).
     """
 
-    def __init__(
-        self, rows: Split, augmentation: v2.Transform | TagOperations | None, seed: int
-    ) -> None:
+    def __init__(self, rows: Split, augmentation: ImageAugmentation | None, seed: int) -> None:
         self.rows = rows
         self.augmentation = augmentation
         self.seed = seed
@@ -70,18 +54,12 @@ class AugmentedImages(Dataset[TrainingRow]):
 
     def __getitem__(self, key: tuple[int, int]) -> TrainingRow:
         epoch, row = key
-        clean = self.rows.images[row]
-        augmented, group = None, 1
+        clean, target = self.rows.images[row], int(self.rows.target[row])
+        augmented = None
         if self.augmentation is not None:
-            draw = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)
-            # torchvision draws from the global generator; the default generator is seeded by
-            # itself because torch.manual_seed would reseed the accelerator's too.
-            with torch.random.fork_rng(devices=[]), one_thread():
-                torch.default_generator.manual_seed(int(draw[0]))
-                augmented = self.augmentation(clean)
-            if isinstance(augmented, TaggedImage):
-                augmented, group = augmented.image, augmented.group
-        return TrainingRow(row, int(self.rows.target[row]), clean, augmented, group)
+            with seeded_draws(self.seed, epoch, row):
+                augmented = self.augmentation(clean, target)
+        return TrainingRow(epoch, row, target, clean, augmented)
 
 
 class EpochSampler(DistributedSampler[tuple[int, int]]):
@@ -105,38 +83,83 @@ class CleanImages(Dataset[tuple[Tensor, Tensor]]):
         return normalize(self.rows.images[row]), self.rows.target[row]
 
 
+class _Rows(NamedTuple):
+    """Augmented rows of a batch: normalised images, targets and groups."""
+
+    inputs: Tensor
+    target: Tensor
+    group: Tensor
+
+
 def collate_rows(
-    rows: list[TrainingRow], *, batch: Literal["union", "replace"], num_rows: int
+    rows: list[TrainingRow],
+    *,
+    batch: Literal["union", "replace"],
+    num_rows: int,
+    mixing: BatchMixing | None = None,
+    seed: int = 0,
 ) -> AugmentedBatch:
     """Make an `AugmentedBatch` of normalised images.
 
     ``"union"`` puts one augmented row per clean row behind the clean rows (Ding et al. 2024,
     Eq. 3); ``"replace"`` keeps the augmented rows alone. Rows without an augmented version stay
-    clean in both.
+    clean in both. The target is one of class probabilities where any row has such a label.
 
     Args:
         rows: Rows of one batch.
         batch: Which rows to keep.
         num_rows: Number of training rows; the index of an augmented row is that of its clean row
             plus this.
+        mixing: Mixes the clean rows with one another to make the augmented ones, by draws that
+            depend on the seed, the epoch and the first row alone; None takes each row's own.
+        seed: Seed of the mixing.
     """
     size = len(rows)
-    clean = torch.stack([row.clean for row in rows])
+    clean = normalize(torch.stack([row.clean for row in rows]))
     target = torch.tensor([row.target for row in rows])
     index = torch.tensor([row.row for row in rows])
-    ones, none = torch.ones_like(index), torch.full_like(index, -1)
-    made = [row.augmented for row in rows if row.augmented is not None]
-    if not made:
-        return AugmentedBatch(normalize(clean), target, ones < 0, ones * 0, index, none)
-    augmented = torch.stack(made)
-    group = torch.tensor([row.group for row in rows])
+    none = torch.full_like(index, -1)
+    if mixing is not None:
+        with seeded_draws(seed, rows[0].epoch, rows[0].row):
+            images, mixed = mixing(clean, target)
+        augmented = _Rows(images, mixed, _group_of_mixed(mixed, target))
+    else:
+        augmented = _stack([row.augmented for row in rows if row.augmented is not None], target)
+    if augmented is None:
+        return AugmentedBatch(clean, target, index < 0, index * 0, index, none)
     if batch == "replace":
-        return AugmentedBatch(normalize(augmented), target, ones > 0, group, index + num_rows, none)
+        return AugmentedBatch(
+            augmented.inputs,
+            augmented.target,
+            torch.ones_like(index, dtype=torch.bool),
+            augmented.group,
+            index + num_rows,
+            none,
+        )
+    if augmented.target.ndim == 2:
+        target = F.one_hot(target, augmented.target.shape[-1]).to(augmented.target)
     return AugmentedBatch(
-        inputs=normalize(torch.cat([clean, augmented])),
-        target=target.repeat(2),
+        inputs=torch.cat([clean, augmented.inputs]),
+        target=torch.cat([target, augmented.target]),
         augmented=torch.arange(2 * size) >= size,
-        group=torch.cat([ones * 0, group]),
+        group=torch.cat([index * 0, augmented.group]),
         index=torch.cat([index, index + num_rows]),
         source=torch.cat([none, torch.arange(size)]),
     )
+
+
+def _stack(made: list[AugmentedImage], target: Tensor) -> _Rows | None:
+    if not made:
+        return None
+    soft = [image.target for image in made if image.target is not None]
+    return _Rows(
+        normalize(torch.stack([image.image for image in made])),
+        torch.stack(soft) if soft else target,
+        torch.tensor([image.group for image in made]),
+    )
+
+
+def _group_of_mixed(mixed: Tensor, target: Tensor) -> Tensor:
+    # One share is drawn for the whole batch; it shows wherever two classes were mixed.
+    kept = mixed.gather(-1, target.unsqueeze(-1)).min()
+    return mixing_group(kept.expand(len(target)))

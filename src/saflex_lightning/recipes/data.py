@@ -1,16 +1,22 @@
 """A MedMNIST set as a Lightning datamodule: training batches and the rows that steer."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from saflex_lightning import AugmentedBatch
+from saflex_lightning.recipes.augment import (
+    AugmentationName,
+    augmentation_group_names,
+    make_image_augmentation,
+    make_mixing,
+)
 from saflex_lightning.recipes.batches import (
     AugmentedImages,
     CleanImages,
@@ -18,9 +24,17 @@ from saflex_lightning.recipes.batches import (
     collate_rows,
 )
 from saflex_lightning.recipes.medmnist import Split, read_medmnist
-from saflex_lightning.recipes.operations import TagOperations, group_names_of
+from saflex_lightning.recipes.medmnist_sets import (
+    MEDMNIST_SETS,
+    download_medmnist,
+    find_medmnist,
+)
 
 __all__ = ["MedMNISTDataModule", "split_stratified"]
+
+SetName = Literal[
+    "blood_subset", "path", "derma", "tissue", "blood", "oct", "organa", "organc", "organs"
+]
 
 
 def split_stratified(target: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -55,11 +69,18 @@ class MedMNISTDataModule(L.LightningDataModule):
     """A 2D MedMNIST set with an upstream augmentation and the rows that steer SAFLEX.
 
     Args:
-        path: An official MedMNIST ``.npz``; None reads the shipped BloodMNIST subset.
-        num_classes: Number of classes, checked against the labels; None skips the check.
+        dataset: ``"blood_subset"`` is the part of BloodMNIST that ships with the package; the
+            others are the official sets of `MEDMNIST_SETS`, in ``<root>/<dataset>mnist.npz``.
+        path: A file in the same format to read instead; its checksum is not looked at.
+        root: Folder of the official files.
+        download: Download the official file into ``root`` where it is missing (extra
+            ``[medmnist]``).
+        check_md5: Refuse an official file with another checksum.
+        num_classes: Number of classes; None takes that of the set.
+        in_channels: 1 for grey images, 3 for colour; None takes that of the set.
         augmentation: Upstream augmentation, drawn anew for each image in each epoch.
-        num_ops: RandAugment: operations per image.
-        magnitude: RandAugment: strength of the operations, in 0 to 30.
+        augmentation_settings: Keyword values of its torchvision transform (`SoftCrop` for
+            ``"soft_crop"``); None keeps their defaults.
         batch: ``"union"``: clean rows, then one augmented row per clean row; ``"replace"``:
             augmented rows only.
         batch_size: Clean images per step and process; a union batch has twice as many rows. The
@@ -69,12 +90,14 @@ class MedMNISTDataModule(L.LightningDataModule):
             stratified part of the training split, which is then not trained on, ``"train"`` the
             clean training rows.
         steering_fraction: Share of the training split that ``"split"`` takes, in (0, 1).
+        merge_val: Train on the validation split too. Then there are no validation rows: nothing
+            can be selected on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
         seed: Seed of the order of the rows, of the augmentation and of the split.
         num_workers: Loader processes; 0 loads in the training process, which is enough for 28
             pixels.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a setting is out of its range.
 
     Example:
         >>> data = MedMNISTDataModule(batch_size=2)
@@ -86,21 +109,28 @@ class MedMNISTDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        path: str | None = None,
-        num_classes: int | None = None,
+        dataset: SetName = "blood_subset",
         *,
-        augmentation: Literal["none", "randaugment", "trivialaugment"] = "randaugment",
-        num_ops: int = 2,
-        magnitude: int = 9,
+        path: str | None = None,
+        root: str = "data",
+        download: bool = False,
+        check_md5: bool = True,
+        num_classes: int | None = None,
+        in_channels: int | None = None,
+        augmentation: AugmentationName = "randaugment",
+        augmentation_settings: dict[str, Any] | None = None,
         batch: Literal["union", "replace"] = "union",
         batch_size: int = 64,
         eval_batch_size: int = 256,
         steering: Literal["val", "split", "train"] = "val",
         steering_fraction: float = 0.2,
+        merge_val: bool = False,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        _check_choice("dataset", dataset, get_args(SetName))
+        _check_choice("augmentation", augmentation, get_args(AugmentationName))
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size < 1:
                 raise ValueError(
@@ -111,32 +141,52 @@ class MedMNISTDataModule(L.LightningDataModule):
                 "Expected `steering_fraction` to be between 0 and 1, both excluded, but got "
                 f"{steering_fraction}. Pass 0.2 to steer by a fifth of the training split."
             )
+        facts = MEDMNIST_SETS[dataset.removesuffix("_subset")]
+        self.dataset = dataset
         self.path = path
-        self.num_classes = num_classes
-        self.augmentation = augmentation
-        self.num_ops = num_ops
-        self.magnitude = magnitude
+        self.root = root
+        self.download = download and dataset in MEDMNIST_SETS and path is None
+        self.check_md5 = check_md5
+        self.num_classes = facts.num_classes if num_classes is None else num_classes
+        self.in_channels = facts.in_channels if in_channels is None else in_channels
+        self.augmentation: AugmentationName = augmentation
+        self.augmentation_settings = dict(augmentation_settings or {})
         self.batch: Literal["union", "replace"] = batch
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.steering = steering
         self.steering_fraction = steering_fraction
+        self.merge_val = merge_val
         self.seed = seed
         self.num_workers = num_workers
+        made = (augmentation, self.num_classes, self.augmentation_settings)
+        self._augment = make_image_augmentation(*made)
+        self._mix = make_mixing(*made)
         self._is_set_up = False
+
+    def prepare_data(self) -> None:
+        """Download the file, where that was asked for and it is missing."""
+        if self.download:
+            download_medmnist(self.dataset, self.root)
 
     def setup(self, stage: str) -> None:
         """Read the file once and set the steering rows aside."""
         if self._is_set_up:
             return
-        splits = read_medmnist(self.path, num_classes=self.num_classes)
-        train = steering = splits["train"]
+        file = self.path
+        if file is None and self.dataset in MEDMNIST_SETS:
+            file = find_medmnist(self.dataset, self.root, check_md5=self.check_md5)
+        splits = read_medmnist(file, num_classes=self.num_classes, in_channels=self.in_channels)
+        train, val = splits["train"], splits["val"]
+        if self.merge_val:
+            train = Split(*(torch.cat(parts) for parts in zip(train, val, strict=True)))
+        steering = train
         if self.steering == "split":
             kept, carved = split_stratified(train.target, self.steering_fraction, self.seed)
             steering = Split(train.images[carved], train.target[carved])
             train = Split(train.images[kept], train.target[kept])
         self._train = train
-        self._val = CleanImages(splits["val"])
+        self._val = CleanImages(val)
         self._test = CleanImages(splits["test"])
         # The same object where the rows are the same, so that SAFLEX can tell.
         self._steering = self._val if self.steering == "val" else CleanImages(steering)
@@ -144,7 +194,7 @@ class MedMNISTDataModule(L.LightningDataModule):
 
     def class_counts(self) -> Tensor:
         """Return the number of training rows of each class, ``(classes,)`` int64."""
-        return self._train.target.bincount(minlength=self.num_classes or 0)
+        return self._train.target.bincount(minlength=self.num_classes)
 
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
         """Return the loader of training batches; its order is a function of seed and epoch."""
@@ -153,7 +203,7 @@ class MedMNISTDataModule(L.LightningDataModule):
             "num_replicas": 1,
             "rank": 0,
         }
-        dataset = AugmentedImages(self._train, self._make_augmentation(), self.seed)
+        dataset = AugmentedImages(self._train, self._augment, self.seed)
         # The sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
         spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
         sampler = EpochSampler(dataset, seed=spread, **share)
@@ -162,7 +212,13 @@ class MedMNISTDataModule(L.LightningDataModule):
                 f"Expected `batch_size` to be at most {len(sampler)}, the training rows of one "
                 f"process, but got {self.batch_size}. Pass a smaller `batch_size`."
             )
-        collate = partial(collate_rows, batch=self.batch, num_rows=len(dataset))
+        collate = partial(
+            collate_rows,
+            batch=self.batch,
+            num_rows=len(dataset),
+            mixing=self._mix,
+            seed=self.seed,
+        )
         # The last, smaller batch is left out: its rows come in other epochs, and every step has
         # the same size.
         return self._make_loader(
@@ -170,15 +226,27 @@ class MedMNISTDataModule(L.LightningDataModule):
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the loader of the rows that steer SAFLEX, without augmentation."""
+        """Return the loader of the rows that steer SAFLEX, without augmentation.
+
+        Raises:
+            MisconfigurationException: If those are validation rows that are trained on.
+        """
+        if self.merge_val and self.steering == "val":
+            raise MisconfigurationException(
+                "Expected `steering` to be 'train' or 'split' with `merge_val`=True, but got "
+                "'val'. The validation rows are trained on; steer by the clean training rows, or "
+                "by a part of them."
+            )
         return self._make_loader(self._steering, self.eval_batch_size)
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for."""
-        return group_names_of(self._make_augmentation())
+        return augmentation_group_names(self.augmentation, self.augmentation_settings)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the loader of the official validation split."""
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+        """Return the loader of the official validation split; none where it is trained on."""
+        if self.merge_val:
+            return []
         return self._make_loader(self._val, self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -196,9 +264,9 @@ class MedMNISTDataModule(L.LightningDataModule):
             **kwargs,
         )
 
-    def _make_augmentation(self) -> v2.Transform | TagOperations | None:
-        if self.augmentation == "none":
-            return None
-        if self.augmentation == "randaugment":
-            return TagOperations(v2.RandAugment(self.num_ops, self.magnitude))
-        return TagOperations(v2.TrivialAugmentWide())
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"Expected `{name}` to be one of {sorted(choices)}, but got {value!r}. Choose one."
+        )

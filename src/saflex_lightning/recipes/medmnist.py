@@ -27,13 +27,19 @@ class Split(NamedTuple):
     target: Tensor
 
 
-def read_medmnist(path: str | None = None, *, num_classes: int | None = None) -> dict[str, Split]:
+def read_medmnist(
+    path: str | Path | None = None,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+) -> dict[str, Split]:
     """Return the splits ``train``, ``val`` and ``test`` of a 2D MedMNIST file.
 
     Args:
         path: An official MedMNIST ``.npz``; None reads the BloodMNIST subset that ships with the
             package.
         num_classes: Number of classes the labels must stay below; None skips the check.
+        in_channels: 1 for grey images, 3 for colour; None skips the check.
 
     Returns:
         One `Split` per name.
@@ -65,7 +71,9 @@ def read_medmnist(path: str | None = None, *, num_classes: int | None = None) ->
 
     splits = {}
     for split in SPLITS:
-        images = _check_images(arrays[f"{split}_images"], f"`{split}_images` of {file}")
+        images = _check_images(
+            arrays[f"{split}_images"], f"`{split}_images` of {file}", in_channels=in_channels
+        )
         target = _check_labels(
             arrays[f"{split}_labels"],
             f"`{split}_labels` of {file}",
@@ -76,7 +84,7 @@ def read_medmnist(path: str | None = None, *, num_classes: int | None = None) ->
     return splits
 
 
-def _find_file(path: str | None) -> Path:
+def _find_file(path: str | Path | None) -> Path:
     if path is None:
         # A wheel is unpacked when it is installed, so the resource is a real file.
         return Path(str(resources.files("saflex_lightning.recipes") / "assets" / FILE))
@@ -98,7 +106,7 @@ def _not_an_archive(file: Path) -> str:
     )
 
 
-def _check_images(images: np.ndarray, what: str) -> Tensor:
+def _check_images(images: np.ndarray, what: str, *, in_channels: int | None) -> Tensor:
     grey = images.ndim == 3
     colour = images.ndim == 4 and images.shape[-1] == 3
     if images.dtype != np.uint8 or not (grey or colour) or len(images) == 0:
@@ -106,6 +114,11 @@ def _check_images(images: np.ndarray, what: str) -> Tensor:
             f"Expected {what} to be uint8 of shape (n, height, width) or (n, height, width, 3), "
             f"n > 0, but got {images.dtype} of shape {images.shape}. Pass a 2D MedMNIST file; 3D "
             "sets are not supported."
+        )
+    if in_channels not in {None, 1 if grey else 3}:
+        raise ValueError(
+            f"Expected {what} to have `in_channels`={in_channels}, but got shape {images.shape}. "
+            "Set `in_channels` of the data to 1 for grey images and to 3 for colour."
         )
     tensor = torch.from_numpy(images)
     return tensor.unsqueeze(1) if grey else tensor.permute(0, 3, 1, 2).contiguous()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from saflex_lightning.batch import AugmentedBatch
 from saflex_lightning.recipes.batches import normalize
@@ -198,13 +199,34 @@ class TestSteering:
         assert carved.equal(split_stratified(target, 0.2, seed=0)[1])
 
 
+class TestMergedValidationRows:
+    def test_they_are_trained_on_and_neither_select_nor_steer(self):
+        data = set_up(merge_val=True, augmentation="none")
+        assert data.class_counts().sum() == 1200 + 400
+        trained = {row.numpy().tobytes() for batch in batches(data) for row in batch.inputs}
+        val = {normalize(image).numpy().tobytes() for image in read_medmnist()["val"].images}
+        assert len(trained & val) > 350  # a last, smaller batch is left out
+        assert data.val_dataloader() == []
+        with pytest.raises(MisconfigurationException, match="`steering` to be 'train' or 'split'"):
+            data.saflex_dataloader()
+
+    @pytest.mark.parametrize(("steering", "rows"), [("train", 1600), ("split", 320)])
+    def test_merged_rows_may_steer(self, steering, rows):
+        data = set_up(merge_val=True, steering=steering)
+        assert len(data.saflex_dataloader().dataset) == pytest.approx(rows, abs=4)
+
+    def test_the_others_are_trained_on_as_before(self):
+        assert set_up().class_counts().tolist() == [85, 219, 109, 203, 85, 100, 234, 165]
+
+
 class TestFiles:
     def test_grey_images_get_one_channel(self, tmp_path):
         grey = np.zeros((40, 8, 8), np.uint8)
         file = write_file(
             tmp_path / "grey.npz", train_images=grey, val_images=grey[:12], test_images=grey[:12]
         )
-        assert batches(set_up(path=file, batch_size=8))[0].inputs.shape == (16, 1, 8, 8)
+        grey_data = set_up(path=file, batch_size=8, in_channels=1)
+        assert batches(grey_data)[0].inputs.shape == (16, 1, 8, 8)
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no file at .*absent\.npz.*10519652"):
@@ -250,6 +272,8 @@ class TestFiles:
     [
         ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
         ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1, but got 0"),
+        ({"dataset": "chest"}, r"`dataset` to be one of \['blood', .* but got 'chest'"),
+        ({"augmentation": "blur"}, r"`augmentation` to be one of \['augmix', .* but got 'blur'"),
         ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
     ],
 )

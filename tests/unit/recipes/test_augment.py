@@ -1,0 +1,123 @@
+"""Upstream augmentations by name: every one on grey and colour images, alone or below a batch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.standins import write_medmnist
+
+from saflex_lightning.recipes import MedMNISTDataModule
+
+IMAGE_AUGMENTATIONS = ("randaugment", "trivialaugment", "augmix", "crop", "soft_crop")
+MIXINGS = ("mixup", "cutmix")
+SETTINGS = {"crop": {"size": 28, "padding": 4}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("medmnist")
+    write_medmnist(folder, "blood")
+    write_medmnist(folder, "oct")
+    return folder
+
+
+def first_batch(folder, augmentation, *, dataset="blood", epoch=0, size=32, **settings):
+    settings = {"augmentation_settings": SETTINGS.get(augmentation), **settings}
+    data = MedMNISTDataModule(
+        dataset,
+        root=str(folder),
+        check_md5=False,
+        augmentation=augmentation,
+        batch_size=size,
+        **settings,
+    )
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return next(iter(loader)), data
+
+
+@pytest.mark.parametrize("dataset", ["blood", "oct"])
+@pytest.mark.parametrize("augmentation", [*IMAGE_AUGMENTATIONS, *MIXINGS])
+def test_rows_are_augmented_by_draws_of_seed_epoch_and_row_alone(folder, augmentation, dataset):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    batch, data = first_batch(folder, augmentation, dataset=dataset)
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(2)
+    again, _ = first_batch(folder, augmentation, dataset=dataset, num_workers=1)
+    assert all(one.equal(other) for one, other in zip(batch, again, strict=True))
+    assert not batch.inputs[32:].equal(batch.inputs[:32])
+    assert batch.inputs.min() >= -1
+    assert batch.inputs.max() <= 1
+    assert batch.group[32:].min() >= 1
+    assert batch.group.max() < len(data.saflex_group_names())
+    soft = augmentation in {"soft_crop", *MIXINGS}
+    assert batch.target.ndim == (2 if soft else 1)
+    if soft:
+        torch.testing.assert_close(batch.target.sum(-1), torch.ones(64))
+        assert batch.target[:32].max(-1).values.eq(1).all()
+
+
+@pytest.mark.parametrize("augmentation", ["crop", "soft_crop", *MIXINGS])
+def test_replace_holds_the_augmented_rows_of_the_union(folder, augmentation):
+    union, _ = first_batch(folder, augmentation)
+    batch, _ = first_batch(folder, augmentation, batch="replace")
+    for name in ("inputs", "target", "augmented", "group", "index"):
+        assert getattr(batch, name).equal(getattr(union, name)[32:]), name
+
+
+def test_mixup_is_a_weighted_mean_of_neighbours(folder):
+    shares = set()
+    for epoch in range(3):
+        batch, data = first_batch(folder, "mixup", epoch=epoch)
+        clean, labels = batch.inputs[:32], batch.target[:32]
+        differ = labels.argmax(-1) != labels.roll(1, 0).argmax(-1)
+        share = batch.target[32:][differ].gather(-1, labels[differ].argmax(-1, keepdim=True))[0]
+        shares.add(share.item())
+        mixed = share * clean + (1 - share) * clean.roll(1, 0)
+        torch.testing.assert_close(batch.inputs[32:], mixed)
+        soft = share * labels + (1 - share) * labels.roll(1, 0)
+        torch.testing.assert_close(batch.target[32:], soft)
+        assert batch.group[32:].unique().tolist() == [int((1 - share) * 4) + 1]
+        assert data.saflex_group_names()[1] == "mixup_0_25"
+    assert len(shares) == 3  # every epoch draws anew
+
+
+def test_cutmix_mixes_labels_by_area(folder):
+    batch, _ = first_batch(folder, "cutmix")
+    clean, cut = batch.inputs[:32], batch.inputs[32:]
+    own = (cut == clean).all(1)
+    foreign = (cut == clean.roll(1, 0)).all(1)
+    assert (own | foreign).all()
+    share = own.float().mean((1, 2))
+    labels = batch.target[:32]
+    expected = share[:, None] * labels + (1 - share[:, None]) * labels.roll(1, 0)
+    torch.testing.assert_close(batch.target[32:], expected, atol=1e-3, rtol=0)
+
+
+def test_one_row_is_mixed_with_itself(folder):
+    batch, _ = first_batch(folder, "mixup", size=1)
+    torch.testing.assert_close(batch.inputs[1], batch.inputs[0])
+    torch.testing.assert_close(batch.target[1], batch.target[0])
+    assert batch.group.tolist() == [0, 1]
+
+
+def test_settings_reach_the_transform(folder):
+    strong, _ = first_batch(folder, "randaugment", augmentation_settings={"magnitude": 30})
+    weak, _ = first_batch(folder, "randaugment", augmentation_settings={"magnitude": 0})
+    moved = [F.l1_loss(batch.inputs[32:], batch.inputs[:32]) for batch in (weak, strong)]
+    assert moved[0] < moved[1]
+
+
+@pytest.mark.parametrize("augmentation", ["randaugment", "soft_crop", "mixup"])
+def test_unknown_setting_is_named(augmentation):
+    message = rf"`augmentation_settings` to fit '{augmentation}', but got {{'strength': 1}} \(.*"
+    with pytest.raises(TypeError, match=message):
+        MedMNISTDataModule(augmentation=augmentation, augmentation_settings={"strength": 1})
+
+
+def test_names_of_groups(folder):
+    assert MedMNISTDataModule(augmentation="none").saflex_group_names() == ("clean",)
+    assert MedMNISTDataModule(augmentation="augmix").saflex_group_names() == ("clean", "AugMix")
+    names = MedMNISTDataModule(augmentation="soft_crop").saflex_group_names()
+    assert names == ("clean", "soft_crop")

@@ -2,6 +2,8 @@
 
 from saflex_lightning.recipes.classifier import Classifier
 from saflex_lightning.recipes.data import MedMNISTDataModule
+from saflex_lightning.recipes.generated import GeneratedDataModule
 from saflex_lightning.recipes.resnet import ResNet18
+from saflex_lightning.recipes.resnet50 import ResNet50
 
-__all__ = ["Classifier", "MedMNISTDataModule", "ResNet18"]
+__all__ = ["Classifier", "GeneratedDataModule", "MedMNISTDataModule", "ResNet18", "ResNet50"]

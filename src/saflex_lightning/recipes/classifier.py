@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from saflex_lightning import AugmentedBatch, SAflexMixin
+from saflex_lightning.recipes.options import check_choice
 
 __all__ = ["Classifier", "balanced_class_weight", "learning_rate_factor", "make_optimizer"]
 
@@ -128,8 +129,8 @@ class Classifier(SAflexMixin, L.LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_choice("optimizer", optimizer, get_args(OptimizerName))
-        _check_choice("schedule", schedule, get_args(Schedule))
+        check_choice("optimizer", optimizer, get_args(OptimizerName))
+        check_choice("schedule", schedule, get_args(Schedule))
         given = _read_class_weight(class_weight, num_classes)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(
@@ -249,13 +250,6 @@ def _make_metrics(num_classes: int) -> nn.ModuleDict:
 def _as_tuple(inputs: Any) -> tuple[Tensor, ...]:
     # A loader's own collation makes lists of tuples.
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"Expected `{name}` to be one of {sorted(choices)}, but got {value!r}. Choose one."
-        )
 
 
 def _read_class_weight(

@@ -29,6 +29,7 @@ from saflex_lightning.recipes.medmnist_sets import (
     download_medmnist,
     find_medmnist,
 )
+from saflex_lightning.recipes.options import check_choice
 
 __all__ = ["MedMNISTDataModule", "split_stratified"]
 
@@ -129,8 +130,8 @@ class MedMNISTDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        _check_choice("dataset", dataset, get_args(SetName))
-        _check_choice("augmentation", augmentation, get_args(AugmentationName))
+        check_choice("dataset", dataset, get_args(SetName))
+        check_choice("augmentation", augmentation, get_args(AugmentationName))
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size < 1:
                 raise ValueError(
@@ -262,11 +263,4 @@ class MedMNISTDataModule(L.LightningDataModule):
             # Otherwise each pass over a loader draws from the global random state.
             generator=torch.Generator().manual_seed(self.seed),
             **kwargs,
-        )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"Expected `{name}` to be one of {sorted(choices)}, but got {value!r}. Choose one."
         )

@@ -1,0 +1,150 @@
+"""Batches of real images and of the generated ones that were made from them."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from saflex_lightning import AugmentedBatch
+from saflex_lightning.recipes.batches import normalize
+from saflex_lightning.recipes.folders import ClassFolders, FileImages
+from saflex_lightning.recipes.pool import Pool, draw_pool
+
+__all__ = ["MixedImages", "PairedBatches", "mix_seeds"]
+
+
+def mix_seeds(*numbers: int) -> int:
+    """Return one seed made from several non-negative numbers, such as (seed, epoch).
+
+    Args:
+        *numbers: Integers.
+
+    Returns:
+        A number in [0, 2**32).
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class MixedImages(Dataset[AugmentedBatch]):
+    """Real and generated images; an item is a whole batch, addressed by a list of rows.
+
+    Row numbers below the number of training images are those; the generated ones follow. They are
+    ``AugmentedBatch.index``, so they name an image across epochs and whatever subset was drawn.
+
+    Args:
+        real: Training images.
+        pool: Generated images.
+        image_size: See `FileImages`.
+    """
+
+    def __init__(self, real: ClassFolders, pool: Pool, image_size: int | None) -> None:
+        self.images = FileImages([*real.files, *pool.files], image_size)
+        self.num_real = len(real.files)
+        clean = torch.zeros(self.num_real, dtype=torch.int64)
+        self.target = torch.cat([real.target, pool.target])
+        self.group = torch.cat([clean, pool.group])
+        self.source = torch.cat([clean - 1, pool.source])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: list[int]) -> AugmentedBatch:
+        index = torch.tensor(rows)
+        position = {row: place for place, row in enumerate(rows)}
+        sources = self.source[index].tolist()
+        return AugmentedBatch(
+            inputs=normalize(torch.stack([self.images[row] for row in rows])),
+            target=self.target[index],
+            augmented=index >= self.num_real,
+            group=self.group[index],
+            index=index,
+            source=torch.tensor([position.get(source, -1) for source in sources]),
+        )
+
+
+class PairedBatches(DistributedSampler[list[int]]):
+    """Rows of training batches: shuffled clean rows, and behind them generated ones.
+
+    A generated row is in the batch of the clean row it was made from; those without a source are
+    shared out evenly. So the number of batches is that of the clean rows alone.
+
+    Args:
+        rows: Numbers of the training images in use.
+        num_real: Number of all training images, where the numbers of generated ones begin.
+        pool: Generated images.
+        wanted: See `draw_pool`.
+        redraw: Draw from the pool in each epoch anew.
+        batch: ``"union"`` keeps the clean rows; ``"replace"`` leaves out those that a generated
+            row was made from.
+        batch_size: Clean rows per batch and process.
+        seed: Seed of the order and of the draw.
+        share: ``num_replicas`` and ``rank`` of this process.
+    """
+
+    def __init__(
+        self,
+        rows: list[int],
+        num_real: int,
+        pool: Pool,
+        wanted: Tensor,
+        *,
+        redraw: bool,
+        batch: Literal["union", "replace"],
+        batch_size: int,
+        seed: int,
+        share: dict[str, int],
+    ) -> None:
+        super().__init__(
+            cast("Dataset[Any]", rows),  # only its length is asked for
+            num_replicas=share["num_replicas"],
+            rank=share["rank"],
+            seed=seed,
+        )
+        self.rows = rows
+        self.num_real = num_real
+        self.pool = pool
+        self.wanted = wanted
+        self.redraw = redraw
+        self.batch = batch
+        self.batch_size = batch_size
+        used = set(rows)
+        sources = pool.source.tolist()
+        self.usable = torch.tensor([source < 0 or source in used for source in sources])
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        places = cast("Iterator[int]", super().__iter__())
+        rows = [self.rows[place] for place in places]
+        pairs, free = self._share_out()
+        steps = len(self)
+        for step in range(steps):
+            clean = rows[step * self.batch_size : (step + 1) * self.batch_size]
+            made = [generated for row in clean for generated in pairs.get(row, ())]
+            made += free[step * len(free) // steps : (step + 1) * len(free) // steps]
+            if self.batch == "replace":
+                clean = [row for row in clean if row not in pairs]
+            yield [*clean, *made]
+
+    def _share_out(self) -> tuple[dict[int, list[int]], list[int]]:
+        """Return this epoch's generated rows by source, and this process's rows without one."""
+        drawn = draw_pool(
+            self.pool,
+            self.wanted,
+            usable=self.usable,
+            seed=mix_seeds(self.seed, self.epoch if self.redraw else 0),
+        )
+        sources = self.pool.source[drawn]
+        pairs: dict[int, list[int]] = defaultdict(list)
+        for source, place in zip(sources.tolist(), drawn.tolist(), strict=True):
+            pairs[source].append(self.num_real + place)
+        free = pairs.pop(-1, [])
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
+        order = torch.randperm(len(free), generator=generator)
+        mine = order[self.rank :: self.num_replicas].tolist()
+        return pairs, [free[place] for place in mine]

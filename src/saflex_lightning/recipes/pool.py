@@ -1,0 +1,222 @@
+"""A pool of generated images: what each one shows, what made it and from which training image."""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saflex_lightning.recipes.folders import ClassFolders, is_image
+
+__all__ = ["COLUMNS", "MANIFEST", "Pool", "PoolRow", "draw_pool", "read_pool"]
+
+MANIFEST = "manifest.csv"
+_SOURCE_IN_NAME = re.compile(r"(\d+)-\d+")
+
+
+class PoolRow(NamedTuple):
+    """One generated image, as a row of the manifest has it.
+
+    Attributes:
+        file: Path below the pool's folder.
+        label: Name of its class; the column is called ``class``.
+        source: The training image it was made from: a path below the folder of training images,
+            or the number of the image (see `ClassFolders`); empty where there is none.
+        generator: What made it.
+        prompt: With which words; ``{class}`` may stand for the class name.
+    """
+
+    file: str
+    label: str
+    source: str
+    generator: str
+    prompt: str
+
+
+COLUMNS = ("file", "class", *PoolRow._fields[2:])
+
+
+class Pool(NamedTuple):
+    """A pool of generated images.
+
+    Attributes:
+        files: Paths, in the order of the manifest or sorted.
+        target: Labels, ``(n,)`` int64.
+        source: Number of the training image each was made from, ``(n,)`` int64; -1 for none.
+        group: What made it, ``(n,)`` int64 from 1.
+        group_names: What each group stands for; the first is ``"clean"``.
+    """
+
+    files: list[Path]
+    target: Tensor
+    source: Tensor
+    group: Tensor
+    group_names: tuple[str, ...]
+
+
+def read_pool(
+    root: Path,
+    train: ClassFolders,
+    *,
+    has_sources: bool = True,
+    group_by: Literal["prompt", "generator"] = "prompt",
+) -> Pool:
+    """Read a pool of generated images and check it against the training images.
+
+    With a file ``{root}/manifest.csv``, the pool is the images that it lists; its columns are
+    ``file``, ``class``, ``source``, ``generator`` and ``prompt``. Otherwise it is every image in
+    ``{root}/.../{class}/{source}-{k}.png``: the folders between tell the prompt (and the strength
+    and guidance), ``source`` is the number of the training image.
+
+    Args:
+        root: Folder of the pool.
+        train: Training images.
+        has_sources: Whether the images were made from training images. If so, each must name its
+            source; if not (Text2Img), none is looked for.
+        group_by: What a group is: one prompt of one generator, or one generator. Without a
+            manifest the whole folder is one generator.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or a listed file is missing.
+        ValueError: If the pool is empty, the manifest lacks columns, or a row has an unknown
+            class, no source, or a source of another class.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"Expected a folder of generated images at {root}, but there is none. Make it with "
+            "`saflex-generate`, or pass another folder as `generated`."
+        )
+    manifest = root / MANIFEST
+    rows = list(_read_manifest(manifest) if manifest.is_file() else _read_folders(root))
+    if not rows:
+        raise ValueError(
+            f"Expected generated images in {root}, but there are none. Make them with "
+            "`saflex-generate`, or pass another folder as `generated`."
+        )
+    names = [_group_name(row, group_by) for row in rows]
+    group_names = ("clean", *sorted(set(names)))
+    target = [_find_label(row, root, train) for row in rows]
+    source = [-1] * len(rows)
+    if has_sources:
+        numbers = {file.relative_to(train.root).as_posix(): i for i, file in enumerate(train.files)}
+        source = [
+            _find_source(row, root, label, train, numbers)
+            for row, label in zip(rows, target, strict=True)
+        ]
+    return Pool(
+        files=[root / row.file for row in rows],
+        target=torch.tensor(target),
+        source=torch.tensor(source),
+        group=torch.tensor([group_names.index(name) for name in names]),
+        group_names=group_names,
+    )
+
+
+def draw_pool(pool: Pool, wanted: Tensor, *, usable: Tensor, seed: int) -> Tensor:
+    """Draw so many generated images of each class.
+
+    One image of each source comes before the second one of any.
+
+    Args:
+        pool: The pool.
+        wanted: How many of each class, ``(classes,)`` int64; all there are where it is more.
+        usable: False for images that must not be drawn, ``(n,)`` bool.
+        seed: Seed of the draw.
+
+    Returns:
+        Sorted positions in the pool.
+
+    Example:
+        >>> pool = Pool([], torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 6, 7]), *2 * [None])
+        >>> drawn = draw_pool(pool, torch.tensor([2, 1]), usable=torch.ones(4).bool(), seed=0)
+        >>> sorted(pool.source[drawn].tolist())
+        [5, 6, 7]
+    """
+    order = torch.randperm(len(pool.target), generator=torch.Generator().manual_seed(seed))
+    seen: dict[int, int] = {}
+    turns = []
+    for source in pool.source[order].tolist():
+        turns.append(seen.get(source, 0) if source >= 0 else 0)
+        seen[source] = turns[-1] + 1
+    order = order[torch.tensor(turns).argsort(stable=True)]
+    order = order[usable[order]]
+    drawn = [
+        order[pool.target[order] == label][:number] for label, number in enumerate(wanted.tolist())
+    ]
+    return torch.cat(drawn).sort().values
+
+
+def _read_manifest(manifest: Path) -> Iterator[PoolRow]:
+    with manifest.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        found = reader.fieldnames or []
+        if missing := sorted(set(COLUMNS) - set(found)):
+            raise ValueError(
+                f"Expected {manifest} to have the columns {list(COLUMNS)}, but {missing} are "
+                f"missing; it has {list(found)}. Add them; `source` may be left empty for images "
+                "that were not made from a training image."
+            )
+        for row in reader:
+            yield PoolRow(*((row[column] or "").strip() for column in COLUMNS))
+
+
+def _read_folders(root: Path) -> Iterator[PoolRow]:
+    for path in sorted(path for path in root.rglob("*") if is_image(path)):
+        file = path.relative_to(root)
+        *settings, label = file.parts[:-1] or [""]
+        match = _SOURCE_IN_NAME.fullmatch(path.stem)
+        source = match.group(1) if match else ""
+        yield PoolRow(file.as_posix(), label, source, root.name, "/".join(settings))
+
+
+def _group_name(row: PoolRow, group_by: Literal["prompt", "generator"]) -> str:
+    if group_by == "generator":
+        return row.generator
+    return f"{row.generator}: {row.prompt}" if row.prompt else row.generator
+
+
+def _find_label(row: PoolRow, root: Path, train: ClassFolders) -> int:
+    file = root / row.file
+    if row.label not in train.classes:
+        raise ValueError(
+            f"Expected the class of {file} to be one of {train.classes}, but got '{row.label}'. "
+            "Rename it to the class folder of the training images, or remove the image."
+        )
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"Expected every file that {root / MANIFEST} lists, but there is no {file}. Make it "
+            "again, or remove its row."
+        )
+    return train.classes.index(row.label)
+
+
+def _find_source(
+    row: PoolRow, root: Path, label: int, train: ClassFolders, numbers: dict[str, int]
+) -> int:
+    file = root / row.file
+    if not row.source:
+        raise ValueError(
+            f"Expected {file} to say from which training image it was made, but it does not. Name "
+            "it SOURCE-K.png with the number of the image, fill in the column `source` of "
+            f"{MANIFEST}, or set `has_sources` to false for images made from text alone."
+        )
+    number = numbers.get(row.source)
+    if number is None and row.source.isdecimal():
+        number = int(row.source)
+    if number is None or number >= len(train.files):
+        raise ValueError(
+            f"Expected {file} to be made from a training image, but its source '{row.source}' is "
+            f"neither a file below {train.root} nor the number of one of its {len(train.files)} "
+            "images. Give the folder of training images that the pool was made from."
+        )
+    if train.target[number] != label:
+        raise ValueError(
+            f"Expected {file} to show the class of its source, but image {number} of {train.root}, "
+            f"{train.files[number].name}, is of class '{train.classes[int(train.target[number])]}' "
+            f"and not of '{row.label}'. Give the folder of training images that the pool was made "
+            "from, with the same files."
+        )
+    return number

@@ -1,0 +1,48 @@
+"""ResNet-50: weights from a file, the range of its inputs, and what is refused."""
+
+import pytest
+import torch
+from torchvision.models import resnet50
+from torchvision.transforms.v2 import functional as F
+
+from saflex_lightning.recipes import ResNet50
+
+
+@pytest.fixture(scope="module")
+def imagenet():
+    """torchvision's network with a thousand classes and, for want of theirs, random weights."""
+    torch.manual_seed(1)
+    return resnet50().double().eval()
+
+
+@pytest.mark.parametrize("input_range", ["imagenet", "unit"])
+def test_weights_of_a_file_serve_below_the_last_layer(imagenet, input_range, tmp_path):
+    torch.save(imagenet.state_dict(), tmp_path / "resnet50.pth")
+    weights = str(tmp_path / "resnet50.pth")
+    network = ResNet50(1000, weights=weights, input_range=input_range).double().eval()
+    assert not network.fc.weight.equal(imagenet.fc.weight)
+    network.fc.load_state_dict(imagenet.fc.state_dict())
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    expected = images
+    if input_range == "imagenet":
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+        expected = F.normalize(images, mean.double().tolist(), std.double().tolist())
+    with torch.no_grad():
+        torch.testing.assert_close(network(2.0 * images - 1.0), imagenet(expected))
+    assert network.state_dict().keys() == imagenet.state_dict().keys()
+
+
+def test_file_of_another_network(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth' to be the state dict .* names differ"):
+        ResNet50(2, weights=str(tmp_path / "other.pth"))
+
+
+def test_neither_file_nor_name():
+    with pytest.raises(ValueError, match=r"'IMAGENET1K_V2'.* or the path of a file, but got"):
+        ResNet50(2, weights="absent")
+
+
+def test_unknown_input_range():
+    with pytest.raises(ValueError, match=r"`input_range` to be one of \['imagenet', 'unit'\]"):
+        ResNet50(2, input_range="byte")

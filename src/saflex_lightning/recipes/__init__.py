@@ -5,5 +5,15 @@ from saflex_lightning.recipes.data import MedMNISTDataModule
 from saflex_lightning.recipes.generated import GeneratedDataModule
 from saflex_lightning.recipes.resnet import ResNet18
 from saflex_lightning.recipes.resnet50 import ResNet50
+from saflex_lightning.recipes.tabular import SAINT, TabularDataModule, TabularMLP
 
-__all__ = ["Classifier", "GeneratedDataModule", "MedMNISTDataModule", "ResNet18", "ResNet50"]
+__all__ = [
+    "SAINT",
+    "Classifier",
+    "GeneratedDataModule",
+    "MedMNISTDataModule",
+    "ResNet18",
+    "ResNet50",
+    "TabularDataModule",
+    "TabularMLP",
+]

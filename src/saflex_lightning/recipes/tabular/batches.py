@@ -1,0 +1,156 @@
+"""Training batches of a table: whole batches at a time, since a row alone is too little work."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from saflex_lightning import AugmentedBatch
+from saflex_lightning.recipes.mixing import mixing_group
+from saflex_lightning.recipes.tabular.cutmix import (
+    MixedRows,
+    draw_ratio,
+    mix_columns,
+    replace_cells,
+)
+from saflex_lightning.recipes.tabular.table import TabularInputs
+
+__all__ = ["CleanTable", "CutMix", "TrainingTable", "as_it_is"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutMix:
+    """Settings of an upstream augmentation.
+
+    Attributes:
+        mix_labels: `mix_columns` instead of `replace_cells`.
+        probability: Of a cell to be replaced; with ``mix_labels``, of a batch to be mixed.
+        alpha: With ``mix_labels``, see `draw_ratio`.
+        num_groups: Bins of the share of changed cells that become groups.
+    """
+
+    mix_labels: bool = False
+    probability: float = 0.1
+    alpha: float = 1.0
+    num_groups: int = 4
+
+    def draw(
+        self, inputs: TabularInputs, target: Tensor, num_classes: int, generator: torch.Generator
+    ) -> MixedRows:
+        """Return one augmented row per clean row."""
+        if not self.mix_labels:
+            return replace_cells(inputs, target, probability=self.probability, generator=generator)
+        ratio = draw_ratio(alpha=self.alpha, probability=self.probability, generator=generator)
+        return mix_columns(
+            inputs, target, num_classes=num_classes, ratio=ratio, generator=generator
+        )
+
+    def group(self, changed: Tensor) -> Tensor:
+        """Return the strength bin of each row, 1 to ``num_groups``.
+
+        Bins have equal width from 0 to the largest share to expect: 1 where columns are mixed, and
+        twice the probability where single cells are replaced, beyond which lies the last bin.
+        """
+        return mixing_group(1.0 - (changed / self._largest).clamp(max=1.0), self.num_groups)
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """What each group stands for; the numbers are shares of changed cells in percent."""
+        edges = [100.0 * self._largest * n / self.num_groups for n in range(self.num_groups)]
+        bins = pairwise([*edges, 100.0])
+        return ("clean", *(f"cutmix_{low:.0f}_{high:.0f}" for low, high in bins))
+
+    @property
+    def _largest(self) -> float:
+        return 1.0 if self.mix_labels else min(1.0, 2.0 * self.probability)
+
+
+class CleanTable(Dataset[tuple[TabularInputs, Tensor]]):
+    """Rows and labels without augmentation."""
+
+    def __init__(self, inputs: TabularInputs, target: Tensor) -> None:
+        self.inputs = inputs
+        self.target = target
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, row: int) -> tuple[TabularInputs, Tensor]:
+        return TabularInputs(*(part[row] for part in self.inputs)), self.target[row]
+
+
+class TrainingTable(Dataset[AugmentedBatch]):
+    """Training batches, each augmented by draws that depend on (seed, epoch, its rows) alone.
+
+    Neither the number of loader workers nor what the training does with the global random state
+    changes them, so runs with and without SAFLEX see the same ones. Batches are addressed by lists
+    of ``(epoch, row)`` (see `EpochSampler`).
+
+    Args:
+        rows: The clean rows.
+        num_classes: Number of classes.
+        augmentation: None leaves all rows clean.
+        batch: ``"union"`` puts one augmented row per clean row behind the clean rows (Ding et al.
+            2024, Eq. 3); ``"replace"`` keeps the augmented rows alone.
+        seed: Seed of the augmentation.
+    """
+
+    def __init__(
+        self,
+        rows: CleanTable,
+        num_classes: int,
+        *,
+        augmentation: CutMix | None,
+        batch: Literal["union", "replace"],
+        seed: int,
+    ) -> None:
+        self.rows = rows
+        self.num_classes = num_classes
+        self.augmentation = augmentation
+        self.batch = batch
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> AugmentedBatch:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> AugmentedBatch:
+        """Return the batch of some ``(epoch, row)``; the loader asks for a whole one."""
+        index = torch.tensor([row for _, row in keys])
+        inputs = TabularInputs(*(part[index] for part in self.rows.inputs))
+        target = self.rows.target[index]
+        ones, none = torch.ones_like(index), torch.full_like(index, -1)
+        if self.augmentation is None:
+            return AugmentedBatch(inputs, target, ones < 0, ones * 0, index, none)
+        # No other batch of the epoch holds the first row.
+        draw = np.random.SeedSequence((self.seed, *keys[0])).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(draw[0]))
+        mixed = self.augmentation.draw(inputs, target, self.num_classes, generator)
+        group = self.augmentation.group(mixed.changed)
+        made = index + len(self)  # a row's augmented version is another row than itself
+        if self.batch == "replace":
+            return AugmentedBatch(mixed.inputs, mixed.target, ones > 0, group, made, none)
+        if mixed.target.ndim == 2:
+            target = F.one_hot(target, self.num_classes).float()
+        return AugmentedBatch(
+            inputs=TabularInputs(
+                *(torch.cat(parts) for parts in zip(inputs, mixed.inputs, strict=True))
+            ),
+            target=torch.cat([target, mixed.target]),
+            augmented=torch.cat([ones < 0, ones > 0]),
+            group=torch.cat([ones * 0, group]),
+            index=torch.cat([index, made]),
+            source=torch.cat([none, torch.arange(len(index))]),
+        )
+
+
+def as_it_is(batch: Any) -> Any:
+    """Return a batch that the dataset has already put together; the collate function."""
+    return batch

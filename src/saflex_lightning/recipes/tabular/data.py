@@ -1,0 +1,306 @@
+"""A tabular set as a Lightning datamodule: training batches and the rows that steer."""
+
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from saflex_lightning import AugmentedBatch
+from saflex_lightning.recipes.batches import EpochSampler
+from saflex_lightning.recipes.data import split_stratified
+from saflex_lightning.recipes.tabular.batches import CleanTable, CutMix, TrainingTable, as_it_is
+from saflex_lightning.recipes.tabular.csv_file import Roles
+from saflex_lightning.recipes.tabular.preprocessing import Preprocessing
+from saflex_lightning.recipes.tabular.sampling import ClassBatchSampler
+from saflex_lightning.recipes.tabular.sets import SetName, read_table
+from saflex_lightning.recipes.tabular.table import (
+    Table,
+    TabularInputs,
+    drop_duplicates,
+    split_rows,
+    take_rows,
+)
+
+__all__ = ["TabularDataModule"]
+
+CleanLoader = DataLoader[tuple[TabularInputs, Tensor]]
+
+
+class TabularDataModule(L.LightningDataModule):
+    """A tabular set, split by seed, with CutMix upstream and the rows that steer SAFLEX.
+
+    Rows are split at random into 65 % training, 15 % validation and 20 % test rows. Means,
+    deviations and level codes come from the training rows alone.
+
+    Args:
+        dataset: A set of the paper (see `SETS`), checked against its Table 5; None for a set of
+            your own.
+        path: The file (``.npz`` or ``.csv``) or its folder; None reads what ships with the
+            package: ``"qsar"`` and ``"arrhythmia"``.
+        target: CSV: the column to predict; None takes the named set's own roles.
+        categorical: CSV: columns of levels.
+        numeric: CSV: columns of numbers; None means all others.
+        num_numeric: Numeric columns that the model was built for; None skips the check.
+        cardinalities: Codes of each categorical column (its levels, and two for missing and
+            unseen) that the model was built for; None skips the check.
+        num_classes: Classes that the model was built for; None skips the check.
+        deduplicate: Keep one of rows that agree in everything, before they are split.
+        stratified: Split every class by itself, for classes with few rows.
+        augmentation: Upstream augmentation, drawn anew for each batch: ``"cutmix"`` replaces
+            single cells and keeps the label, ``"cutmix_columns"`` replaces columns and mixes
+            labels.
+        probability: Of a cell to be replaced; with ``"cutmix_columns"``, of a batch to be mixed.
+        alpha: With ``"cutmix_columns"``: the share of kept columns is Beta(alpha, alpha).
+        num_groups: Bins of the augmentation's strength that become groups of augmented rows.
+        batch: ``"union"``: clean rows, then one augmented row per clean row; ``"replace"``:
+            augmented rows only.
+        batch_size: Clean rows per step and process; a union batch has twice as many.
+        eval_batch_size: Rows per validation, test or plain steering batch and process.
+        steering: Rows that steer SAFLEX: ``"val"`` the validation rows, ``"split"`` a stratified
+            part of the training rows, which is then not trained on, ``"train"`` the clean
+            training rows.
+        steering_fraction: Share of the training rows that ``"split"`` takes, in (0, 1).
+        steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
+            every batch has rows of every class, in shares like those of the data but at least one;
+            ``"balanced"``: as many of each class.
+        steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
+        seed: Seed of the split, of the order of the rows and of the augmentation.
+        num_workers: Loader processes; 0 loads in the training process.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> data = TabularDataModule("qsar", batch_size=2)
+        >>> data.setup("fit")
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.inputs.numeric.shape, batch.source
+        (torch.Size([4, 41]), tensor([-1, -1,  0,  1]))
+    """
+
+    def __init__(
+        self,
+        dataset: SetName | None = "qsar",
+        path: str | None = None,
+        *,
+        target: str | None = None,
+        categorical: list[str] | None = None,
+        numeric: list[str] | None = None,
+        num_numeric: int | None = None,
+        cardinalities: list[int] | None = None,
+        num_classes: int | None = None,
+        deduplicate: bool = True,
+        stratified: bool = False,
+        augmentation: Literal["none", "cutmix", "cutmix_columns"] = "cutmix",
+        probability: float = 0.1,
+        alpha: float = 1.0,
+        num_groups: int = 4,
+        batch: Literal["union", "replace"] = "union",
+        batch_size: int = 256,
+        eval_batch_size: int = 1024,
+        steering: Literal["val", "split", "train"] = "val",
+        steering_fraction: float = 0.2,
+        steering_draw: Literal["plain", "stratified", "balanced"] = "plain",
+        steering_batch_size: int = 128,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_sizes(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            steering_batch_size=steering_batch_size,
+            num_groups=num_groups,
+        )
+        _check_shares(steering_fraction=steering_fraction, probability=probability)
+        if alpha <= 0.0:
+            raise ValueError(
+                f"Expected `alpha` to be positive, but got {alpha}. Pass 1.0 to draw shares evenly."
+            )
+        self.dataset: SetName | None = dataset
+        self.path = path
+        self.roles = None
+        if target is not None:
+            columns = None if numeric is None else tuple(numeric)
+            self.roles = Roles(target, tuple(categorical or ()), columns)
+        self.num_numeric = num_numeric
+        self.cardinalities = None if cardinalities is None else list(cardinalities)
+        self.num_classes = num_classes
+        self.deduplicate = deduplicate
+        self.stratified = stratified
+        self.augmentation = augmentation
+        self.probability = probability
+        self.alpha = alpha
+        self.num_groups = num_groups
+        self.batch: Literal["union", "replace"] = batch
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.steering = steering
+        self.steering_fraction = steering_fraction
+        self.steering_draw = steering_draw
+        self.steering_batch_size = steering_batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self._sampler: ClassBatchSampler | None = None
+        self._draws = 0  # steering batches drawn by the run that this one resumes
+        self._is_set_up = False
+
+    def setup(self, stage: str) -> None:
+        """Read the file once, split it, and set the steering rows aside."""
+        if self._is_set_up:
+            return
+        table = read_table(self.dataset, self.path, roles=self.roles)
+        self._check_model(table)
+        if self.deduplicate:
+            table = drop_duplicates(table)
+        train, val, test = split_rows(table, seed=self.seed, stratified=self.stratified)
+        steering = train
+        if self.steering == "split":
+            kept, carved = split_stratified(
+                torch.from_numpy(train.target), self.steering_fraction, self.seed
+            )
+            steering, train = take_rows(train, carved.numpy()), take_rows(train, kept.numpy())
+        prepare = Preprocessing(train)
+
+        def clean(rows: Table) -> CleanTable:
+            return CleanTable(prepare.transform(rows), torch.from_numpy(rows.target))
+
+        self.classes = table.classes
+        self._train, self._val, self._test = clean(train), clean(val), clean(test)
+        # The same object where the rows are the same, so that SAFLEX can tell.
+        same = {"val": self._val, "train": self._train}
+        self._steering = same.get(self.steering) or clean(steering)
+        self._is_set_up = True
+
+    def class_counts(self) -> Tensor:
+        """Return the number of training rows of each class, ``(classes,)`` int64."""
+        return self._train.target.bincount(minlength=len(self.classes))
+
+    def train_dataloader(self) -> DataLoader[AugmentedBatch]:
+        """Return the loader of training batches; its order is a function of seed and epoch."""
+        dataset = TrainingTable(
+            self._train,
+            len(self.classes),
+            augmentation=self._make_augmentation(),
+            batch=self.batch,
+            seed=self.seed,
+        )
+        # The sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
+        spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+        rank, world_size = self._share()
+        sampler = EpochSampler(dataset, num_replicas=world_size, rank=rank, seed=spread)
+        if len(sampler) < self.batch_size:
+            raise ValueError(
+                f"Expected `batch_size` to be at most {len(sampler)}, the training rows of one "
+                f"process, but got {self.batch_size}. Pass a smaller `batch_size`."
+            )
+        # The last, smaller batch is left out: its rows come in other epochs, and every step has
+        # the same size.
+        return self._make_loader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=as_it_is,
+            drop_last=True,
+        )
+
+    def saflex_group_names(self) -> tuple[str, ...]:
+        """Return what each value of ``AugmentedBatch.group`` stands for."""
+        augmentation = self._make_augmentation()
+        return ("clean",) if augmentation is None else augmentation.group_names
+
+    def saflex_dataloader(self) -> CleanLoader:
+        """Return the loader of the rows that steer SAFLEX, without augmentation."""
+        if self.steering_draw == "plain":
+            return self._make_loader(self._steering, batch_size=self.eval_batch_size)
+        rank, world_size = self._share()
+        self._sampler = ClassBatchSampler(
+            self._steering.target,
+            self.steering_batch_size,
+            balanced=self.steering_draw == "balanced",
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            start=self._draws,
+        )
+        return self._make_loader(self._steering, batch_sampler=self._sampler)
+
+    def val_dataloader(self) -> CleanLoader:
+        """Return the loader of the validation rows."""
+        return self._make_loader(self._val, batch_size=self.eval_batch_size)
+
+    def test_dataloader(self) -> CleanLoader:
+        """Return the loader of the test rows."""
+        return self._make_loader(self._test, batch_size=self.eval_batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many stratified or balanced steering batches were drawn, for a checkpoint."""
+        return {"steering_draws": self._draws if self._sampler is None else self._sampler.draws}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stopped."""
+        self._draws = state_dict["steering_draws"]
+
+    def _make_augmentation(self) -> CutMix | None:
+        if self.augmentation == "none":
+            return None
+        return CutMix(
+            mix_labels=self.augmentation == "cutmix_columns",
+            probability=self.probability,
+            alpha=self.alpha,
+            num_groups=self.num_groups,
+        )
+
+    def _share(self) -> tuple[int, int]:
+        """Return this process and the number of processes."""
+        # Without a trainer, or with one process, there is nothing to share out.
+        given = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        return given.get("rank", 0), given.get("num_replicas", 1)
+
+    def _make_loader(self, dataset: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # Otherwise each pass over a loader draws from the global random state.
+            generator=torch.Generator().manual_seed(self.seed),
+            **kwargs,
+        )
+
+    def _check_model(self, table: Table) -> None:
+        found = {
+            "num_numeric": table.numeric.shape[1],
+            "cardinalities": table.cardinalities,
+            "num_classes": len(table.classes),
+        }
+        for setting, value in found.items():
+            expected = getattr(self, setting)
+            if expected is not None and expected != value:
+                raise ValueError(
+                    f"Expected `{setting}` to be {value}, as in the file, but got {expected}. Set "
+                    f"`{setting}` of the data and of the model to {value}."
+                )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(
+                f"Expected `{name}` to be at least 1, but got {size}. Pass a positive number."
+            )
+
+
+def _check_shares(*, steering_fraction: float, probability: float) -> None:
+    if not 0.0 < steering_fraction < 1.0:
+        raise ValueError(
+            "Expected `steering_fraction` to be between 0 and 1, both excluded, but got "
+            f"{steering_fraction}. Pass 0.2 to steer by a fifth of the training rows."
+        )
+    if not 0.0 < probability <= 1.0:
+        raise ValueError(
+            f"Expected `probability` to be in (0, 1], but got {probability}. Pass "
+            "`augmentation`='none' to leave all rows as they are."
+        )

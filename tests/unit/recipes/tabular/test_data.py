@@ -1,0 +1,250 @@
+"""The data module: splits, batches, steering rows, reproducibility, bad settings."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.tables import make_table, write_csv, write_npz
+from torch.utils.data import DataLoader
+
+from saflex_lightning.batch import AugmentedBatch
+from saflex_lightning.recipes.tabular import TabularDataModule
+from saflex_lightning.recipes.tabular.table import take_rows
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return str(write_npz(tmp_path_factory.mktemp("tables") / "small.npz", make_table(200)))
+
+
+@pytest.fixture(scope="module")
+def rare_file(tmp_path_factory):
+    table = make_table(2000, positives=20)
+    return str(write_npz(tmp_path_factory.mktemp("tables") / "rare.npz", table))
+
+
+def set_up(path, **settings):
+    data = TabularDataModule(None, path, **{"batch_size": 20, **settings})
+    data.setup("fit")
+    return data
+
+
+def batches(data, epoch=0):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def leaves(batch):
+    return [*batch.inputs, *batch[1:]]
+
+
+def all_rows(loader):
+    parts = [torch.cat([inputs[0].double(), inputs[1].double()], 1) for inputs, _ in loader]
+    return {tuple(row) for row in torch.cat(parts).tolist()}
+
+
+def rows_of(dataset):
+    return all_rows(DataLoader(dataset, 16))
+
+
+class TestBatches:
+    @pytest.mark.parametrize("augmentation", ["cutmix", "cutmix_columns"])
+    def test_union_puts_one_augmented_row_behind_every_clean_one(self, file, augmentation):
+        data = set_up(file, augmentation=augmentation, probability=1.0)
+        batch = batches(data)[0]
+        assert isinstance(batch, AugmentedBatch)
+        numeric, categorical = batch.inputs
+        assert (numeric.dtype, numeric.shape) == (torch.float32, (40, 2))
+        assert (categorical.dtype, categorical.shape) == (torch.int64, (40, 2))
+        assert batch.augmented.tolist() == [False] * 20 + [True] * 20
+        assert batch.group[:20].eq(0).all()
+        assert batch.group[20:].ge(1).all()
+        assert batch.source.tolist() == [-1] * 20 + list(range(20))
+        assert batch.index[20:].equal(batch.index[:20] + 130)
+        plain = batches(set_up(file, augmentation="none"))[0]
+        assert numeric[:20].equal(plain.inputs.numeric)
+        assert categorical[:20].equal(plain.inputs.categorical)
+        assert not numeric[20:].equal(numeric[:20])
+        clean = batch.target[:20]
+        assert (clean if clean.ndim == 1 else clean.argmax(1)).equal(plain.target)
+
+    @pytest.mark.parametrize("augmentation", ["cutmix", "cutmix_columns"])
+    def test_replace_holds_the_augmented_rows_of_the_union(self, file, augmentation):
+        settings = {"augmentation": augmentation, "probability": 0.7, "seed": 3}
+        union = batches(set_up(file, **settings))[1]
+        batch = batches(set_up(file, **settings, batch="replace"))[1]
+        for one, other in zip(leaves(batch)[:-1], leaves(union)[:-1], strict=True):
+            assert one.equal(other[20:])
+        assert batch.source.tolist() == [-1] * 20
+
+    @pytest.mark.parametrize("batch", ["union", "replace"])
+    def test_without_augmentation_all_rows_are_clean(self, file, batch):
+        first = batches(set_up(file, augmentation="none", batch=batch))[0]
+        assert not first.augmented.any()
+        assert first.group.eq(0).all()
+        assert first.source.eq(-1).all()
+        assert first.target.dtype == torch.int64
+
+    def test_groups_are_bins_of_strength(self):
+        data = TabularDataModule("qsar", num_groups=3, augmentation="cutmix", batch_size=500)
+        data.setup("fit")
+        batch = batches(data)[0]
+        clean, mixed = batch.inputs.numeric.chunk(2)
+        share = (clean != mixed).float().mean(1)
+        group = batch.group[500:]
+        assert set(group.tolist()) == {1, 2, 3}
+        for number in (1, 2):
+            assert share[group == number].max() <= share[group == number + 1].min()
+        assert share[group == 1].max() < 0.2 / 3 < share[group == 2].min()
+        assert share[group == 2].max() < 0.4 / 3 <= share[group == 3].min()
+
+    def test_groups_have_names(self):
+        names = TabularDataModule(num_groups=2, probability=0.1).saflex_group_names()
+        assert names == ("clean", "cutmix_0_10", "cutmix_10_100")
+        columns = {"augmentation": "cutmix_columns", "num_groups": 2, "probability": 0.5}
+        names = TabularDataModule(**columns).saflex_group_names()
+        assert names == ("clean", "cutmix_0_50", "cutmix_50_100")
+        assert TabularDataModule(augmentation="none").saflex_group_names() == ("clean",)
+
+    def test_number_of_steps_depends_on_the_batch_size_alone(self, file):
+        for settings in ({}, {"batch": "replace"}, {"augmentation": "none"}):
+            assert len(batches(set_up(file, **settings))) == 130 // 20
+
+
+class TestReproducibility:
+    @pytest.mark.parametrize("augmentation", ["cutmix", "cutmix_columns"])
+    def test_batches_depend_on_seed_and_epoch_alone(self, file, augmentation):
+        settings = {"augmentation": augmentation, "seed": 5}
+        first = batches(set_up(file, **settings), epoch=2)
+        torch.manual_seed(99)
+        data = set_up(file, **settings)
+        batches(data, epoch=1)
+        again = batches(data, epoch=2)
+        workers = batches(set_up(file, **settings, num_workers=1), epoch=2)
+        for one, two, three in zip(first, again, workers, strict=True):
+            for a, b, c in zip(leaves(one), leaves(two), leaves(three), strict=True):
+                assert a.equal(b)
+                assert a.equal(c)
+        other = batches(data, epoch=3)[0]
+        assert not first[0].index.equal(other.index)
+
+    def test_a_row_is_augmented_anew_in_every_epoch(self, file):
+        data = set_up(file, batch_size=130)
+
+        def by_index(epoch):
+            (batch,) = batches(data, epoch)
+            return batch.inputs.numeric[batch.index.argsort()]
+
+        one, other = by_index(0), by_index(1)
+        assert one[:130].equal(other[:130])
+        assert not one[130:].equal(other[130:])
+
+    def test_passes_leave_the_global_random_state_alone(self, rare_file):
+        data = set_up(rare_file, stratified=True, steering_draw="stratified")
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        batches(data)
+        list(data.saflex_dataloader())
+        list(data.val_dataloader())
+        assert torch.rand(3).equal(expected)
+
+    def test_processes_share_the_rows(self, file):
+        rows = []
+        for rank in range(2):
+            data = set_up(file, batch_size=13, augmentation="none")
+            share = {"num_replicas": 2, "rank": rank}
+            data.trainer = SimpleNamespace(distributed_sampler_kwargs=share)
+            rows += [int(index) for batch in batches(data) for index in batch.index]
+        assert sorted(rows) == list(range(130))
+
+
+class TestSplit:
+    def test_parts_share_no_row(self, file):
+        data = set_up(file, steering="split", augmentation="none", batch_size=1)
+        parts = [
+            all_rows((batch.inputs, None) for batch in batches(data)),
+            all_rows(data.saflex_dataloader()),
+            all_rows(data.val_dataloader()),
+            all_rows(data.test_dataloader()),
+        ]
+        assert [len(part) for part in parts] == pytest.approx([104, 26, 30, 40], abs=1)
+        assert len(set().union(*parts)) == 200
+
+    def test_duplicates_go_before_the_split_unless_they_are_wanted(self, tmp_path):
+        table = make_table(100)
+        twice = take_rows(table, torch.arange(100).repeat(2).numpy())
+        path = str(write_npz(tmp_path / "twice.npz", twice))
+        data = set_up(path)
+        train, test = (rows_of(part) for part in (data._train, data._test))
+        assert len(train) == 65
+        assert not train & test
+        data = set_up(path, deduplicate=False)
+        train, test = (rows_of(part) for part in (data._train, data._test))
+        assert train & test
+
+    def test_class_counts_are_those_of_the_training_rows(self, rare_file):
+        assert set_up(rare_file, stratified=True).class_counts().tolist() == [1287, 13]
+
+
+class TestSteering:
+    def test_val_gives_the_dataset_that_validates(self, file):
+        data = set_up(file)
+        assert data.saflex_dataloader().dataset is data.val_dataloader().dataset
+
+    def test_train_gives_the_clean_training_rows(self, file):
+        data = set_up(file, steering="train", augmentation="none", batch_size=1)
+        trained = all_rows((batch.inputs, None) for batch in batches(data))
+        assert all_rows(data.saflex_dataloader()) == trained
+
+    @pytest.mark.parametrize(("draw", "positives"), [("stratified", 1), ("balanced", 10)])
+    def test_no_batch_misses_a_rare_class(self, rare_file, draw, positives):
+        settings = {"stratified": True, "steering_batch_size": 20}
+        plain = set_up(rare_file, **settings, eval_batch_size=20).saflex_dataloader()
+        assert [int(target.sum()) for _, target in plain].count(0) >= 12  # of 15, 3 positives
+        loader = set_up(rare_file, **settings, steering_draw=draw).saflex_dataloader()
+        assert [int(target.sum()) for _, target in loader] == [positives] * 15
+
+    def test_a_checkpoint_remembers_the_draws(self, rare_file):
+        settings = {"stratified": True, "steering_draw": "balanced"}
+        data = set_up(rare_file, **settings)
+        assert data.state_dict() == {"steering_draws": 0}
+        loader = iter(data.saflex_dataloader())
+        drawn = [next(loader)[0][0] for _ in range(2)]
+        assert data.state_dict() == {"steering_draws": 2}
+        resumed = set_up(rare_file, **settings)
+        resumed.load_state_dict({"steering_draws": 1})
+        assert next(iter(resumed.saflex_dataloader()))[0][0].equal(drawn[1])
+        assert not drawn[0].equal(drawn[1])
+
+
+def test_a_csv_of_ones_own(tmp_path):
+    file = str(write_csv(tmp_path / "mine.csv", make_table(200)))
+    roles = {"target": "answer", "categorical": ["colour", "size"]}
+    data = set_up(file, **roles, num_numeric=2, cardinalities=[5, 4], num_classes=2)
+    assert data.classes == ("no", "yes")
+    assert all_rows(data.test_dataloader())
+    data = set_up(file, target="answer", numeric=["height"])
+    assert batches(data)[0].inputs.numeric.shape == (40, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
+        ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1"),
+        ({"steering_batch_size": 0}, "`steering_batch_size` to be at least 1"),
+        ({"num_groups": 0}, "`num_groups` to be at least 1"),
+        ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
+        ({"probability": 0.0}, r"`probability` to be in \(0, 1\], but got 0.0"),
+        ({"alpha": 0.0}, "`alpha` to be positive, but got 0.0"),
+        ({"num_numeric": 3}, "`num_numeric` to be 2, as in the file, but got 3"),
+        ({"cardinalities": [3, 2]}, r"`cardinalities` to be \[5, 4\], .* but got \[3, 2\]"),
+        ({"num_classes": 3}, "`num_classes` to be 2, as in the file, but got 3"),
+        ({"batch_size": 131}, "`batch_size` to be at most 130"),
+    ],
+)
+def test_bad_settings(file, settings, message):
+    with pytest.raises(ValueError, match=message):
+        set_up(file, **settings).train_dataloader()

@@ -1,6 +1,6 @@
 """The callback: checks the set-up, arms the module before each training step, logs after it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -8,7 +8,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from .checks import check_fit, check_rows, find_steering_loader, first_loader, other_roles
+from .checks import (
+    check_fit,
+    check_rows,
+    count_batches,
+    find_group_names,
+    find_steering_loader,
+    first_loader,
+    other_roles,
+)
 from .functional import (
     PRESETS,
     EngineName,
@@ -60,6 +68,10 @@ class SAflexCallback(pl.Callback):
         num_workers: Worker processes that load validation batches, where the loader is not given.
         cache_on_device: Keep the validation rows on the device: True, False, or ``"auto"`` for
             under 256 MB.
+        gates: Learn for each group of augmented rows (`AugmentedBatch.group`) whether it helps, and
+            replace rows of harmful groups by the clean rows they were made from. The rows are
+            written in the batch's own tensors, so a loader must not yield the same tensors twice;
+            its length must be known, and the groups named by ``saflex_group_names()``.
         seed: Seed of the order of validation rows and of Gumbel noise; None follows
             ``seed_everything``.
 
@@ -89,6 +101,7 @@ class SAflexCallback(pl.Callback):
         params: list[str] | None = None,
         num_workers: int = 0,
         cache_on_device: bool | Literal["auto"] = "auto",
+        gates: bool = False,
         seed: int | None = None,
     ) -> None:
         self.preset = make_preset(
@@ -122,12 +135,17 @@ class SAflexCallback(pl.Callback):
                 f"Expected `cache_on_device` to be True, False or 'auto', but got "
                 f"{cache_on_device!r}. Choose one."
             )
+        if gates not in {True, False}:
+            raise ValueError(
+                f"Expected `gates` to be True or False, but got {gates!r}. Choose one."
+            )
         self.preset_name = preset
         self.every_n_steps = every_n_steps
         self.start_epoch = start_epoch
         self.params = params
         self.num_workers = num_workers
         self.cache_on_device: bool | str = cache_on_device
+        self.gates = gates
         self.seed = seed
         self.val_batch_size = val_batch_size
         self._given_loader = val_dataloader
@@ -140,11 +158,13 @@ class SAflexCallback(pl.Callback):
             seed=self.seed,
             batch_size=self.val_batch_size,
             cache=self.cache_on_device,
+            gates=self.gates,
         )
         self._armed: SAflexStep | None = None
         self._armed_steps = 0
         self._loss_calls = 0
         self._skipped_steps = torch.zeros((), dtype=torch.long)
+        self._group_names: Sequence[str] = ()
         self._warned: set[str] = set()
 
     # Once per fit
@@ -152,7 +172,7 @@ class SAflexCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything runs."""
         if stage == "fit":
-            check_fit(trainer, pl_module, self.preset, self.params)
+            check_fit(trainer, pl_module, self.preset, self.params, gates=self.gates)
             self._begin()  # a checkpoint's state is loaded after this hook
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -160,7 +180,9 @@ class SAflexCallback(pl.Callback):
         self._loader = find_steering_loader(trainer, pl_module, self._given_loader)
         if self._loader is not None:
             check_rows(self._loader, self.val_batch_size, trainer.world_size)
-        rank_zero_info(_describe(self.preset, self.preset_name))
+        if self.gates:
+            self._group_names = find_group_names(trainer, pl_module)
+        rank_zero_info(_describe(self.preset, self.preset_name, gates=self.gates))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fall back on the Trainer's validation data; warn where steering rows also select."""
@@ -176,6 +198,8 @@ class SAflexCallback(pl.Callback):
             params=self.params,
             num_workers=self.num_workers if owned else None,
             keep_batch_size=self._given_loader is not None,
+            group_names=self._group_names,
+            num_batches=count_batches(trainer) if self.gates else 0,
         )
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -225,6 +249,7 @@ class SAflexCallback(pl.Callback):
         if step.options_seen is None:
             return
         self._loss_calls += 1
+        self._steering.end(step)
         self._steering.use_options(step.options_seen)
         if step.solutions:
             self._warn_if_under_parameterised(step)
@@ -245,6 +270,8 @@ class SAflexCallback(pl.Callback):
 
     def _log_metrics(self, pl_module: pl.LightningModule, step: SAflexStep) -> None:
         values: dict[str, Any] = dict(step.metrics)
+        if step.gates is not None:
+            values.update(step.gates.metrics())
         values["val_gradient_norm"] = self._steering.gradient.norm
         values["solve_seconds"] = step.seconds
         values["skipped_steps"] = self._skipped_steps.float()
@@ -341,12 +368,13 @@ class SAflexCallback(pl.Callback):
             pl_module._saflex_step = None
 
 
-def _describe(preset: Preset, name: str) -> str:
+def _describe(preset: Preset, name: str, *, gates: bool) -> str:
     learned = [
         what
         for what, is_learned in (
             ("sample weights", preset.weight_rule != "ones"),
             ("soft labels", preset.label_rule != "keep"),
+            ("gates", gates),
         )
         if is_learned
     ]

@@ -1,6 +1,6 @@
 """Everything that can be known to be wrong before a step is taken, said at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,13 +9,24 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 
 from .engines import UnsupportedModelError, make_engine
 from .functional import Preset
+from .gating import find_last_layer
 from .mixin import SAflexMixin
 from .validation import count_rows, same_rows
 
-__all__ = ["check_fit", "check_rows", "find_steering_loader", "first_loader", "other_roles"]
+__all__ = [
+    "check_fit",
+    "check_rows",
+    "count_batches",
+    "find_group_names",
+    "find_steering_loader",
+    "first_loader",
+    "other_roles",
+]
 
 
-def check_fit(trainer: Any, module: Any, preset: Preset, params: list[str] | None) -> None:
+def check_fit(
+    trainer: Any, module: Any, preset: Preset, params: list[str] | None, *, gates: bool
+) -> None:
     """Collect every incompatibility of Trainer, module and settings, and raise once.
 
     Args:
@@ -23,6 +34,7 @@ def check_fit(trainer: Any, module: Any, preset: Preset, params: list[str] | Non
         module: Its module.
         preset: The settings.
         params: Name patterns of the matched parameters.
+        gates: Whether the gates are to be used.
 
     Raises:
         MisconfigurationException: If anything does not fit; the message lists all of it.
@@ -37,6 +49,7 @@ def check_fit(trainer: Any, module: Any, preset: Preset, params: list[str] | Non
     problems += _precision_problems(trainer, preset)
     if isinstance(module, SAflexMixin):
         problems += _engine_problems(module, preset, params)
+        problems += _gate_problems(module) if gates else ()
     if problems:
         raise MisconfigurationException("\n".join(problems))
 
@@ -76,6 +89,64 @@ def _engine_problems(
         make_engine(preset.engine, module, params=params, head=module.saflex_head())
     except (UnsupportedModelError, ValueError) as error:
         yield str(error)
+
+
+def _gate_problems(module: SAflexMixin) -> Iterator[str]:
+    assert isinstance(module, pl.LightningModule)
+    try:
+        find_last_layer(module, module.saflex_head())
+    except UnsupportedModelError as error:
+        yield str(error)
+
+
+def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[str]:
+    """Return the name of every group of training rows, from a `saflex_group_names` hook.
+
+    Args:
+        trainer: The Trainer; the hook of its datamodule is asked first.
+        module: Its module.
+
+    Returns:
+        At least two names, the first for clean rows.
+
+    Raises:
+        MisconfigurationException: If there is no hook, no augmented group, or a name twice.
+    """
+    names: Any = None
+    for owner in (trainer.datamodule, module):  # type: ignore[attr-defined]
+        hook = getattr(owner, "saflex_group_names", None)
+        if names is None and callable(hook):
+            names = hook()
+    if names is None or len(names) < 2 or len(set(names)) < len(names):
+        raise MisconfigurationException(
+            "Expected `saflex_group_names()` of the datamodule or module to name the groups of "
+            "`AugmentedBatch.group` for `gates=True`, the clean rows first, each once, but got "
+            f"{names if names is None else list(names)}. Return names such as "
+            "('clean', 'Rotate', 'Invert'), or pass `gates=False`."
+        )
+    return names
+
+
+def count_batches(trainer: pl.Trainer) -> float:
+    """Return how many training batches the whole training has.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+
+    Returns:
+        A number of batches.
+
+    Raises:
+        MisconfigurationException: If nothing limits the training.
+    """
+    batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    if batches == float("inf"):
+        raise MisconfigurationException(
+            "Expected the length of training to be known for `gates=True`, whose warm-up is a "
+            "tenth of it, but neither `max_steps` nor `max_epochs` with a sized dataloader limits "
+            "it. Set `max_steps` of the Trainer, or pass `gates=False`."
+        )
+    return batches
 
 
 def find_steering_loader(trainer: pl.Trainer, module: pl.LightningModule, given: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a LightningModule needs so that a training step can be refined."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,16 @@ class SAflexMixin:
         """
         return None
 
+    def saflex_group_names(self) -> Sequence[str] | None:
+        """Return what each value of ``AugmentedBatch.group`` stands for, for ``gates=True``.
+
+        A datamodule that has this method is asked first.
+
+        Returns:
+            One name per group, the first for clean rows; None where it is not known.
+        """
+        return None
+
     def saflex_val_batch(self, batch: Any) -> tuple[Any, Tensor | None]:
         """Return inputs and target of a validation batch; override it for other layouts.
 
@@ -103,6 +114,8 @@ class SAflexMixin:
             inside = time.perf_counter() - begun
             return scores
 
+        if step.gates is not None:
+            forward = step.gates.watched(forward)
         probe, step.probed_rows = None, None
         if isinstance(step.batch, AugmentedBatch) and not self.saflex_rows_interact:
             mask = step.batch.augmented
@@ -122,6 +135,7 @@ class SAflexMixin:
         target: Tensor | None = None,
         *,
         augmented: Tensor | None = None,
+        group: Tensor | None = None,
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         **unsupported: Any,
@@ -140,6 +154,8 @@ class SAflexMixin:
                 features were gathered).
             augmented: True where a row is refined, ``(batch,)`` bool; None refines every row. An
                 `AugmentedBatch` brings its own mask, and then this must be None.
+            group: What made each row, ``(batch,)`` int64, 0 for clean rows; read with
+                ``gates=True`` where the batch is not an `AugmentedBatch`, which brings its own.
             class_weight: ``(classes,)``; enters the validation gradient too, from the second
                 refined step on (the first one keeps plain weights).
             label_smoothing: In [0, 1); likewise.
@@ -160,7 +176,7 @@ class SAflexMixin:
         if step is None or not torch.is_grad_enabled():
             return mean_cross_entropy(logits, target, options)
         started = time.perf_counter()
-        loss = step.refine(logits, target, options, augmented)
+        loss = step.refine(logits, target, options, augmented, group)
         if step.solutions:
             one = isinstance(logits, Tensor)
             self.saflex_solution = step.solutions[0] if one else step.solutions
@@ -178,7 +194,8 @@ def _unsupported_message(options: dict[str, Any]) -> str:
     names = sorted(options)
     hints = [advice[name] for name in names if name in advice] or ["Remove them."]
     return (
-        "Expected `saflex_loss` options `augmented`, `class_weight` and `label_smoothing`, but got "
+        "Expected `saflex_loss` options `augmented`, `group`, `class_weight` and "
+        "`label_smoothing`, but got "
         + ", ".join(f"`{name}`" for name in names)
         + ". "
         + " ".join(hints)

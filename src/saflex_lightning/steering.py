@@ -1,6 +1,7 @@
 """What one fit knows about its validation data: the stream, the engine and the direction."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,8 +11,9 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from .engines import Engine, RowSubset, Scores, adam_second_moments, make_engine
+from .engines import Engine, RowSubset, Scores, adam_second_moments, evaluate, make_engine
 from .functional import Preset, ReduceSum, check_target
+from .gating import Gates
 from .mixin import SAflexMixin
 from .step import LossOptions, SAflexStep, call_scores, mean_cross_entropy
 from .validation import ValidationGradient, ValidationStream, count_rows, is_plain, mix_seed
@@ -19,6 +21,7 @@ from .validation import ValidationGradient, ValidationStream, count_rows, is_pla
 __all__ = ["Steering"]
 
 _STATE_VERSION = 1
+_GATES = 1  # keeps the gates' draws apart from the Gumbel noise of the same step
 
 
 class Steering:
@@ -30,12 +33,20 @@ class Steering:
         batch_size: Validation rows per batch and process; None means the preset's share of the
             first training batch.
         cache: See `ValidationStream`.
+        gates: See `Gates`.
     """
 
     def __init__(
-        self, preset: Preset, *, seed: int | None, batch_size: int | None, cache: bool | str
+        self,
+        preset: Preset,
+        *,
+        seed: int | None,
+        batch_size: int | None,
+        cache: bool | str,
+        gates: bool,
     ) -> None:
         self.preset = preset
+        self.gates = Gates() if gates else None
         self.gradient = ValidationGradient(preset)
         self._seed = seed
         self._batch_size = batch_size
@@ -55,6 +66,8 @@ class Steering:
         params: list[str] | None,
         num_workers: int | None,
         keep_batch_size: bool,
+        group_names: Sequence[str],
+        num_batches: float,
     ) -> None:
         """Take the model and the validation rows of a fit.
 
@@ -64,6 +77,8 @@ class Steering:
             params: Name patterns of the matched parameters.
             num_workers: See `ValidationStream`.
             keep_batch_size: Use the loader's own batch size.
+            group_names: Name of every group of training rows; read by the gates.
+            num_batches: Training batches of the whole training; read by the gates.
         """
         assert isinstance(module, SAflexMixin)
         self.engine: Engine = make_engine(
@@ -72,6 +87,15 @@ class Steering:
         self._rows = RowSubset(module)
         self._loader, self._workers, self._keep_size = loader, num_workers, keep_batch_size
         self.gradient.to(module.device)
+        if self.gates is not None:
+            self.gates.start(
+                module,
+                module.saflex_head(),
+                names=group_names,
+                num_batches=num_batches,
+                num_rows=count_rows(loader),
+                device=module.device,
+            )
 
     def arm(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, *, active: bool
@@ -95,24 +119,12 @@ class Steering:
         reduce_sum = _make_reduce_sum(trainer)
         if self._stream is None:
             self._stream = self._open(trainer, module, batch)
-        if self.gradient.is_due(number):
-            inputs, target = module.saflex_val_batch(self._stream.draw())
-            # The Trainer's context sets the default dtype of tensors that a forward makes.
-            with trainer.precision_plugin.val_step_context():
-                gradient = self.engine.gradient(
-                    lambda: call_scores(module, inputs), lambda scores: self._loss(scores, target)
-                )
-            moments = None
-            if self.preset.precondition:
-                moments = adam_second_moments(self.engine.params, trainer.optimizers)
-            self.gradient.refresh(
-                number,
-                gradient,
-                moments,
-                reduce_sum=reduce_sum,
-                world_size=trainer.world_size,
-            )
         seed = mix_seed(self._seed or 0, number, trainer.global_rank)
+        if self.gates is not None:
+            generator = torch.Generator().manual_seed(mix_seed(seed, _GATES))
+            self.gates.begin(batch, generator)
+        if self.gates is not None or self.gradient.is_due(number):
+            self._look(trainer, module, self._stream, number, reduce_sum)
         return SAflexStep(
             preset=self.preset,
             engine=self.engine,
@@ -123,10 +135,63 @@ class Steering:
             num_classes=self._num_classes,
             batch=batch,
             generator=torch.Generator().manual_seed(seed),
+            gates=self.gates,
             world_size=trainer.world_size,
             reduce_sum=reduce_sum,
             seconds=time.perf_counter() - started,
         )
+
+    def _look(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        stream: ValidationStream,
+        number: int,
+        reduce_sum: ReduceSum | None,
+    ) -> None:
+        """Draw a validation batch; refresh the gradient where due, show it to the gates."""
+        assert isinstance(module, SAflexMixin)
+        inputs, target = module.saflex_val_batch(stream.draw())
+        forward: Callable[[], Scores] = lambda: call_scores(module, inputs)  # noqa: E731
+        if self.gates is not None:
+            forward = self.gates.watched(forward)
+        # The Trainer's context sets the default dtype of tensors that a forward makes.
+        with trainer.precision_plugin.val_step_context():
+            if self.gradient.is_due(number):
+                gradient = self.engine.gradient(forward, lambda scores: self._loss(scores, target))
+            else:
+                gradient = None
+                evaluate(module, forward)
+        if gradient is not None:
+            moments = None
+            if self.preset.precondition:
+                moments = adam_second_moments(self.engine.params, trainer.optimizers)
+            self.gradient.refresh(
+                number,
+                gradient,
+                moments,
+                reduce_sum=reduce_sum,
+                world_size=trainer.world_size,
+            )
+        if self.gates is not None:
+            self.gates.add_validation(
+                lambda scores: self._loss(scores, target),
+                target,
+                reduce_sum=reduce_sum,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+
+    def end(self, step: SAflexStep) -> None:
+        """Take in what a training batch has shown, once its loss is known.
+
+        Args:
+            step: What `arm` returned.
+        """
+        if self.gates is not None:
+            started = time.perf_counter()
+            self.gates.end(self._batches - 1, step.reduce_sum)
+            step.seconds += time.perf_counter() - started
 
     def next_batch_number(self) -> int:
         """Return how many training batches were seen.
@@ -144,6 +209,8 @@ class Steering:
         """
         if not self._options.same_kind(options):
             self.gradient = ValidationGradient(self.preset)
+            if self.gates is not None:
+                self.gates.forget_validation()
         self._options = options
 
     def close(self) -> None:
@@ -168,6 +235,7 @@ class Steering:
             "options": tuple(self._options),
             "gradient": self.gradient.state_dict(),
             "num_classes": self._num_classes,
+            "gates": None if self.gates is None else self.gates.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -192,6 +260,8 @@ class Steering:
         self._options = LossOptions(*state["options"])
         self._num_classes = state["num_classes"]
         self.gradient.load_state_dict(state["gradient"])
+        if self.gates is not None and state["gates"] is not None:
+            self.gates.load_state_dict(state["gates"])
 
     def _open(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any

@@ -1,6 +1,6 @@
 """One training step: what the callback hands to the module, and what the loss does with it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from .functional import (
     solve,
     weighted_mean,
 )
+from .gating import Gates
 
 __all__ = [
     "HasScores",
@@ -85,6 +86,7 @@ class SAflexStep:
     num_classes: int
     batch: Any
     generator: torch.Generator
+    gates: Gates | None = None
     world_size: int = 1
     reduce_sum: ReduceSum | None = None
     seconds: float = 0.0
@@ -107,6 +109,7 @@ class SAflexStep:
         target: Tensor | None,
         options: LossOptions,
         augmented: Tensor | None = None,
+        group: Tensor | None = None,
     ) -> Tensor:
         """Solve every task, keep what was learned, and return the mean of their losses.
 
@@ -115,6 +118,7 @@ class SAflexStep:
             target: As for `SAflexMixin.saflex_loss`.
             options: Options of the loss.
             augmented: Mask given by the caller.
+            group: Groups given by the caller.
 
         Returns:
             Scalar; plain cross-entropy where the validation gradient was made with other options.
@@ -125,7 +129,7 @@ class SAflexStep:
         if not self.options.same_kind(options):
             return mean_cross_entropy(logits, target, options)
         tasks = [
-            self._refine_task(scores, tangent, target, options, augmented)
+            self._refine_task(scores, tangent, target, options, augmented, group)
             for scores, tangent in zip(as_tuple(logits), tangents, strict=True)
         ]
         losses, self.solutions, metrics = zip(*tasks, strict=True)
@@ -166,6 +170,34 @@ class SAflexStep:
             )
         return augmented
 
+    def _groups(self, batch_size: int, group: Tensor | None) -> Tensor | None:
+        """Return the group of every row, or None where nobody tells.
+
+        Args:
+            batch_size: Rows that were scored.
+            group: The caller's own; not beside an `AugmentedBatch`, which has them.
+
+        Returns:
+            ``(batch,)`` int64 or None.
+
+        Raises:
+            ValueError: If there are two of them, or they have another length or dtype.
+        """
+        if isinstance(self.batch, AugmentedBatch):
+            if group is not None:
+                raise ValueError(
+                    "Expected `group` to be None beside an `AugmentedBatch`, but got a second one. "
+                    "Change the groups in the batch."
+                )
+            group = self.batch.group
+        if group is not None and (group.shape != (batch_size,) or group.dtype != torch.int64):
+            raise ValueError(
+                f"Expected `group` to be an int64 tensor of shape ({batch_size},), but got "
+                f"{group.dtype} of shape {tuple(group.shape)}. Pass one entry per row of the "
+                "logits."
+            )
+        return group
+
     def _refine_task(
         self,
         scores: Tensor,
@@ -173,6 +205,7 @@ class SAflexStep:
         target: Tensor | None,
         options: LossOptions,
         augmented: Tensor | None,
+        group: Tensor | None,
     ) -> tuple[Tensor, SAflexSolution, dict[str, Tensor]]:
         """Solve one task and return its loss, its solution and what the solution did."""
         contrastive = target is None
@@ -182,6 +215,10 @@ class SAflexStep:
         reduce_sum = None if own_pairs else self.reduce_sum
         check_target(target, scores, values=target.device.type == "cpu")
         mask = self._augmented_rows(scores.shape[0], augmented)
+        gated = None
+        if self.gates is not None:
+            gated = self.gates.take(mask, self._groups(scores.shape[0], group), scores.shape[0])
+            mask = gated.augmented
         with torch.no_grad():
             probs = torch.softmax(
                 scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)
@@ -204,6 +241,10 @@ class SAflexStep:
                 generator=self.generator,
                 reduce_sum=reduce_sum,
             )
+            if self.gates is not None and gated is not None:
+                weights = self.gates.reweigh(solution.weights, gated, self.reduce_sum)
+                solution = replace(solution, weights=weights)
+                self.gates.note(probs, target, gated, *options)
             share = solution.weights
             if options.class_weight is not None and target.ndim == 1:
                 share = share * options.class_weight[target]  # as F.cross_entropy averages
@@ -211,6 +252,8 @@ class SAflexStep:
             if self.reduce_sum is not None:
                 total = self.reduce_sum(total)
             metrics = solution_metrics(solution, target, mask)
+            if gated is not None:
+                metrics["kept_fraction"] = metrics["kept_fraction"] * gated.left_fraction
         losses = soft_cross_entropy(
             scores,
             solution.soft_labels,

@@ -27,6 +27,7 @@ GROUPS = {
 }
 METHODS = (
     "no_aug",
+    "saflex_gates",
     "saflex_paper",
     "saflex_robust",
     "soft_augmentation",
@@ -150,6 +151,7 @@ def test_combinations_compose_and_instantiate(tmp_path, method, augmentation):
         ("train_plus_val", "randaugment", "union", None),
         ("soft_augmentation", "soft_crop", "replace", None),
         ("saflex_paper", "randaugment", "union", "paper"),
+        ("saflex_gates", "randaugment", "union", "robust"),
         ("saflex_robust", "randaugment", "union", "robust"),
     ],
 )

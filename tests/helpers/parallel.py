@@ -37,10 +37,11 @@ class Refined(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Parameters after the training, and what each step refined."""
+    """Parameters after the training, what each step refined, and the state of the gates."""
 
     parameters: dict[str, torch.Tensor]
     refined: list[Refined]
+    gates: dict[str, Any] | None
 
 
 class Watched(Classifier):
@@ -49,6 +50,9 @@ class Watched(Classifier):
     def __init__(self, *, dtype):
         super().__init__(plain=True, dtype=dtype, optimizer="sgd", lr=0.1)
         self.refined = []
+
+    def saflex_group_names(self):
+        return ("clean", "first", "second")
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -110,6 +114,15 @@ def mixed(inputs, target, place):
     return inputs, 0.7 * labels + 0.3 * labels.roll(1, -1)
 
 
+def grouped(inputs, target, place, *, wrong):
+    """Clean and augmented rows by turns; two groups; the clean or the augmented labels wrong."""
+    augmented = place % 2 == 1
+    moved = augmented == (wrong == "augmented")
+    batch = augmented_where(augmented, inputs, torch.where(moved, target + 1, target) % NUM_CLASSES)
+    group = torch.where(augmented, 1 + (place % 4 == 3).long(), 0)
+    return batch._replace(group=group, source=torch.where(augmented, batch.index - 1, -1))
+
+
 def augmented_where(mask, inputs, target):
     none = torch.full_like(target, -1)
     return AugmentedBatch(inputs, target, mask, mask.long(), torch.arange(len(target)), none)
@@ -154,6 +167,8 @@ SCENARIOS = {
     "no augmented row on a rank": Scenario(batch=clean_first_half),
     "all rows dropped": Scenario(HARD, batch=wrong, batch_size=4),
     "soft labels": Scenario(batch=mixed),
+    # Augmented rows that are better than the clean ones: none is rejected, all are raised.
+    "gates": Scenario({"gates": True}, batch=partial(grouped, wrong="clean")),
     # Features gathered over ranks; steered by pairs (gathered too) or by classification.
     **{
         f"{engine}, {steering}": Scenario(
@@ -163,6 +178,12 @@ SCENARIOS = {
         for engine in ("finite_difference", "forward_mode")
         for preset, steering in (({}, "pairs"), (PAPER, "classes"))
     },
+}
+
+
+# Draws of its own on every rank: several processes do not equal one.
+OWN_DRAWS = {
+    "gates that reject": Scenario({"gates": True}, batch=partial(grouped, wrong="augmented"))
 }
 
 
@@ -180,15 +201,16 @@ def train_loader(scenario, dtype, rank, world_size):
 
 def train(name, dtype, world_size, rank=0):
     """Train a few steps; every process has its share of each training and validation batch."""
-    scenario = SCENARIOS[name]
+    scenario = {**SCENARIOS, **OWN_DRAWS}[name]
     module = seeded(lambda: scenario.module(dtype=dtype))
     val = make_loader(96, VAL_BATCH // world_size, seed=7, dtype=dtype)
     parallel = {}
     if world_size > 1:
         parallel = {"strategy": DDPStrategy(**scenario.ddp), "devices": world_size}
+    callback = SAflexCallback(val, **scenario.settings)
     trainer = fit(
         module,
-        SAflexCallback(val, **scenario.settings),
+        callback,
         train=train_loader(scenario, dtype, rank, world_size),
         max_epochs=STEPS // BATCHES,
         use_distributed_sampler=False,
@@ -198,7 +220,8 @@ def train(name, dtype, world_size, rank=0):
     )
     assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == STEPS
     assert trainer.world_size == world_size
-    return Result(state_of(module), getattr(module, "refined", []))
+    gates = callback.state_dict()["gates"]
+    return Result(state_of(module), getattr(module, "refined", []), gates)
 
 
 class Skipping(Classifier):
@@ -236,7 +259,7 @@ def train_all(rank, world_size):
     """Return the result of every scenario, and how one ends that cannot go on."""
     results = {
         (name, dtype): train(name, dtype, world_size, rank)
-        for name, scenario in SCENARIOS.items()
+        for name, scenario in {**SCENARIOS, **OWN_DRAWS}.items()
         for dtype in scenario.dtypes
     }
     return {**results, "skip": skip(rank, world_size, before=True)}  # breaks the process group

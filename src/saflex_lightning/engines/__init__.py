@@ -15,7 +15,7 @@ from saflex_lightning.functional import EngineName
 from .errors import UnsupportedModelError
 from .finite_difference import FiniteDifferenceEngine
 from .forward_mode import ForwardModeEngine
-from .gradient import loss_gradient
+from .gradient import evaluate, loss_gradient
 from .head import HeadEngine
 from .last_layer import LastLayer, LayerCalls
 from .parameters import (
@@ -43,6 +43,7 @@ __all__ = [
     "Tangent",
     "UnsupportedModelError",
     "adam_second_moments",
+    "evaluate",
     "loss_gradient",
     "make_engine",
     "make_tangent",

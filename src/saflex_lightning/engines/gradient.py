@@ -11,7 +11,24 @@ from .errors import refuse_unsupported
 from .parameters import Scores, map_scores, unchanged_state
 from .precision import full_precision
 
-__all__ = ["loss_gradient"]
+__all__ = ["evaluate", "loss_gradient"]
+
+
+def evaluate(module: nn.Module, forward: Callable[[], Scores]) -> Scores:
+    """Return scores with the model in evaluation mode, without a graph and in full precision.
+
+    Args:
+        module: The model; it is as before afterwards.
+        forward: Computes the scores.
+
+    Returns:
+        The scores.
+    """
+    params = list(module.parameters())
+    with unchanged_state(module), full_precision(params), torch.no_grad():
+        module.eval()
+        return forward()
+
 
 _PEAKS = (10, 0, -10, -20)  # powers of two: largest cotangent of the scores, try after try
 

@@ -103,12 +103,14 @@ class HeadEngine:
         Args:
             forward: The training forward; called exactly once.
             tangent: Direction of the derivative, for the head's parameters.
-            probe: Not needed by this engine.
+            probe: Finds the head where `gradient` has not yet; not needed otherwise.
             rows: Rows of the batch whose tangent is wanted, int64; None means all.
 
         Returns:
             The scores with their graph, and the detached tangent of the rows.
         """
+        # A resumed run has a tangent before its first gradient.
+        _check_parameters(self._last.find(probe or forward))
         with self._last.recorded() as inputs:
             scores = forward()
         self._last.check(scores, inputs)

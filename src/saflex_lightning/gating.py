@@ -1,0 +1,421 @@
+"""The gates in a fit: what they watch, which rows they replace, and what they tell the loss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from .batch import AugmentedBatch
+from .engines import LastLayer, Scores
+from .evidence import (
+    FeatureBank,
+    RunningMoments,
+    draw_rejected,
+    group_evidence,
+    last_layer_products,
+    next_log_weights,
+    rescale_groups,
+)
+from .functional import ReduceSum, dense_target, loss_inner_products, widen
+
+__all__ = ["Gates", "find_last_layer", "swap_rows"]
+
+_WARM_UP = 0.1  # share of training during which the gates watch and do not move
+_WITHOUT = "Pass `gates=False` to train without."
+
+
+class GatedRows(NamedTuple):
+    """What the gates leave of a training batch.
+
+    Attributes:
+        augmented: True for augmented rows that are left, ``(batch,)``.
+        group: ``(batch,)`` int64, 0 for clean and for dropped rows.
+        dropped: True for rejected rows whose batch does not tell their source, ``(batch,)``.
+        left_fraction: Share of the augmented rows that are left, scalar; 1 where there were none.
+    """
+
+    augmented: Tensor
+    group: Tensor
+    dropped: Tensor
+    left_fraction: Tensor
+
+
+class ScoredRows(NamedTuple):
+    """Training rows whose loss was computed, and the options of that loss."""
+
+    probs: Tensor
+    target: Tensor
+    group: Tensor
+    dropped: Tensor
+    class_weight: Tensor | None
+    label_smoothing: float
+
+
+def find_last_layer(module: nn.Module, head: nn.Module | None) -> LastLayer:
+    """Return the watcher of the layer at which evidence is gathered.
+
+    Args:
+        module: The model.
+        head: What `SAflexMixin.saflex_head` returned.
+
+    Returns:
+        The watcher.
+    """
+    return LastLayer(
+        module,
+        head,
+        wanted_by="`gates=True`",
+        instead="Pass `gates=False`, or name the layer with `saflex_head()`.",
+    )
+
+
+class Gates:
+    """Gather evidence by group, and let fewer rows of harmful groups through.
+
+    In every refined step the gates see one validation batch and the training batch. They start to
+    move after a tenth of the training.
+    """
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.log_weights = torch.zeros(0)
+        self._moments = RunningMoments()
+        self._bank = FeatureBank(None)
+        self._generator = torch.Generator()
+        self._is_checked = False
+        self._seen: tuple[Tensor, Tensor] | None = None  # features and logits of the last forward
+        self._scored: ScoredRows | None = None
+        self._swapped: Tensor | None = None  # rows of this batch; None where it tells no sources
+
+    # Once per fit
+
+    def start(
+        self,
+        module: nn.Module,
+        head: nn.Module | None,
+        *,
+        names: Sequence[str],
+        num_batches: float,
+        num_rows: int | None,
+        device: torch.device,
+    ) -> None:
+        """Take the model and the groups of a fit.
+
+        Args:
+            module: The module.
+            head: What `SAflexMixin.saflex_head` returned.
+            names: Name of every group; the first is that of clean rows.
+            num_batches: Training batches of the whole training.
+            num_rows: Validation rows; None where they cannot be counted.
+            device: Where the parameters live.
+
+        Raises:
+            MisconfigurationException: If a checkpoint's gates belong to other groups.
+        """
+        if self.names and self.names != tuple(names):
+            raise MisconfigurationException(
+                f"Expected the gates of the checkpoint to be those of {list(names)}, but they "
+                f"belong to {list(self.names)}. Resume with the augmentation of that run, or pass "
+                "`gates=False`."
+            )
+        self._layer = find_last_layer(module, head)
+        self._first_move = _WARM_UP * num_batches
+        self._bank.limit(num_rows)
+        if not self.names:
+            self.names = tuple(names)
+            self.log_weights = torch.zeros(len(names))
+        self.log_weights = self.log_weights.to(device)
+        self._moments.to(device)
+        self._bank.to(device)
+
+    # Every training step, in this order
+
+    def begin(self, batch: Any, generator: torch.Generator) -> None:
+        """Replace the rejected rows of a training batch by their clean sources, in place.
+
+        Args:
+            batch: The training batch, on the device. One that is not an `AugmentedBatch` is left
+                alone: its rejected rows are dropped by `take` instead.
+            generator: Source of this step's draws, of its own on every rank.
+        """
+        self._generator = generator
+        self._scored = self._swapped = None
+        if isinstance(batch, AugmentedBatch):
+            self._check_once(batch.augmented, batch.group, batch)
+            rejected = draw_rejected(self.log_weights, batch.group, generator)
+            rejected &= batch.augmented & (batch.source >= 0)
+            swap_rows(batch, rejected)
+            self._swapped = rejected.sum()
+
+    def watched(self, forward: Callable[[], Scores]) -> Callable[[], Scores]:
+        """Return a forward that also shows the gates its features and logits.
+
+        Args:
+            forward: Computes scores.
+
+        Returns:
+            The same scores.
+        """
+        self._layer.find(forward)
+
+        def watch() -> Scores:
+            with self._layer.recorded() as calls:
+                scores = forward()
+            logits = self._layer.check(scores, calls)
+            self._seen = calls[-1][0].detach(), logits.detach()
+            return scores
+
+        return watch
+
+    def add_validation(
+        self,
+        loss: Callable[[Scores], Tensor],
+        target: Tensor | None,
+        *,
+        reduce_sum: ReduceSum | None,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """Remember the validation batch that was scored last.
+
+        Args:
+            loss: Computes its mean loss.
+            target: Its labels.
+            reduce_sum: Adds a tensor over ranks.
+            rank: This process.
+            world_size: Number of processes.
+
+        Raises:
+            MisconfigurationException: If it has no labels.
+        """
+        if target is None:
+            raise MisconfigurationException(
+                "Expected validation batches with class labels for `gates=True`, but the target is "
+                f"None, as for contrastive scores. {_WITHOUT}"
+            )
+        assert self._seen is not None
+        features, logits = (widen(tensor) for tensor in self._seen)
+        logits = logits.requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(logits), logits)
+        self._bank.add(
+            features,
+            len(logits) * gradient,
+            dense_target(target, logits.shape[-1], logits.dtype),
+            reduce_sum=reduce_sum,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def take(self, augmented: Tensor | None, group: Tensor | None, size: int) -> GatedRows:
+        """Return what the gates leave of a batch whose loss is asked for.
+
+        Args:
+            augmented: Mask of augmented rows, ``(batch,)``; None means all.
+            group: ``(batch,)`` int64; None where the caller gave none.
+            size: Rows of the batch.
+
+        Returns:
+            The rows left.
+
+        Raises:
+            MisconfigurationException: If nobody tells the groups.
+        """
+        if group is None:
+            raise MisconfigurationException(
+                "Expected an `AugmentedBatch`, or `saflex_loss(..., augmented=, group=)`, for "
+                "`gates=True`, but the training batch does not tell which group made its rows. "
+                f"Yield an `AugmentedBatch` with `group` and `source`. {_WITHOUT}"
+            )
+        if augmented is None:
+            augmented = torch.ones(size, dtype=torch.bool, device=group.device)
+        if self._swapped is None:
+            self._check_once(augmented, group)
+            dropped = draw_rejected(self.log_weights, group, self._generator) & augmented
+            removed = dropped.sum()
+        else:
+            dropped, removed = torch.zeros_like(augmented), self._swapped
+        left = augmented & ~dropped
+        fraction = torch.where(removed > 0, left.sum() / (left.sum() + removed).clamp(min=1), 1)
+        return GatedRows(left, torch.where(left, group, 0), dropped, fraction)
+
+    def reweigh(
+        self, weights: Tensor, gated: GatedRows, reduce_sum: ReduceSum | None = None
+    ) -> Tensor:
+        """Return sample weights with helpful groups raised and dropped rows at 0.
+
+        Args:
+            weights: Of the solve, ``(batch,)``.
+            gated: From `take`.
+            reduce_sum: Adds a tensor over ranks.
+
+        Returns:
+            ``(batch,)``.
+        """
+        weights = rescale_groups(
+            weights, self.log_weights, gated.group, gated.augmented, reduce_sum
+        )
+        return weights.masked_fill(gated.dropped, 0)
+
+    def note(
+        self,
+        probs: Tensor,
+        target: Tensor,
+        gated: GatedRows,
+        class_weight: Tensor | None,
+        label_smoothing: float,
+    ) -> None:
+        """Keep the scored training rows for `end`.
+
+        Args:
+            probs: Softmax of the logits, ``(batch, classes)``.
+            target: Given labels, ``(batch,)`` int64 or ``(batch, classes)``.
+            gated: From `take`.
+            class_weight: Of the training loss, ``(classes,)``.
+            label_smoothing: Of the training loss.
+        """
+        self._scored = ScoredRows(
+            probs, target, gated.group, gated.dropped, class_weight, label_smoothing
+        )
+
+    def end(self, number: int, reduce_sum: ReduceSum | None) -> None:
+        """Take the training batch's evidence in, and move the gates once the warm-up is over.
+
+        Args:
+            number: Number of the training batch.
+            reduce_sum: Adds a tensor over ranks.
+        """
+        if self._scored is None or self._seen is None:
+            return
+        rows, self._scored = self._scored, None
+        labels = dense_target(rows.target, rows.probs.shape[-1], rows.probs.dtype)
+        features, probs = widen(self._seen[0]), rows.probs
+        usable = features.isfinite().all(1) & probs.isfinite().all(1) & ~rows.dropped
+        features = torch.where(usable.unsqueeze(1), features, 0)
+        probs = torch.where(usable.unsqueeze(1), probs, 0)
+        counted = usable.to(features.dtype)
+        mean, covariance = self._moments.update(features, counted, reduce_sum)
+        val_features, val_residuals, _, present = self._bank.read()
+        products = last_layer_products(
+            features, probs, mean, covariance, val_features, val_residuals, present
+        )
+        products = loss_inner_products(products, rows.class_weight, rows.label_smoothing)
+        means, counts = group_evidence(
+            products,
+            labels,
+            rows.group,
+            len(self.names) - 1,
+            usable=counted,
+            reduce_sum=reduce_sum,
+        )
+        if number >= self._first_move:
+            self.log_weights = next_log_weights(self.log_weights, means, counts)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return each group's w by its name.
+
+        Returns:
+            Scalars, on the device.
+        """
+        weights = self.log_weights.exp()
+        return {f"gate/{name}": weights[number] for number, name in enumerate(self.names) if number}
+
+    # Checkpoints
+
+    def forget_validation(self) -> None:
+        """Forget the validation rows, whose residuals were made with another loss."""
+        self._bank.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed run needs, equal on every rank.
+
+        Returns:
+            A dictionary for `load_state_dict`.
+        """
+        return {
+            "names": self.names,
+            "log_weights": self.log_weights,
+            "moments": self._moments.state_dict(),
+            "bank": self._bank.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Args:
+            state: The dictionary.
+        """
+        self.names, self.log_weights = tuple(state["names"]), state["log_weights"]
+        self._moments.load_state_dict(state["moments"])
+        self._bank.load_state_dict(state["bank"])
+
+    def _check_once(
+        self, augmented: Tensor, group: Tensor, batch: AugmentedBatch | None = None
+    ) -> None:
+        """Check the first batch that has augmented rows; looking at values waits for the device."""
+        if self._is_checked or not bool(augmented.any()):
+            return
+        self._is_checked = True
+        if bool(augmented.all()):
+            raise MisconfigurationException(
+                "Expected clean rows beside the augmented ones for `gates=True`, but every row of "
+                "the batch is augmented. Only the difference to clean rows tells whether a group "
+                f"helps: yield union batches. {_WITHOUT}"
+            )
+        found, last = group[augmented], len(self.names) - 1
+        if bool(((found < 1) | (found > last)).any()):
+            raise MisconfigurationException(
+                f"Expected the group of every augmented row to be in 1 to {last} for `gates=True`, "
+                f"as `saflex_group_names()` has {last + 1} names, but got "
+                f"{sorted(set(found.tolist()))}. Tell which operation made each row in "
+                f"`AugmentedBatch.group`. {_WITHOUT}"
+            )
+        if batch is not None:
+            _check_sources(batch)
+
+
+def swap_rows(batch: AugmentedBatch, rows: Tensor) -> None:
+    """Write the clean source of some rows in their place, in the batch's own tensors.
+
+    Inputs, target and index are the source's; the row then counts as clean.
+
+    Args:
+        batch: The batch.
+        rows: Which rows; each has a source, ``(batch,)`` bool.
+    """
+    here = torch.arange(len(rows), device=rows.device)
+    places = torch.where(rows, batch.source, here)
+
+    def swap(tensor: Tensor) -> Tensor:
+        return tensor.copy_(tensor[places])
+
+    apply_to_collection(batch.inputs, Tensor, swap)
+    swap(batch.target)
+    swap(batch.index)
+    batch.augmented.masked_fill_(rows, False)
+    batch.group.masked_fill_(rows, 0)
+    batch.source.masked_fill_(rows, -1)
+
+
+def _check_sources(batch: AugmentedBatch) -> None:
+    size = len(batch.augmented)
+    source = batch.source[batch.augmented]
+    inside = (source >= 0) & (source < size)
+    if not bool(inside.all()) or bool(batch.augmented[source].any()):
+        raise MisconfigurationException(
+            "Expected `AugmentedBatch.source` to be the position of a clean row of the batch for "
+            "every augmented row for `gates=True`, but some have none, or an augmented one. "
+            f"Yield union batches that tell the source. {_WITHOUT}"
+        )
+    leaves: list[object] = []
+    apply_to_collection(batch.inputs, object, leaves.append, wrong_dtype=(dict, list, tuple))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != size:
+            found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise MisconfigurationException(
+                f"Expected the inputs of an `AugmentedBatch` to be tensors with {size} rows for "
+                f"`gates=True`, but got {found}. Put what is not a row elsewhere. {_WITHOUT}"
+            )

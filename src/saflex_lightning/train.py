@@ -7,9 +7,11 @@ from typing import Any
 import hydra
 import lightning as L
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from saflex_lightning.recipes.paper import check_paper
 from saflex_lightning.recipes.quiet import silence_hints
 from saflex_lightning.recipes.report import RunReport, make_run_table
 
@@ -23,10 +25,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         cfg: A composition of the groups in ``saflex_lightning/configs``.
 
     Returns:
-        What ``result.json`` holds: method, seed, steps, test metrics, fractions and times (None
-        for what the method does not have).
+        What ``result.json`` holds: method, seed, steps, every test metric (``test/f1`` as
+        ``test_f1``), fractions and times (None for what the method does not have), and the cells
+        of the paper's tables that the run stands beside.
     """
     silence_hints()
+    paper = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
+    check_paper(paper)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)
     model = instantiate(cfg.model)
@@ -36,15 +41,20 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     trainer.fit(model, datamodule=datamodule)
     steps = trainer.global_step
-    metrics = trainer.test(model, datamodule=datamodule, verbose=False)[0]
+    # Where a metric selects, its best epoch is tested.
+    selects = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and (
+        trainer.checkpoint_callback.monitor is not None
+    )
+    ckpt_path = "best" if selects else None
+    tests = trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
 
     result = {
         "name": cfg.name,
         "seed": cfg.seed,
         "steps": steps,
-        "test_accuracy": metrics["test/accuracy"],
-        "test_auroc": metrics["test/auroc"],
+        **{name.replace("/", "_"): value for metrics in tests for name, value in metrics.items()},
         **report.summarize(),
+        "paper": paper,
     }
     if trainer.is_global_zero:
         directory = Path(cfg.output_dir)

@@ -93,6 +93,7 @@ def make_run_table(result: dict[str, Any]) -> Table:
     rows = {
         "test accuracy": ("test_accuracy", "{:.2%}"),
         "test AUROC (macro, one against the rest)": ("test_auroc", "{:.4f}"),
+        "test F1 (macro)": ("test_f1", "{:.4f}"),
         "kept fraction (last epoch)": ("kept_fraction", "{:.3f}"),
         "relabelled fraction (last epoch)": ("relabelled_fraction", "{:.3f}"),
         "effective fraction (last epoch)": ("effective_fraction", "{:.3f}"),

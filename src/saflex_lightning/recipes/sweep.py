@@ -1,16 +1,17 @@
-"""One table for a Hydra sweep: mean and standard deviation over seeds."""
+"""The tables that end a Hydra sweep: ours, and the paper's with our numbers beside its own."""
 
 import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+
+from saflex_lightning.recipes.paper import format_spread, make_paper_tables
 
 __all__ = ["SweepSummary", "make_sweep_table", "read_results"]
 
@@ -23,11 +24,11 @@ class SweepSummary(Callback):
         self.started = time.time()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Read the results of this sweep and print their table."""
+        """Read the results of this sweep and print their tables."""
         directory = Path(config.hydra.sweep.dir)
         results = read_results(directory, since=self.started)
         if results:
-            Console().print(make_sweep_table(results))
+            Console().print(make_sweep_table(results), *make_paper_tables(results))
 
 
 def read_results(directory: Path, *, since: float = 0.0) -> list[dict[str, Any]]:
@@ -68,11 +69,5 @@ def make_sweep_table(results: Iterable[dict[str, Any]]) -> Table:
     for label, group in groups.items():
         accuracy = [100.0 * result["test_accuracy"] for result in group]
         auroc = [result["test_auroc"] for result in group]
-        table.add_row(label, _spread(accuracy, 2), _spread(auroc, 4), str(len(group)))
+        table.add_row(label, format_spread(accuracy, 2), format_spread(auroc, 4), str(len(group)))
     return table
-
-
-def _spread(values: list[float], digits: int) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"

@@ -1,0 +1,89 @@
+"""Every experiment composes, instantiates and takes one fast run on a small stand-in of its data.
+
+A new file in ``configs/experiment`` joins by itself. If its data cannot be had without a download,
+write a function that makes small files in the same format, and enter it in
+``helpers.standins.STANDINS`` under the first word of the experiment's name (up to the first
+underscore). It gets an empty folder and returns the overrides that point the experiment at its
+files; sizes that only make the run long (batch size, workers, network width) belong there too.
+"""
+
+import json
+
+import pytest
+from helpers.configs import CONFIGS, compose_config, render
+from helpers.standins import STANDINS
+from hydra.utils import instantiate
+
+from saflex_lightning.recipes.paper import make_paper_tables, paper_cell
+from saflex_lightning.recipes.sweep import read_results
+from saflex_lightning.train import train
+
+EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
+QUIET = ("debug=fast", "trainer.enable_progress_bar=false")
+
+
+@pytest.fixture(scope="module")
+def standin(tmp_path_factory):
+    """Overrides for an experiment; files of one kind are written once."""
+    made = {}
+
+    def overrides(experiment):
+        kind = experiment.split("_")[0]
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            made[kind] = STANDINS[kind](folder) if kind in STANDINS else []
+        return [f"experiment={experiment}", *made[kind], *QUIET]
+
+    return overrides
+
+
+@pytest.fixture(autouse=True)
+def _keep_environment(monkeypatch):
+    """Undo what ``seed_everything`` writes into the environment."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+
+
+# The validation rows select an epoch and steer, as in the protocols; the callback says so.
+@pytest.mark.filterwarnings("ignore:Expected rows that select checkpoints")
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_fast_run_on_a_standin(tmp_path, standin, experiment):
+    cfg = compose_config(tmp_path, *standin(experiment))
+    result = train(cfg)
+    assert result["steps"] == 2
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    for cell in result["paper"]["cells"]:
+        assert 0.0 <= result[cell["metric"]] <= 1.0
+        own = f"{100 * result[cell['metric']]:.2f} (1)"
+        tables = "".join(render(table) for table in make_paper_tables(read_results(tmp_path)))
+        assert own in tables
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_method_composes_and_instantiates(tmp_path, standin, experiment):
+    paper = compose_config(tmp_path, *standin(experiment)).paper
+    for method in paper.rows:
+        cfg = compose_config(tmp_path, *standin(experiment), f"method={method}")
+        assert cfg.name == method
+        instantiate(cfg.data)
+        for callback in cfg.callbacks.values():
+            instantiate(callback)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_file_is_a_short_diff_with_its_command_on_top(experiment):
+    lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert len(lines) < 40
+    assert lines[0] == "# @package _global_"
+    head = "\n".join(lines[: lines.index("defaults:")])
+    assert f"experiment={experiment}" in head
+    assert "Table " in head or "Figure " in head
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_rows_stand_beside_cells_that_the_paper_has(tmp_path, standin, experiment):
+    paper = compose_config(tmp_path, *standin(experiment)).paper
+    named = [row for row in paper.rows.values() if row is not None]
+    assert named
+    for cell in paper.cells:
+        assert any(paper_cell(row, cell.column) is not None for row in named)

@@ -1,0 +1,21 @@
+"""Composition of the shipped configs, and tables as text."""
+
+from importlib import resources
+from io import StringIO
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from rich.console import Console
+
+CONFIGS = Path(str(resources.files("saflex_lightning.configs")))
+
+
+def compose_config(output_dir, *overrides):
+    with initialize_config_module(config_module="saflex_lightning.configs", version_base="1.3"):
+        return compose("train", overrides=[*overrides, f"output_dir={output_dir}"])
+
+
+def render(table, width=160):
+    console = Console(file=StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue()

@@ -20,7 +20,14 @@ from saflex_lightning.recipes.tabular.cutmix import (
 )
 from saflex_lightning.recipes.tabular.table import TabularInputs
 
-__all__ = ["CleanTable", "CutMix", "TrainingTable", "as_it_is"]
+__all__ = ["AugmentationName", "CleanTable", "CutMix", "TrainingTable", "as_it_is", "make_cutmix"]
+
+AugmentationName = Literal["none", "cutmix", "cutmix_columns"]
+_SETTINGS = {
+    "none": (),
+    "cutmix": ("num_groups", "probability"),
+    "cutmix_columns": ("alpha", "num_groups", "probability"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +39,32 @@ class CutMix:
         probability: Of a cell to be replaced; with ``mix_labels``, of a batch to be mixed.
         alpha: With ``mix_labels``, see `draw_ratio`.
         num_groups: Bins of the share of changed cells that become groups.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
 
     mix_labels: bool = False
     probability: float = 0.1
     alpha: float = 1.0
     num_groups: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.probability <= 1.0:
+            raise ValueError(
+                f"Expected `probability` to be in (0, 1], but got {self.probability}. Pass "
+                "`augmentation`='none' to leave all rows as they are."
+            )
+        if self.alpha <= 0.0:
+            raise ValueError(
+                f"Expected `alpha` to be positive, but got {self.alpha}. Pass 1.0 to draw shares "
+                "evenly."
+            )
+        if self.num_groups < 1:
+            raise ValueError(
+                f"Expected `num_groups` to be at least 1, but got {self.num_groups}. Pass a number "
+                "of groups."
+            )
 
     def draw(
         self, inputs: TabularInputs, target: Tensor, num_classes: int, generator: torch.Generator
@@ -68,6 +95,29 @@ class CutMix:
     @property
     def _largest(self) -> float:
         return 1.0 if self.mix_labels else min(1.0, 2.0 * self.probability)
+
+
+def make_cutmix(name: AugmentationName, settings: dict[str, Any]) -> CutMix | None:
+    """Return an upstream augmentation by name; None for ``"none"``.
+
+    Args:
+        name: ``"cutmix"`` (`replace_cells`), ``"cutmix_columns"`` (`mix_columns`) or ``"none"``.
+        settings: Attributes of `CutMix` other than ``mix_labels``.
+
+    Raises:
+        ValueError: If the name is unknown, or it has no such setting.
+    """
+    if name not in _SETTINGS:
+        raise ValueError(
+            f"Expected `augmentation` to be one of {sorted(_SETTINGS)}, but got {name!r}. Choose "
+            "one."
+        )
+    if unknown := sorted(set(settings) - set(_SETTINGS[name])):
+        raise ValueError(
+            f"Expected `augmentation_settings` of '{name}' to be among {list(_SETTINGS[name])}, "
+            f"but got {unknown}. Remove them."
+        )
+    return None if name == "none" else CutMix(mix_labels=name == "cutmix_columns", **settings)
 
 
 class CleanTable(Dataset[tuple[TabularInputs, Tensor]]):

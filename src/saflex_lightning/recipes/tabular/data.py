@@ -5,13 +5,20 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.batches import EpochSampler
 from saflex_lightning.recipes.data import split_stratified
-from saflex_lightning.recipes.tabular.batches import CleanTable, CutMix, TrainingTable, as_it_is
+from saflex_lightning.recipes.tabular.batches import (
+    AugmentationName,
+    CleanTable,
+    TrainingTable,
+    as_it_is,
+    make_cutmix,
+)
 from saflex_lightning.recipes.tabular.csv_file import Roles
 from saflex_lightning.recipes.tabular.preprocessing import Preprocessing
 from saflex_lightning.recipes.tabular.sampling import ClassBatchSampler
@@ -20,6 +27,7 @@ from saflex_lightning.recipes.tabular.table import (
     Table,
     TabularInputs,
     drop_duplicates,
+    join_rows,
     split_rows,
     take_rows,
 )
@@ -52,9 +60,10 @@ class TabularDataModule(L.LightningDataModule):
         augmentation: Upstream augmentation, drawn anew for each batch: ``"cutmix"`` replaces
             single cells and keeps the label, ``"cutmix_columns"`` replaces columns and mixes
             labels.
-        probability: Of a cell to be replaced; with ``"cutmix_columns"``, of a batch to be mixed.
-        alpha: With ``"cutmix_columns"``: the share of kept columns is Beta(alpha, alpha).
-        num_groups: Bins of the augmentation's strength that become groups of augmented rows.
+        augmentation_settings: Attributes of `CutMix`: ``probability`` of a cell to be replaced or,
+            with ``"cutmix_columns"``, of a batch to be mixed; ``num_groups`` bins of strength that
+            become groups of rows; with ``"cutmix_columns"`` ``alpha``, the kept share being
+            Beta(alpha, alpha). None keeps their defaults.
         batch: ``"union"``: clean rows, then one augmented row per clean row; ``"replace"``:
             augmented rows only.
         batch_size: Clean rows per step and process; a union batch has twice as many.
@@ -67,6 +76,8 @@ class TabularDataModule(L.LightningDataModule):
             every batch has rows of every class, in shares like those of the data but at least one;
             ``"balanced"``: as many of each class.
         steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
+        merge_val: Train on the validation rows too. Then there are none: nothing can be selected
+            on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
         seed: Seed of the split, of the order of the rows and of the augmentation.
         num_workers: Loader processes; 0 loads in the training process.
 
@@ -94,10 +105,8 @@ class TabularDataModule(L.LightningDataModule):
         num_classes: int | None = None,
         deduplicate: bool = True,
         stratified: bool = False,
-        augmentation: Literal["none", "cutmix", "cutmix_columns"] = "cutmix",
-        probability: float = 0.1,
-        alpha: float = 1.0,
-        num_groups: int = 4,
+        augmentation: AugmentationName = "cutmix",
+        augmentation_settings: dict[str, Any] | None = None,
         batch: Literal["union", "replace"] = "union",
         batch_size: int = 256,
         eval_batch_size: int = 1024,
@@ -105,6 +114,7 @@ class TabularDataModule(L.LightningDataModule):
         steering_fraction: float = 0.2,
         steering_draw: Literal["plain", "stratified", "balanced"] = "plain",
         steering_batch_size: int = 128,
+        merge_val: bool = False,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -113,12 +123,11 @@ class TabularDataModule(L.LightningDataModule):
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             steering_batch_size=steering_batch_size,
-            num_groups=num_groups,
         )
-        _check_shares(steering_fraction=steering_fraction, probability=probability)
-        if alpha <= 0.0:
+        if not 0.0 < steering_fraction < 1.0:
             raise ValueError(
-                f"Expected `alpha` to be positive, but got {alpha}. Pass 1.0 to draw shares evenly."
+                "Expected `steering_fraction` to be between 0 and 1, both excluded, but got "
+                f"{steering_fraction}. Pass 0.2 to steer by a fifth of the training rows."
             )
         self.dataset: SetName | None = dataset
         self.path = path
@@ -131,10 +140,8 @@ class TabularDataModule(L.LightningDataModule):
         self.num_classes = num_classes
         self.deduplicate = deduplicate
         self.stratified = stratified
-        self.augmentation = augmentation
-        self.probability = probability
-        self.alpha = alpha
-        self.num_groups = num_groups
+        self.augmentation: AugmentationName = augmentation
+        self.augmentation_settings = dict(augmentation_settings or {})
         self.batch: Literal["union", "replace"] = batch
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -142,8 +149,10 @@ class TabularDataModule(L.LightningDataModule):
         self.steering_fraction = steering_fraction
         self.steering_draw = steering_draw
         self.steering_batch_size = steering_batch_size
+        self.merge_val = merge_val
         self.seed = seed
         self.num_workers = num_workers
+        self._augment = make_cutmix(augmentation, self.augmentation_settings)
         self._sampler: ClassBatchSampler | None = None
         self._draws = 0  # steering batches drawn by the run that this one resumes
         self._is_set_up = False
@@ -157,6 +166,8 @@ class TabularDataModule(L.LightningDataModule):
         if self.deduplicate:
             table = drop_duplicates(table)
         train, val, test = split_rows(table, seed=self.seed, stratified=self.stratified)
+        if self.merge_val:
+            train = join_rows(train, val)
         steering = train
         if self.steering == "split":
             kept, carved = split_stratified(
@@ -184,7 +195,7 @@ class TabularDataModule(L.LightningDataModule):
         dataset = TrainingTable(
             self._train,
             len(self.classes),
-            augmentation=self._make_augmentation(),
+            augmentation=self._augment,
             batch=self.batch,
             seed=self.seed,
         )
@@ -209,11 +220,20 @@ class TabularDataModule(L.LightningDataModule):
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for."""
-        augmentation = self._make_augmentation()
-        return ("clean",) if augmentation is None else augmentation.group_names
+        return ("clean",) if self._augment is None else self._augment.group_names
 
     def saflex_dataloader(self) -> CleanLoader:
-        """Return the loader of the rows that steer SAFLEX, without augmentation."""
+        """Return the loader of the rows that steer SAFLEX, without augmentation.
+
+        Raises:
+            MisconfigurationException: If those are validation rows that are trained on.
+        """
+        if self.merge_val and self.steering == "val":
+            raise MisconfigurationException(
+                "Expected `steering` to be 'train' or 'split' with `merge_val`=True, but got "
+                "'val'. The validation rows are trained on; steer by the clean training rows, or "
+                "by a part of them."
+            )
         if self.steering_draw == "plain":
             return self._make_loader(self._steering, batch_size=self.eval_batch_size)
         rank, world_size = self._share()
@@ -228,8 +248,10 @@ class TabularDataModule(L.LightningDataModule):
         )
         return self._make_loader(self._steering, batch_sampler=self._sampler)
 
-    def val_dataloader(self) -> CleanLoader:
-        """Return the loader of the validation rows."""
+    def val_dataloader(self) -> CleanLoader | list[Any]:
+        """Return the loader of the validation rows; none where they are trained on."""
+        if self.merge_val:
+            return []
         return self._make_loader(self._val, batch_size=self.eval_batch_size)
 
     def test_dataloader(self) -> CleanLoader:
@@ -243,16 +265,6 @@ class TabularDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stopped."""
         self._draws = state_dict["steering_draws"]
-
-    def _make_augmentation(self) -> CutMix | None:
-        if self.augmentation == "none":
-            return None
-        return CutMix(
-            mix_labels=self.augmentation == "cutmix_columns",
-            probability=self.probability,
-            alpha=self.alpha,
-            num_groups=self.num_groups,
-        )
 
     def _share(self) -> tuple[int, int]:
         """Return this process and the number of processes."""
@@ -291,16 +303,3 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(
                 f"Expected `{name}` to be at least 1, but got {size}. Pass a positive number."
             )
-
-
-def _check_shares(*, steering_fraction: float, probability: float) -> None:
-    if not 0.0 < steering_fraction < 1.0:
-        raise ValueError(
-            "Expected `steering_fraction` to be between 0 and 1, both excluded, but got "
-            f"{steering_fraction}. Pass 0.2 to steer by a fifth of the training rows."
-        )
-    if not 0.0 < probability <= 1.0:
-        raise ValueError(
-            f"Expected `probability` to be in (0, 1], but got {probability}. Pass "
-            "`augmentation`='none' to leave all rows as they are."
-        )

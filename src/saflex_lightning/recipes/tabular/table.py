@@ -5,7 +5,14 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Table", "TabularInputs", "drop_duplicates", "split_rows", "take_rows"]
+__all__ = [
+    "Table",
+    "TabularInputs",
+    "drop_duplicates",
+    "join_rows",
+    "split_rows",
+    "take_rows",
+]
 
 PARTS = (0.65, 0.15)  # of the rows, for training and validation; the rest tests
 
@@ -66,6 +73,20 @@ def take_rows(table: Table, rows: np.ndarray) -> Table:
         numeric=table.numeric[rows],
         categorical=table.categorical[rows],
         target=table.target[rows],
+    )
+
+
+def join_rows(first: Table, second: Table) -> Table:
+    """Return the rows of two tables with the same columns, one below the other.
+
+    Args:
+        first: A table.
+        second: Another part of the same file.
+    """
+    return first._replace(
+        numeric=np.concatenate([first.numeric, second.numeric]),
+        categorical=np.concatenate([first.categorical, second.categorical]),
+        target=np.concatenate([first.target, second.target]),
     )
 
 

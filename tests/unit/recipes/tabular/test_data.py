@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.tables import make_table, write_csv, write_npz
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from saflex_lightning.batch import AugmentedBatch
@@ -51,7 +52,7 @@ def rows_of(dataset):
 class TestBatches:
     @pytest.mark.parametrize("augmentation", ["cutmix", "cutmix_columns"])
     def test_union_puts_one_augmented_row_behind_every_clean_one(self, file, augmentation):
-        data = set_up(file, augmentation=augmentation, probability=1.0)
+        data = set_up(file, augmentation=augmentation, augmentation_settings={"probability": 1.0})
         batch = batches(data)[0]
         assert isinstance(batch, AugmentedBatch)
         numeric, categorical = batch.inputs
@@ -71,7 +72,11 @@ class TestBatches:
 
     @pytest.mark.parametrize("augmentation", ["cutmix", "cutmix_columns"])
     def test_replace_holds_the_augmented_rows_of_the_union(self, file, augmentation):
-        settings = {"augmentation": augmentation, "probability": 0.7, "seed": 3}
+        settings = {
+            "augmentation": augmentation,
+            "augmentation_settings": {"probability": 0.7},
+            "seed": 3,
+        }
         union = batches(set_up(file, **settings))[1]
         batch = batches(set_up(file, **settings, batch="replace"))[1]
         for one, other in zip(leaves(batch)[:-1], leaves(union)[:-1], strict=True):
@@ -87,7 +92,7 @@ class TestBatches:
         assert first.target.dtype == torch.int64
 
     def test_groups_are_bins_of_strength(self):
-        data = TabularDataModule("qsar", num_groups=3, augmentation="cutmix", batch_size=500)
+        data = TabularDataModule("qsar", augmentation_settings={"num_groups": 3}, batch_size=500)
         data.setup("fit")
         batch = batches(data)[0]
         clean, mixed = batch.inputs.numeric.chunk(2)
@@ -99,13 +104,18 @@ class TestBatches:
         assert share[group == 1].max() < 0.2 / 3 < share[group == 2].min()
         assert share[group == 2].max() < 0.4 / 3 <= share[group == 3].min()
 
-    def test_groups_have_names(self):
-        names = TabularDataModule(num_groups=2, probability=0.1).saflex_group_names()
-        assert names == ("clean", "cutmix_0_10", "cutmix_10_100")
-        columns = {"augmentation": "cutmix_columns", "num_groups": 2, "probability": 0.5}
-        names = TabularDataModule(**columns).saflex_group_names()
-        assert names == ("clean", "cutmix_0_50", "cutmix_50_100")
-        assert TabularDataModule(augmentation="none").saflex_group_names() == ("clean",)
+    @pytest.mark.parametrize(
+        ("augmentation", "expected"),
+        [
+            ("none", ("clean",)),
+            ("cutmix", ("clean", "cutmix_0_10", "cutmix_10_100")),
+            ("cutmix_columns", ("clean", "cutmix_0_50", "cutmix_50_100")),
+        ],
+    )
+    def test_groups_have_names(self, augmentation, expected):
+        settings = {"num_groups": 2} if augmentation != "none" else None
+        data = TabularDataModule(augmentation=augmentation, augmentation_settings=settings)
+        assert data.saflex_group_names() == expected
 
     def test_number_of_steps_depends_on_the_batch_size_alone(self, file):
         for settings in ({}, {"batch": "replace"}, {"augmentation": "none"}):
@@ -206,6 +216,18 @@ class TestSteering:
         loader = set_up(rare_file, **settings, steering_draw=draw).saflex_dataloader()
         assert [int(target.sum()) for _, target in loader] == [positives] * 15
 
+    def test_merged_rows_train_and_none_are_left_to_steer_or_select(self, file):
+        data = set_up(file, merge_val=True, augmentation="none", batch_size=1)
+        parts = set_up(file, augmentation="none", batch_size=1)
+        assert len(batches(data)) == 130 + 30 == len(data._train)
+        assert len(parts._train) == 130
+        assert data.val_dataloader() == []
+        with pytest.raises(MisconfigurationException, match="`steering` to be 'train' or 'split'"):
+            data.saflex_dataloader()
+        assert len(rows_of(data._test)) == len(rows_of(parts._test)) == 40
+        steered = set_up(file, merge_val=True, steering="train").saflex_dataloader()
+        assert len(steered.dataset) == 160
+
     def test_a_checkpoint_remembers_the_draws(self, rare_file):
         settings = {"stratified": True, "steering_draw": "balanced"}
         data = set_up(rare_file, **settings)
@@ -229,16 +251,23 @@ def test_a_csv_of_ones_own(tmp_path):
     assert batches(data)[0].inputs.numeric.shape == (40, 1)
 
 
+def cutmix(name="cutmix", **settings):
+    return {"augmentation": name, "augmentation_settings": settings}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
         ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1"),
         ({"steering_batch_size": 0}, "`steering_batch_size` to be at least 1"),
-        ({"num_groups": 0}, "`num_groups` to be at least 1"),
+        (cutmix(num_groups=0), "`num_groups` to be at least 1"),
         ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
-        ({"probability": 0.0}, r"`probability` to be in \(0, 1\], but got 0.0"),
-        ({"alpha": 0.0}, "`alpha` to be positive, but got 0.0"),
+        (cutmix(probability=0.0), r"`probability` to be in \(0, 1\], but got 0.0"),
+        (cutmix("cutmix_columns", alpha=0.0), "`alpha` to be positive, but got 0.0"),
+        (cutmix(alpha=1.0), r"of 'cutmix' to be among \['num_groups', .* but got \['alpha'\]"),
+        (cutmix("none", probability=0.1), r"of 'none' to be among \[\], but got"),
+        (cutmix("mixup"), r"`augmentation` to be one of \['cutmix', .* but got 'mixup'"),
         ({"num_numeric": 3}, "`num_numeric` to be 2, as in the file, but got 3"),
         ({"cardinalities": [3, 2]}, r"`cardinalities` to be \[5, 4\], .* but got \[3, 2\]"),
         ({"num_classes": 3}, "`num_classes` to be 2, as in the file, but got 3"),

@@ -30,7 +30,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         of the paper's tables that the run stands beside.
     """
     silence_hints()
-    paper = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
+    paper: Any = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
     check_paper(paper)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)

@@ -1,6 +1,7 @@
 """The callback: checks the set-up, arms the module before each training step, logs after it."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -28,6 +29,7 @@ from .functional import (
     make_preset,
 )
 from .mixin import SAflexMixin
+from .state import changed_settings, check_state
 from .steering import Steering
 from .step import SAflexStep
 
@@ -339,12 +341,62 @@ class SAflexCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; equal on every rank."""
-        return {**self._steering.state_dict(), "skipped_steps": int(self._skipped_steps)}
+        return {
+            **self._steering.state_dict(),
+            "settings": self._settings(),
+            "skipped_steps": int(self._skipped_steps),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint stopped."""
-        self._steering.load_state_dict(state_dict)
+        """Go on where a checkpoint stopped; warn where it was written with other settings."""
+        check_state(state_dict)
+        saved, settings = state_dict["settings"], self._settings()
+        changed = changed_settings(saved, settings)
+        if changed:
+            self._warn_once(
+                "Expected the settings that the checkpoint was written with, but "
+                + ", ".join(
+                    f"`{name}` was {saved.get(name)!r} and is now {settings.get(name)!r}"
+                    for name in changed
+                )
+                + ". The run goes on with those of now and will not equal an uninterrupted one."
+            )
+        self._steering.load_state_dict(state_dict, changed)
         self._skipped_steps = torch.tensor(state_dict["skipped_steps"])
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Where our own state is missing, take that of another preset or engine."""
+        states = checkpoint["callbacks"]
+        if self.state_key in states:
+            return  # Lightning calls `load_state_dict`
+        taken = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        prefix = f"{type(self).__qualname__}{{"
+        others = [key for key in states if key.startswith(prefix) and key not in taken]
+        if len(others) == 1:
+            self.load_state_dict(states[others[0]])
+        else:
+            rank_zero_info(
+                f"SAFLEX: the checkpoint holds no state of `{self.state_key}`; its count of "
+                "batches, its validation rows and its gradient start afresh."
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that decide what a run computes, builtins all."""
+        batch_size = self.val_batch_size
+        if self._given_loader is not None:
+            batch_size = getattr(self._given_loader, "batch_size", None)
+        return {
+            "preset": self.preset_name,
+            **asdict(self.preset),
+            "val_batch_size": batch_size,
+            "every_n_steps": self.every_n_steps,
+            "start_epoch": self.start_epoch,
+            "params": self.params,
+            "gates": self.gates,
+            "seed": self.seed,
+        }
 
     # The end
 

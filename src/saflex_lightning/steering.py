@@ -1,12 +1,11 @@
 """What one fit knows about its validation data: the stream, the engine and the direction."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -15,12 +14,12 @@ from .engines import Engine, RowSubset, Scores, adam_second_moments, evaluate, m
 from .functional import Preset, ReduceSum, check_target
 from .gating import Gates
 from .mixin import SAflexMixin
+from .state import STATE_VERSION, check_gradient
 from .step import LossOptions, SAflexStep, call_scores, mean_cross_entropy
 from .validation import ValidationGradient, ValidationStream, count_rows, is_plain, mix_seed
 
 __all__ = ["Steering"]
 
-_STATE_VERSION = 1
 _GATES = 1  # keeps the gates' draws apart from the Gumbel noise of the same step
 
 
@@ -55,6 +54,7 @@ class Steering:
         self._batches = 0  # training batches seen
         self._draws = 0  # validation batches drawn before the stream was opened
         self._num_classes = 0
+        self._parameters: tuple[str, ...] = ()  # names, in the order of the gradient's parts
         self._stream: ValidationStream | None = None
         self._labels_seen = False
 
@@ -79,6 +79,9 @@ class Steering:
             keep_batch_size: Use the loader's own batch size.
             group_names: Name of every group of training rows; read by the gates.
             num_batches: Training batches of the whole training; read by the gates.
+
+        Raises:
+            MisconfigurationException: If a gradient from a checkpoint does not fit the module.
         """
         assert isinstance(module, SAflexMixin)
         self.engine: Engine = make_engine(
@@ -86,7 +89,12 @@ class Steering:
         )
         self._rows = RowSubset(module)
         self._loader, self._workers, self._keep_size = loader, num_workers, keep_batch_size
+        self._names: dict[Tensor, str] = {
+            parameter: name for name, parameter in module.named_parameters()
+        }
+        check_gradient(self.gradient.state_dict(), self._parameters, module)
         self.gradient.to(module.device)
+        self._options = self._options.to(module.device)
         if self.gates is not None:
             self.gates.start(
                 module,
@@ -173,6 +181,7 @@ class Steering:
                 reduce_sum=reduce_sum,
                 world_size=trainer.world_size,
             )
+            self._parameters = tuple(self._names[part] for part in self.engine.params)
         if self.gates is not None:
             self.gates.add_validation(
                 lambda scores: self._loss(scores, target),
@@ -227,39 +236,37 @@ class Steering:
             A dictionary for `load_state_dict`.
         """
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "seed": self._seed,
             "batch_size": self._batch_size,
             "batches": self._batches,
             "draws": self._draws if self._stream is None else self._stream.draws,
             "options": tuple(self._options),
             "gradient": self.gradient.state_dict(),
+            "parameters": self._parameters,
             "num_classes": self._num_classes,
             "gates": None if self.gates is None else self.gates.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], changed: Collection[str] = ()) -> None:
         """Go on where a checkpoint stopped.
 
         Args:
-            state: What `state_dict` returned.
-
-        Raises:
-            MisconfigurationException: If the state is of another version.
+            state: What `state_dict` returned, checked by `check_state`.
+            changed: Settings that are others than those of the run that wrote it. What follows
+                from one of them is not taken over.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise MisconfigurationException(
-                f"Expected callback state of version {_STATE_VERSION}, but the checkpoint holds "
-                f"version {state.get('version')!r}. Resume with the library version that wrote "
-                "it, or start a new run."
-            )
-        self._seed = state["seed"]
-        self._batch_size = state["batch_size"]
+        if "seed" not in changed:
+            self._seed = state["seed"]
+        if not {"val_batch_size", "val_batch_ratio"}.intersection(changed):
+            self._batch_size = state["batch_size"]
         self._batches = state["batches"]
         self._draws = state["draws"]
         self._options = LossOptions(*state["options"])
         self._num_classes = state["num_classes"]
-        self.gradient.load_state_dict(state["gradient"])
+        if not {"engine", "params"}.intersection(changed):
+            self.gradient.load_state_dict(state["gradient"])
+            self._parameters = state["parameters"]
         if self.gates is not None and state["gates"] is not None:
             self.gates.load_state_dict(state["gates"])
 

@@ -68,6 +68,18 @@ class LossOptions(NamedTuple):
             self.label_smoothing == other.label_smoothing
         )
 
+    def to(self, device: torch.device) -> "LossOptions":
+        """Return the options with the class weights on a device.
+
+        Args:
+            device: Where the parameters live.
+
+        Returns:
+            Options.
+        """
+        weight = None if self.class_weight is None else self.class_weight.to(device)
+        return self._replace(class_weight=weight)
+
 
 @dataclass
 class SAflexStep:

@@ -106,7 +106,8 @@ class ValidationStream:
 
     A map-style dataset behind a plain sampler is drawn through `EndlessBatchSampler`; any other
     loader (a weighted sampler, an iterable dataset, a list of batches) is repeated as it is, and
-    what each rank sees is then up to that loader. Drawing leaves the global random state alone.
+    what each rank sees is then up to that loader. From such a loader a resumed run first draws and
+    drops what was drawn before. Drawing leaves the global random state alone.
 
     Args:
         loader: A dataloader, or any iterable of batches.
@@ -147,6 +148,9 @@ class ValidationStream:
         self._iterator: Iterator[Any] | None = None
         if not is_plain(loader):
             self._iterator = _repeat(loader)
+            for number in range(start):  # only by going there can its place be found
+                with self._own_random_state(number):
+                    next(self._iterator)
             return
         assert isinstance(loader, DataLoader)
         dataset: Any = loader.dataset

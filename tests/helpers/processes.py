@@ -17,31 +17,40 @@ def run_in_processes(function, world_size, *args, timeout=240):
     ``devices=world_size, strategy="ddp"`` joins the group and starts no processes of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = mp.get_context("spawn")
-        processes = [
-            context.Process(
-                target=_child, args=(function, rank, world_size, port, folder, args), daemon=True
-            )
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout)
-        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for rank in hung:
-            processes[rank].kill()
-        errors = [path.read_text() for path in sorted(Path(folder).glob("error*"))]
-        assert not hung, f"ranks {hung} hung\n" + "\n".join(errors)
+        codes, errors = _run(function, world_size, args, folder, timeout)
+        assert None not in codes, f"exit codes {codes}, None for hung\n" + "\n".join(errors)
         assert not errors, "\n".join(errors)
-        assert not any(process.exitcode for process in processes), "a process died early"
+        assert not any(codes), "a process died early"
         return [
             torch.load(Path(folder) / f"result{rank}", weights_only=False)
             for rank in range(world_size)
         ]
+
+
+def exit_codes(function, world_size, *args, timeout=60):
+    """Return the exit code of each process, as above; None for one that hung."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(function, world_size, args, folder, timeout)[0]
+
+
+def _run(function, world_size, args, folder, timeout):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("forkserver")  # fresh processes that need not import torch again
+    context.set_forkserver_preload(["lightning.pytorch", "torchmetrics.classification"])
+    processes = [
+        context.Process(target=_child, args=(function, rank, world_size, port, folder, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes, [path.read_text() for path in sorted(Path(folder).glob("error*"))]
 
 
 def _child(function, rank, world_size, port, folder, args):

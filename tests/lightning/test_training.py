@@ -151,42 +151,6 @@ def test_refined_training_learns(preset):
     assert trainer.callback_metrics["val/accuracy"] > 0.8
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"preset": "paper"}, {"engine": "head"}, {"every_n_steps": 2}], ids=str
-)
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, settings):
-    def callback():
-        return SAflexCallback(make_loader(40, 8, seed=7), **settings)
-
-    through = seeded(lambda: Classifier(plain=True))
-    fit(through, callback(), train=make_loader(), max_epochs=4)
-
-    stopped = seeded(lambda: Classifier(plain=True))
-    trainer = fit(stopped, callback(), train=make_loader(), max_epochs=2)
-    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
-    resumed = seeded(lambda: Classifier(plain=True), seed=55)
-    fit(
-        resumed,
-        callback(),
-        train=make_loader(),
-        max_epochs=4,
-        seed=77,
-        ckpt_path=tmp_path / "stopped.ckpt",
-    )
-    assert_same_state(state_of(through), state_of(resumed))
-
-
-def test_state_of_another_version_is_refused():
-    callback = SAflexCallback(make_loader())
-    with pytest.raises(MisconfigurationException, match="version 1, but the checkpoint holds"):
-        callback.load_state_dict({"version": 99})
-
-
-def test_callbacks_of_two_presets_have_their_own_state():
-    first, second = SAflexCallback(), SAflexCallback(preset="paper")
-    assert first.state_key != second.state_key
-
-
 def test_two_callbacks_share_a_fit_but_not_a_step():
     first = SAflexCallback(make_loader(), every_n_steps=2)
     with pytest.raises(MisconfigurationException, match="another one has already armed the module"):

@@ -14,6 +14,7 @@ LAYERS = {
     "gather": 1,
     "batch": 2,
     "evidence": 2,
+    "state": 2,
     "validation": 2,
     "gating": 3,
     "step": 3,

@@ -1,12 +1,12 @@
 """Training rows, their upstream augmentation, and how they become an `AugmentedBatch`."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.augment import (
@@ -17,6 +17,7 @@ from saflex_lightning.recipes.augment import (
 )
 from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.mixing import mixing_group
+from saflex_lightning.recipes.resumable import ResumableSampler
 
 __all__ = ["AugmentedImages", "CleanImages", "EpochSampler", "collate_rows", "normalize"]
 
@@ -62,12 +63,11 @@ class AugmentedImages(Dataset[TrainingRow]):
         return TrainingRow(epoch, row, target, clean, augmented)
 
 
-class EpochSampler(DistributedSampler[tuple[int, int]]):
+class EpochSampler(ResumableSampler):
     """Shuffled ``(epoch, row)`` pairs: the epoch reaches the dataset, in loader workers too."""
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        rows = cast("Iterator[int]", super().__iter__())
-        return ((self.epoch, row) for row in rows)
+        return ((self.epoch, row) for row in super().__iter__())
 
 
 class CleanImages(Dataset[tuple[Tensor, Tensor]]):

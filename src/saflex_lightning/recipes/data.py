@@ -30,6 +30,7 @@ from saflex_lightning.recipes.medmnist_sets import (
     find_medmnist,
 )
 from saflex_lightning.recipes.options import check_choice
+from saflex_lightning.recipes.resumable import ResumableLoader
 
 __all__ = ["MedMNISTDataModule", "split_stratified"]
 
@@ -222,8 +223,13 @@ class MedMNISTDataModule(L.LightningDataModule):
         )
         # The last, smaller batch is left out: its rows come in other epochs, and every step has
         # the same size.
-        return self._make_loader(
-            dataset, self.batch_size, sampler=sampler, collate_fn=collate, drop_last=True
+        return ResumableLoader(
+            dataset,
+            self.batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            drop_last=True,
+            **self._loader_options(),
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -254,13 +260,13 @@ class MedMNISTDataModule(L.LightningDataModule):
         """Return the loader of the official test split."""
         return self._make_loader(self._test, self.eval_batch_size)
 
-    def _make_loader(self, dataset: Dataset[Any], size: int, **kwargs: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+    def _make_loader(self, dataset: Dataset[Any], size: int) -> DataLoader[Any]:
+        return DataLoader(dataset, size, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
             # Otherwise each pass over a loader draws from the global random state.
-            generator=torch.Generator().manual_seed(self.seed),
-            **kwargs,
-        )
+            "generator": torch.Generator().manual_seed(self.seed),
+        }

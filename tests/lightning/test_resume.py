@@ -1,0 +1,268 @@
+"""A killed and resumed run equals the uninterrupted one, bit for bit; other states are refused."""
+
+import signal
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from helpers.interrupted import train, train_as
+from helpers.processes import exit_codes, run_in_processes
+from helpers.training import (
+    Classifier,
+    assert_same_state,
+    fit,
+    make_loader,
+    make_trainer,
+    seeded,
+    state_of,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from saflex_lightning import SAflexCallback, SAflexMixin, SAflexWarning
+from saflex_lightning.recipes import MedMNISTDataModule
+from saflex_lightning.recipes.medmnist import read_medmnist
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+class Planted(Exception):
+    pass
+
+
+class Failing(pl.Callback):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            raise Planted
+
+
+class Linear(SAflexMixin, pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(2352, 8))
+
+    def forward(self, images):
+        return self.net(images)
+
+    def training_step(self, batch, batch_idx):
+        return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def write_images(path):
+    """Write a MedMNIST file of 96 training images."""
+    arrays = {}
+    for split, (images, target) in read_medmnist().items():
+        arrays[f"{split}_images"] = images[:96].permute(0, 2, 3, 1).numpy()
+        arrays[f"{split}_labels"] = target[:96, None].numpy()
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def fit_medmnist(module, *callbacks, path, num_workers, max_steps, gates, ckpt_path=None):
+    """Take a few steps on images that are augmented at random; an epoch has three."""
+    pl.seed_everything(1, verbose=False)
+    trainer = make_trainer(
+        SAflexCallback(gates=gates),
+        *callbacks,
+        max_epochs=-1,
+        max_steps=max_steps,
+        enable_checkpointing=True,
+    )
+    data = MedMNISTDataModule(path=path, batch_size=32, num_workers=num_workers)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+
+
+def messages(caught):
+    return [str(w.message) for w in caught if w.category is SAflexWarning]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},  # a checkpoint between two refreshes of the gradient
+        {"preset": "paper"},
+        {"engine": "head"},
+        {"engine": "forward_mode", "every": 6},  # at the end of an epoch
+        {"every_n_steps": 3},
+        {"accumulate": 2, "every": 3},
+        {"val": "workers"},
+        pytest.param({"num_workers": 2}, marks=pytest.mark.slow),
+        {"val": "weighted"},
+        {"val": "iterable"},
+    ],
+    ids=str,
+)
+def test_run_killed_in_the_solve_and_resumed_equals_the_uninterrupted_one(tmp_path, settings):
+    codes = exit_codes(train_as, 1, 1, tmp_path, {"every": 5, "signal_at": 14, **settings})
+    assert codes == [-signal.SIGKILL]
+    resumed = train(tmp_path, resume=True, **{"every": 5, **settings})
+    assert_same_state(train(**settings), resumed)
+
+
+def test_run_ended_by_sigterm_saves_between_two_steps_and_resumes_exactly(tmp_path):
+    settings = {"sign": signal.SIGTERM, "preset": "paper"}
+    codes = exit_codes(train_as, 1, 1, tmp_path, {"signal_at": 9, **settings})
+    assert codes == [0]  # Lightning's SIGTERMException is a SystemExit
+    assert_same_state(train(preset="paper"), train(tmp_path, resume=True, **settings))
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "gates"), [(0, False), (0, True), pytest.param(2, True, marks=pytest.mark.slow)]
+)
+def test_medmnist_run_goes_on_in_the_middle_of_an_epoch(tmp_path, num_workers, gates):
+    through, stopped, resumed = (seeded(Linear) for _ in range(3))
+    path = write_images(tmp_path / "images.npz")
+    options = {"path": path, "num_workers": num_workers, "max_steps": 8, "gates": gates}
+    fit_medmnist(through, **options)
+    keeper = ModelCheckpoint(tmp_path, "latest", every_n_train_steps=5)
+    with pytest.raises(Planted):
+        fit_medmnist(stopped, keeper, Failing(7), **options)
+    fit_medmnist(resumed, keeper, **options, ckpt_path=tmp_path / "latest.ckpt")
+    assert_same_state(state_of(through), state_of(resumed))
+
+
+@pytest.mark.distributed
+def test_two_processes_killed_and_resumed_equal_the_uninterrupted_ones(tmp_path):
+    settings = {"every": 5, "preset": "paper", "engine": "finite_difference"}
+    through = run_in_processes(train_as, 2, 2, None, settings)
+    codes = exit_codes(train_as, 2, 2, tmp_path, {"signal_at": 14, **settings})
+    assert codes == [1, -signal.SIGKILL]  # the other rank says that its peer is gone
+    resumed = run_in_processes(train_as, 2, 2, tmp_path, {"resume": True, **settings})
+    for rank in range(2):
+        assert_same_state(through[0], resumed[rank])
+        assert_same_state(through[0], through[rank])
+
+
+def saved_state(**settings):
+    """The state of a callback after three batches."""
+    callback = SAflexCallback(make_loader(40, 8, seed=7), **settings)
+    fit(seeded(Classifier), callback, max_epochs=1, limit_train_batches=3)
+    return callback.state_dict()
+
+
+def test_state_holds_what_torch_loads_without_running_code(tmp_path):
+    state = saved_state(preset="paper", params=["net.*"])
+    torch.save(state, tmp_path / "state")
+    loaded = torch.load(tmp_path / "state", weights_only=True)
+    assert loaded["batches"] == loaded["draws"] == 3
+    SAflexCallback(make_loader(40, 8), "paper", params=["net.*"]).load_state_dict(loaded)
+
+
+def test_other_settings_warn_by_name():
+    state = saved_state(temperature=1.5, seed=5)
+    callback = SAflexCallback(make_loader(40, 16), temperature=3.0, params=["net.3.*"])
+    with pytest.warns(SAflexWarning) as caught:
+        callback.load_state_dict(state)
+    assert messages(caught) == [
+        "Expected the settings that the checkpoint was written with, but `params` was None and is "
+        "now ['net.3.*'], `seed` was 5 and is now None, `temperature` was 1.5 and is now 3.0, "
+        "`val_batch_size` was 8 and is now 16. The run goes on with those of now and will not "
+        "equal an uninterrupted one."
+    ]
+    resumed = callback.state_dict()
+    assert (resumed["seed"], resumed["batch_size"], resumed["batches"]) == (None, None, 3)
+    assert resumed["gradient"]["average"] is None  # it was that of other parameters
+
+
+def test_equal_settings_do_not_warn():
+    SAflexCallback(make_loader(40, 8), seed=5).load_state_dict(saved_state(seed=5))
+
+
+def test_run_with_another_preset_takes_the_state_over_and_says_what_differs(tmp_path):
+    trainer = fit(
+        seeded(Classifier), SAflexCallback(make_loader(40, 8)), max_epochs=1, limit_train_batches=3
+    )
+    trainer.save_checkpoint(tmp_path / "robust.ckpt")
+    callback = SAflexCallback(make_loader(40, 8), "paper")
+    with (
+        pytest.warns(SAflexWarning, match="`engine` was 'finite_difference' and is now"),
+        pytest.warns(UserWarning, match="callbacks used to create the checkpoint"),
+    ):
+        fit(seeded(Classifier), callback, ckpt_path=tmp_path / "robust.ckpt", max_epochs=2)
+    assert callback.state_dict()["batches"] == 3 + 4
+
+
+def test_checkpoint_without_a_state_starts_afresh_and_says_so(tmp_path, caplog):
+    trainer = fit(seeded(Classifier), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    callback = SAflexCallback(make_loader(40, 8))
+    with caplog.at_level("INFO"):
+        fit(seeded(Classifier), callback, ckpt_path=tmp_path / "plain.ckpt", max_epochs=2)
+    assert "the checkpoint holds no state of `SAflexCallback{" in caplog.text
+    assert callback.state_dict()["batches"] == 4
+
+
+def without(key):
+    return lambda state: state.pop(key)
+
+
+def with_value(value, *keys):
+    def change(state):
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.clear(), "version 2, but the checkpoint holds version None"),
+        (with_value(99, "version"), "version 2, but the checkpoint holds version 99"),
+        (without("draws"), "`draws` is missing"),
+        (with_value("4", "batches"), "`batches` is a str, not a int"),
+        (with_value([], "gradient"), "`gradient` is a list, not a dict"),
+        (with_value(None, "gradient", "norm"), r"of `gradient` only \['norm'\] are None"),
+        (with_value((1, 2), "gradient", "average"), "`gradient.average` holds something else"),
+        (lambda state: state["gradient"].pop("started"), "`gradient.started` is missing"),
+    ],
+)
+def test_damaged_state_is_refused_by_name(damage, message):
+    state = saved_state()
+    damage(state)
+    with pytest.raises(MisconfigurationException, match=message):
+        SAflexCallback(make_loader(40, 8)).load_state_dict(state)
+
+
+def test_gradient_of_other_shapes_is_refused_by_name_before_a_step(tmp_path):
+    callback = SAflexCallback(make_loader(40, 8))
+    trainer = fit(seeded(Classifier), callback, max_epochs=1, limit_train_batches=3)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    checkpoint = torch.load(tmp_path / "whole.ckpt", weights_only=False)
+    gradient = checkpoint["callbacks"][callback.state_key]["gradient"]
+    gradient["average"] = (torch.zeros(3, 3), *gradient["average"][1:])
+    gradient["direction"] = gradient["direction"][:2]
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    module = seeded(Classifier)
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(module, callback, ckpt_path=tmp_path / "damaged.ckpt")
+    assert str(caught.value) == (
+        "Expected the saved validation gradient to fit the parameters of the module, but `average` "
+        "has shape (3, 3) for `net.0.weight`, which has (16, 8), `direction` has 2 parts for 6 "
+        "parameters. Resume with the module that wrote the checkpoint."
+    )
+
+
+def test_two_callbacks_of_one_preset_and_engine_are_refused_others_coexist():
+    with pytest.raises(RuntimeError, match="must be unique among all callbacks"):
+        make_trainer(SAflexCallback(), SAflexCallback(temperature=3.0))
+    first, second = (
+        SAflexCallback(make_loader()),
+        SAflexCallback(make_loader(), "paper", start_epoch=9),
+    )
+    fit(seeded(Classifier), first, second, max_epochs=1)
+    assert first.state_key != second.state_key
+    assert first.state_dict()["draws"] == 1
+    assert second.state_dict()["draws"] == 0

@@ -11,6 +11,7 @@ from .engines import UnsupportedModelError, make_engine
 from .functional import Preset
 from .gating import find_last_layer
 from .mixin import SAflexMixin
+from .preflight import preflight_problems
 from .validation import count_rows, same_rows
 
 __all__ = [
@@ -45,7 +46,11 @@ def check_fit(
             f"`{type(trainer).__module__}.{type(trainer).__name__}`. Write "
             "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
         )
-    problems = [*_module_problems(module), *_strategy_problems(trainer.strategy)]
+    problems = [
+        *_module_problems(module),
+        *_strategy_problems(trainer.strategy),
+        *preflight_problems(trainer),
+    ]
     problems += _precision_problems(trainer, preset)
     if isinstance(module, SAflexMixin):
         problems += _engine_problems(module, preset, params)

@@ -15,6 +15,7 @@ LAYERS = {
     "batch": 2,
     "evidence": 2,
     "state": 2,
+    "preflight": 2,
     "validation": 2,
     "gating": 3,
     "step": 3,

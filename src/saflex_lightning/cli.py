@@ -3,9 +3,12 @@
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
+from saflex_lightning.preflight import check_launch
 from saflex_lightning.recipes.quiet import silence_hints
 
 __all__ = ["find_config", "main"]
@@ -26,12 +29,22 @@ def find_config(name: str) -> str:
     return name if Path(name).is_file() or not packaged.is_file() else str(packaged)
 
 
+class CheckedCLI(LightningCLI):
+    """LightningCLI that refuses a Trainer its launcher or its GPUs cannot serve."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Compare the Trainer with its launcher and GPUs before it starts."""
+        trainer = super().instantiate_trainer(**kwargs)
+        check_launch(trainer)
+        return trainer
+
+
 def main() -> None:
     """Run LightningCLI on the process's arguments; model and data are given by class path."""
     silence_hints()
     # LightningCLI reads the process's arguments itself, and warns when it is given others.
     sys.argv[1:] = _resolve_configs(sys.argv[1:])
-    LightningCLI(
+    CheckedCLI(
         # The model chooses its optimizer, and a second run may follow in the same directory.
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},

@@ -6,14 +6,19 @@ from typing import Any
 
 import hydra
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from saflex_lightning.preflight import check_launch
 from saflex_lightning.recipes.paper import check_paper
 from saflex_lightning.recipes.quiet import silence_hints
-from saflex_lightning.recipes.report import RunReport, make_run_table
+from saflex_lightning.recipes.report import RunReport, make_run_table, read_report
 
 __all__ = ["main", "train"]
 
@@ -25,9 +30,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         cfg: A composition of the groups in ``saflex_lightning/configs``.
 
     Returns:
-        What ``result.json`` holds: method, seed, steps, every test metric (``test/f1`` as
-        ``test_f1``), fractions and times (None for what the method does not have), and the cells
-        of the paper's tables that the run stands beside.
+        What ``result.json`` holds: method, seed, steps, processes, every test metric (``test/f1``
+        as ``test_f1``), fractions and times (None for what the method does not have), and the
+        cells of the paper's tables that the run stands beside.
+
+    Raises:
+        MisconfigurationException: If the launcher, the GPUs or a sweep do not fit the Trainer.
     """
     silence_hints()
     paper: Any = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
@@ -35,12 +43,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)
     model = instantiate(cfg.model)
-    report = RunReport()
-    callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), report]
+    callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), RunReport()]
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks)
+    check_launch(trainer)
+    _check_sweep(trainer)
 
     trainer.fit(model, datamodule=datamodule)
-    steps = trainer.global_step
+    report = read_report(trainer.callback_metrics)
     # Where a metric selects, its best epoch is tested.
     selects = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and (
         trainer.checkpoint_callback.monitor is not None
@@ -51,9 +60,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     result = {
         "name": cfg.name,
         "seed": cfg.seed,
-        "steps": steps,
+        "steps": report.pop("steps"),
+        "processes": trainer.world_size,
         **{name.replace("/", "_"): value for metrics in tests for name, value in metrics.items()},
-        **report.summarize(),
+        **report,
         "paper": paper,
     }
     if trainer.is_global_zero:
@@ -62,6 +72,18 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         Console().print(make_run_table(result))
     return result
+
+
+def _check_sweep(trainer: L.Trainer) -> None:
+    """Refuse a sweep that each of a job's processes would run again."""
+    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    spawns = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    if sweeps and trainer.world_size > 1 and not spawns:
+        raise MisconfigurationException(
+            "Expected the jobs of a sweep to spawn their processes, but this one has "
+            f"{trainer.world_size} that each start from the command line and would run the whole "
+            "sweep again. Add `trainer.strategy=ddp_spawn`, or start one command per job."
+        )
 
 
 @hydra.main(version_base="1.3", config_path="pkg://saflex_lightning.configs", config_name="train")

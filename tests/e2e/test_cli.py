@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
 import saflex_lightning
@@ -158,3 +159,14 @@ def test_missing_config_is_reported(saflex, capsys):
     with pytest.raises(SystemExit):
         saflex("fit", "--config", "absent.yaml")
     assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_launch_that_would_hang_is_refused_before_it_starts(saflex, monkeypatch):
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "0")
+    for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.setenv(name, "2")
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    with pytest.raises(MisconfigurationException, match="Expected `srun` to start 2 processes"):
+        saflex("fit", "--config", SHIPPED, *SHORT, *two)
+    assert not RUN.exists()

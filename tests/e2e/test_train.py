@@ -11,6 +11,7 @@ import pytest
 from helpers.configs import CONFIGS, compose_config, render
 from helpers.standins import write_medmnist
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import saflex_lightning
 from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
@@ -83,6 +84,7 @@ def test_groups_and_defaults_are_the_ones_the_tests_know(tmp_path):
         if (group == "method" or choice != DEFAULTS[group])
         and group != "data"
         and choice != "soft_crop_weighted"
+        and not choice.startswith("ddp_")  # tests/distributed/test_launchers.py has these
     ],
 )
 def test_every_choice_takes_a_short_run(tmp_path, group, choice):
@@ -242,3 +244,12 @@ def test_sweep_prints_one_summary(tmp_path):
     assert "Warning" not in run.stderr
     results = read_results(tmp_path / "sweep")
     assert [result["name"] for result in results] == ["no_aug", "saflex_robust"]
+
+
+def test_tasks_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(MisconfigurationException, match="torchrun started 2 and the Trainer has"):
+        train(compose_config(tmp_path, *SHORT))
+    assert not (tmp_path / "result.json").exists()

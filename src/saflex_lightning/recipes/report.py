@@ -1,17 +1,20 @@
 """What one run tells at its end: the numbers of the last epoch and a table of them."""
 
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
 import lightning as L
 import torch
 from rich.table import Table
+from torch import Tensor
 
-__all__ = ["RunReport", "make_run_table"]
+__all__ = ["RunReport", "make_run_table", "read_report"]
 
 # Metrics that `SAflexCallback` logs at every step; without the callback there are none.
 FRACTIONS = ("kept_fraction", "relabelled_fraction", "effective_fraction")
 SOLVE_SECONDS = "solve_seconds"
+PREFIX = "report/"
 
 
 class RunReport(L.Callback):
@@ -23,7 +26,6 @@ class RunReport(L.Callback):
     """
 
     def __init__(self) -> None:
-        self.train_seconds = 0.0
         self._train_start = 0.0
         self._step_start = 0.0
         self._reset()
@@ -64,24 +66,43 @@ class RunReport(L.Callback):
         """Leave validation out of the next step."""
         self._step_start = perf_counter()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock of the whole training."""
-        self.train_seconds = perf_counter() - self._train_start
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the report, averaged over processes: only metrics return from spawned ones."""
+        for name, value in self._summarize(trainer).items():
+            pl_module.log(f"{PREFIX}{name}", value, logger=False, sync_dist=True)
 
-    def summarize(self) -> dict[str, float | None]:
-        """Return means over the steps of the last epoch; None for what SAFLEX did not log.
-
-        ``step_seconds_without_solve`` is the mean step less the mean solve.
-        """
+    def _summarize(self, trainer: L.Trainer) -> dict[str, float]:
         steps = max(self._steps, 1)
         means = {name: float(torch.as_tensor(total)) / steps for name, total in self._sums.items()}
         step_seconds = self._step_seconds / steps
+        solve_seconds = means.pop(SOLVE_SECONDS, 0.0)
         return {
-            **{name: means.get(name) for name in FRACTIONS},
+            **means,
+            "steps": float(trainer.global_step),
             "step_seconds": step_seconds,
-            "step_seconds_without_solve": step_seconds - means.get(SOLVE_SECONDS, 0.0),
-            "train_seconds": self.train_seconds,
+            "step_seconds_without_solve": step_seconds - solve_seconds,
+            "train_seconds": perf_counter() - self._train_start,
         }
+
+
+def read_report(metrics: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what `RunReport` logged in the last epoch.
+
+    ``step_seconds_without_solve`` is the mean step less the mean solve.
+
+    Args:
+        metrics: The Trainer's ``callback_metrics`` after the fit.
+
+    Returns:
+        Number of optimizer steps, means over the steps of the last epoch and seconds; None for
+        what SAFLEX did not log.
+    """
+    logged = {
+        name.removeprefix(PREFIX): value.item()
+        for name, value in metrics.items()
+        if name.startswith(PREFIX)
+    }
+    return {**dict.fromkeys(FRACTIONS), **logged, "steps": int(logged["steps"])}
 
 
 def make_run_table(result: dict[str, Any]) -> Table:

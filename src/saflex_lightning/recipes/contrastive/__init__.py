@@ -1,7 +1,18 @@
 """Image-text and self-supervised contrastive training, with the public interface alone."""
 
 from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders, OpenClipEncoders
+from saflex_lightning.recipes.contrastive.ensembling import WeightEnsembling
 from saflex_lightning.recipes.contrastive.metrics import MacroF1
+from saflex_lightning.recipes.contrastive.probe import FitHeadFirst, ImageTower, fit_linear_probe
 from saflex_lightning.recipes.contrastive.tuner import ContrastiveTuner
 
-__all__ = ["ContrastiveTuner", "ImageTextEncoders", "MacroF1", "OpenClipEncoders"]
+__all__ = [
+    "ContrastiveTuner",
+    "FitHeadFirst",
+    "ImageTextEncoders",
+    "ImageTower",
+    "MacroF1",
+    "OpenClipEncoders",
+    "WeightEnsembling",
+    "fit_linear_probe",
+]

@@ -1,0 +1,144 @@
+"""Mixtures of weights, linear probes, and fine-tuning that starts from one."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.clip import NAMES, TINY, make_images, make_tuner, union_batches
+from helpers.training import assert_same_state, fit, make_trainer, state_of
+from scipy.optimize import minimize
+from torch.utils.data import DataLoader, TensorDataset
+
+from saflex_lightning import SAflexCallback
+from saflex_lightning.recipes import Classifier
+from saflex_lightning.recipes.contrastive import (
+    FitHeadFirst,
+    ImageTower,
+    MacroF1,
+    OpenClipEncoders,
+    WeightEnsembling,
+    fit_linear_probe,
+)
+from saflex_lightning.recipes.contrastive.ensembling import mix_states
+
+
+def val_loader(rows=24, seed=7):
+    return DataLoader(TensorDataset(*make_images(rows, seed=seed)), 12)
+
+
+def test_states_are_mixed_entry_by_entry():
+    start = {"w": torch.tensor([0.0, 10.0]), "steps": torch.tensor(1)}
+    end = {"w": torch.tensor([4.0, 20.0]), "steps": torch.tensor(7)}
+    mixed = mix_states(start, end, 0.25)
+    assert mixed["w"].tolist() == [1.0, 12.5]
+    assert mixed["steps"] == 7
+    assert mix_states(start, end, 0.0)["w"] is start["w"]
+    assert mix_states(start, end, 1.0)["w"] is end["w"]
+
+
+def test_the_mixture_with_the_best_validation_score_is_kept():
+    class Watched(WeightEnsembling):
+        def on_train_end(self, trainer, pl_module):
+            self.end = state_of(pl_module)
+            super().on_train_end(trainer, pl_module)
+
+    module, ensembling = make_tuner(lr=3e-3), Watched(intervals=4)
+    start = state_of(module)
+    fit(module, ensembling, train=union_batches(), val_dataloaders=val_loader(), max_epochs=3)
+    images, labels = make_images(24, seed=7)
+    kept = state_of(module)
+    by_hand = {}
+    for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
+        module.load_state_dict(mix_states(start, ensembling.end, alpha))
+        metric = MacroF1(len(NAMES))
+        with torch.no_grad():
+            metric.update(module.eval()(images), labels)
+        by_hand[alpha] = metric.compute().item()
+    assert ensembling.scores == pytest.approx(by_hand)
+    assert len(set(by_hand.values())) > 1  # otherwise picking the best would mean nothing
+    best = max(by_hand.values())
+    assert ensembling.alpha == min(alpha for alpha, score in by_hand.items() if score == best)
+    assert_same_state(kept, mix_states(start, ensembling.end, ensembling.alpha))
+
+
+def test_a_resumed_run_mixes_with_the_weights_of_the_first_start(tmp_path):
+    module, first = make_tuner(), WeightEnsembling(intervals=1)
+    start = state_of(module)
+    settings = {"train": union_batches(), "val_dataloaders": val_loader()}
+    trainer = fit(module, first, **settings, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    second = WeightEnsembling(intervals=1)
+    fit(make_tuner(), second, **settings, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+    assert_same_state(second.state_dict()["start"], start)
+
+
+def test_ensembling_without_validation_rows_is_refused():
+    with pytest.raises(Exception, match="Expected validation rows for `WeightEnsembling`"):
+        fit(make_tuner(), WeightEnsembling(), train=union_batches(), max_epochs=1)
+    with pytest.raises(ValueError, match="`intervals` to be at least 1, but got 0"):
+        WeightEnsembling(0)
+
+
+def test_probe_solves_the_penalised_problem():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    target = torch.randint(3, (40,), generator=generator)
+    probe = fit_linear_probe(features, target, 3, penalty=0.05, max_iterations=500)
+
+    def objective(flat):
+        weight, bias = flat[:15].reshape(3, 5), flat[15:]
+        scores = features.numpy() @ weight.T + bias
+        scores = scores - scores.max(1, keepdims=True)
+        log_p = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        return -log_p[np.arange(40), target.numpy()].mean() + 0.025 * (weight**2).sum()
+
+    reference = minimize(objective, np.zeros(18), method="BFGS", options={"gtol": 1e-7})
+    found = np.concatenate([probe.weight.detach().numpy().ravel(), probe.bias.detach().numpy()])
+    assert objective(found) == pytest.approx(reference.fun, abs=1e-6)
+    np.testing.assert_allclose(found[:15], reference.x[:15], atol=1e-3)
+
+
+def make_tower_classifier():
+    torch.manual_seed(5)
+    tower = ImageTower(OpenClipEncoders(config=TINY), len(NAMES))
+    return Classifier(tower, len(NAMES), optimizer="adamw", lr=1e-4, schedule="constant")
+
+
+def test_tower_leaves_the_text_side_alone():
+    network = make_tower_classifier().network
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert {"head.weight", "encoders.model.visual.proj"} <= trained
+    assert not {"encoders.model.text_projection", "encoders.model.logit_scale"} & trained
+    loss = network(make_images(3)[0]).sum()
+    loss.backward()
+    unused = {name for name, p in network.named_parameters() if p.requires_grad and p.grad is None}
+    assert not unused  # so that DDP needs no search for unused parameters
+
+
+def test_head_is_fitted_before_the_first_step():
+    class Watch(FitHeadFirst):
+        def on_train_start(self, trainer, pl_module):
+            modes = {part: part.training for part in pl_module.modules()}
+            super().on_train_start(trainer, pl_module)
+            assert modes == {part: part.training for part in pl_module.modules()}
+            self.head = state_of(pl_module.network.head)
+            self.tower = state_of(pl_module.network.encoders)
+
+    module, watch = make_tower_classifier(), Watch()
+    before = state_of(module.network.encoders)
+    batches = union_batches()
+    saflex = SAflexCallback(val_loader())
+    fit(module, watch, saflex, train=batches, max_epochs=1)
+    assert_same_state(watch.tower, before)
+    # The same probe from the rows of one epoch, by hand.
+    fresh = make_tower_classifier().eval()
+    with torch.no_grad():
+        features = torch.cat([fresh.network.features(batch.inputs) for batch in batches])
+    probe = fit_linear_probe(features, torch.cat([batch.target for batch in batches]), len(NAMES))
+    torch.testing.assert_close(watch.head, state_of(probe), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(module.network.head.weight, watch.head["weight"])
+
+
+def test_probe_first_needs_a_tower():
+    module = make_tuner()
+    with pytest.raises(Exception, match=r"`network` to be an `ImageTower`.*got NoneType"):
+        make_trainer(FitHeadFirst(), max_epochs=1).fit(module, union_batches())

@@ -31,8 +31,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         What ``result.json`` holds: method, seed, steps, processes, every test metric (``test/f1``
-        as ``test_f1``), fractions and times (None for what the method does not have), and the
-        cells of the paper's tables that the run stands beside.
+        as ``test_f1``), the validation metrics of the last epoch, fractions and times (None for
+        what the method does not have), and the cells of the paper's tables that the run stands
+        beside.
 
     Raises:
         MisconfigurationException: If the launcher, the GPUs or a sweep do not fit the Trainer.
@@ -50,6 +51,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     trainer.fit(model, datamodule=datamodule)
     report = read_report(trainer.callback_metrics)
+    validated = {
+        name: value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/")
+    }
     # Where a metric selects, its best epoch is tested.
     selects = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and (
         trainer.checkpoint_callback.monitor is not None
@@ -62,7 +68,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         "seed": cfg.seed,
         "steps": report.pop("steps"),
         "processes": trainer.world_size,
-        **{name.replace("/", "_"): value for metrics in tests for name, value in metrics.items()},
+        **{
+            name.replace("/", "_"): value
+            for metrics in (validated, *tests)
+            for name, value in metrics.items()
+        },
         **report,
         "paper": paper,
     }

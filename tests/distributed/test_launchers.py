@@ -27,8 +27,9 @@ LAUNCHERS = {
     "torchrun": (TORCHRUN, "ddp"),
 }
 FOUR_GPUS = "configs/lightning_cli/medmnist_4gpu_fp16.yaml"
-TRAIN = (
-    *("-m", "saflex_lightning.train", "trainer=ddp_sim", "trainer.max_epochs=1"),
+TRAIN = ("-m", "saflex_lightning.train")
+SIMULATED = (
+    *("trainer=ddp_sim", "trainer.max_epochs=1"),
     *("data.batch_size=4", "data.eval_batch_size=128", "trainer.enable_progress_bar=false"),
     *("++trainer.limit_train_batches=2", "++trainer.limit_val_batches=1"),
     "++trainer.limit_test_batches=1",
@@ -89,7 +90,7 @@ def test_script_reaches_the_parameters_of_one_process(python, strategy, tmp_path
 @pytest.mark.parametrize(("python", "strategy"), launchers("ddp"))
 def test_hydra_run_has_one_directory_and_one_result(python, strategy, tmp_path):
     variables = {"SAFLEX_RUN_DIR": "outputs/a/run"} if python is TORCHRUN else {}
-    done = run([*python, *TRAIN, f"trainer.strategy={strategy}"], tmp_path, **variables)
+    done = run([*python, *TRAIN, *SIMULATED, f"trainer.strategy={strategy}"], tmp_path, **variables)
     assert done.returncode == 0, done.stdout
     assert "MEMBER: 2/2" in done.stdout
     (folder,) = tmp_path.glob("outputs/*/*")
@@ -106,8 +107,8 @@ def test_hydra_run_has_one_directory_and_one_result(python, strategy, tmp_path):
 
 @pytest.mark.slow
 def test_sweep_of_spawned_jobs_makes_one_tree(tmp_path):
-    sweep = ("-m", "trainer.strategy=ddp_spawn", "seed=1,2", "hydra.sweep.dir=sweep")
-    done = run([*PYTHON, *TRAIN, *sweep], tmp_path)
+    sweep = ("trainer.strategy=ddp_spawn", "seed=1,2", "hydra.sweep.dir=sweep")
+    done = run([*PYTHON, *TRAIN, "-m", *SIMULATED, *sweep], tmp_path)
     assert done.returncode == 0, done.stdout
     results = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("result.json"))]
     assert [(result["seed"], result["processes"]) for result in results] == [(1, 2), (2, 2)]
@@ -117,7 +118,8 @@ def test_sweep_of_spawned_jobs_makes_one_tree(tmp_path):
 
 @pytest.mark.slow
 def test_sweep_of_jobs_that_would_sweep_again_is_refused(tmp_path):
-    done = run([*PYTHON, *TRAIN, "-m", "seed=1,2", "hydra.sweep.dir=sweep"], tmp_path)
+    sweep = ("seed=1,2", "hydra.sweep.dir=sweep")
+    done = run([*PYTHON, *TRAIN, "-m", *SIMULATED, *sweep], tmp_path)
     assert done.returncode == 1
     assert "Add `trainer.strategy=ddp_spawn`, or start one command per job" in done.stdout
     assert "GLOBAL_RANK" not in done.stdout

@@ -104,18 +104,33 @@ def plain(value):
     }
 
 
-def test_same_objects_as_the_main_job_of_hydra(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("file", "on_cpu", "overrides"),
+    [
+        (SHIPPED, ["accelerator=cpu"], []),
+        (
+            "configs/lightning_cli/medmnist_4gpu_fp16.yaml",
+            ["accelerator=cpu", "precision=32"],
+            [
+                *("experiment=medmnist_randaugment", "trainer=ddp_4gpu", "data.batch_size=32"),
+                *("data.steering=split", "data.num_workers=4"),
+            ],
+        ),
+    ],
+    ids=["main job", "four GPUs"],
+)
+def test_same_objects_as_a_job_of_hydra(tmp_path, monkeypatch, file, on_cpu, overrides):
     monkeypatch.setattr(sys, "argv", ["saflex"])  # LightningCLI warns about arguments given twice
     cli = LightningCLI(
-        args=["--config", find_config(SHIPPED), "--trainer.accelerator=cpu"],
+        args=["--config", find_config(file), *(f"--trainer.{setting}" for setting in on_cpu)],
         run=False,
         auto_configure_optimizers=False,
     )
     with initialize_config_module(config_module="saflex_lightning.configs", version_base="1.3"):
-        overrides = [f"output_dir={tmp_path}", "trainer.accelerator=cpu"]
-        cfg = compose("train", overrides=overrides)
+        settings = [f"output_dir={tmp_path}", *(f"trainer.{setting}" for setting in on_cpu)]
+        cfg = compose("train", overrides=[*overrides, *settings])
     data, model = instantiate(cfg.data), instantiate(cfg.model)
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    saflex = instantiate(cfg.callbacks.saflex)
     trainer = instantiate(cfg.trainer)
 
     assert cli.config.seed_everything == cfg.seed
@@ -127,11 +142,16 @@ def test_same_objects_as_the_main_job_of_hydra(tmp_path, monkeypatch):
     assert str(cli.model) == str(model)
 
     theirs = [c for c in cli.trainer.callbacks if isinstance(c, saflex_lightning.SAflexCallback)]
-    assert len(theirs) == len(callbacks) == 1
-    assert plain(theirs[0]) == plain(callbacks[0])
-    assert theirs[0].preset == callbacks[0].preset
+    assert [plain(callback) for callback in theirs] == [plain(saflex)]
+    assert theirs[0].preset == saflex.preset
     assert type(cli.trainer.logger) is type(trainer.logger)
-    for name in ("max_epochs", "num_devices", "log_every_n_steps", "num_sanity_val_steps"):
+    for name in (
+        "max_epochs",
+        "num_devices",
+        "log_every_n_steps",
+        "num_sanity_val_steps",
+        "precision",
+    ):
         assert getattr(cli.trainer, name) == getattr(trainer, name), name
 
 

@@ -27,6 +27,7 @@ LAYERS = {
     "recipes": 8,
     "train": 9,
     "cli": 9,
+    "generate": 9,
     "configs": 10,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))

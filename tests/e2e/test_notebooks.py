@@ -17,6 +17,10 @@ SMALL = {
         "batch_size": 16,
         "eval_batches": 1,
     },
+    "toy_2d": {
+        "steps": 6,
+        "shown_steps": (1, 5),
+    },
 }
 
 

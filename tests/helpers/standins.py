@@ -1,6 +1,7 @@
 """Small files in the format of data sets that have to be downloaded."""
 
 import numpy as np
+from PIL import Image
 
 from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
 
@@ -27,6 +28,40 @@ def medmnist_experiment(folder):
     return [f"data.root={folder}", "data.check_md5=false", "data.batch_size=4"]
 
 
+def write_iwildcam(folder, *, rows=8, classes=3, side=28):
+    """Write ``metadata.csv``, ``categories.csv`` and ``train/`` with random images."""
+    rng = np.random.default_rng(0)
+    (folder / "train").mkdir()
+    names = "".join(f"{label},animal {label}\n" for label in range(classes))
+    (folder / "categories.csv").write_text("y,name\n" + names)
+    lines = ["split,filename,y,location_remapped"]
+    for split in ("train", "val", "test", "id_val", "id_test"):
+        for row in range(rows):
+            name = f"{split}{row}.png"
+            pixels = rng.integers(0, 256, (side, side + 4, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "train" / name)
+            lines.append(f"{split},{name},{row % classes},0")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def clip_experiment(folder):
+    """A few camera-trap photos, and a CLIP model with random weights instead of a download."""
+    write_iwildcam(folder)
+    config = (
+        "{embed_dim: 8, vision_cfg: {image_size: 28, layers: 1, width: 16, head_width: 8, "
+        "patch_size: 14}, text_cfg: {context_length: 16, vocab_size: 49408, width: 16, heads: 2, "
+        "layers: 1}}"
+    )
+    return [
+        f"data.root={folder}",
+        "data.image_size=28",
+        "data.batch_size=4",
+        "data.num_workers=0",
+        f"model.encoders.config={config}",
+        "trainer.precision=32-true",
+    ]
+
+
 # First word of an experiment's name -> function of an empty folder that writes small files in the
 # format of its data and returns the overrides that point the experiment at them.
-STANDINS = {"medmnist": medmnist_experiment}
+STANDINS = {"clip": clip_experiment, "medmnist": medmnist_experiment}

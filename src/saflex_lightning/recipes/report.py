@@ -102,7 +102,7 @@ def read_report(metrics: Mapping[str, Tensor]) -> dict[str, Any]:
         for name, value in metrics.items()
         if name.startswith(PREFIX)
     }
-    return {**dict.fromkeys(FRACTIONS), **logged, "steps": int(logged["steps"])}
+    return {**dict.fromkeys(FRACTIONS), **logged, "steps": int(logged.get("steps", 0))}
 
 
 def make_run_table(result: dict[str, Any]) -> Table:
@@ -115,6 +115,7 @@ def make_run_table(result: dict[str, Any]) -> Table:
         "test accuracy": ("test_accuracy", "{:.2%}"),
         "test AUROC (macro, one against the rest)": ("test_auroc", "{:.4f}"),
         "test F1 (macro)": ("test_f1", "{:.4f}"),
+        "test F1 (macro), out of distribution": ("test_ood_f1", "{:.4f}"),
         "kept fraction (last epoch)": ("kept_fraction", "{:.3f}"),
         "relabelled fraction (last epoch)": ("relabelled_fraction", "{:.3f}"),
         "effective fraction (last epoch)": ("effective_fraction", "{:.3f}"),
@@ -124,6 +125,6 @@ def make_run_table(result: dict[str, Any]) -> Table:
     }
     table = Table("result", str(result["name"]), title=f"seed {result['seed']}")
     for label, (key, form) in rows.items():
-        value = result[key]
+        value = result.get(key)
         table.add_row(label, "-" if value is None else form.format(value))
     return table

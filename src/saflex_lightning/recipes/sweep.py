@@ -68,6 +68,7 @@ def make_sweep_table(results: Iterable[dict[str, Any]]) -> Table:
     table = Table("method", "test accuracy", "test AUROC", "seeds", title="mean ± std over seeds")
     for label, group in groups.items():
         accuracy = [100.0 * result["test_accuracy"] for result in group]
-        auroc = [result["test_auroc"] for result in group]
-        table.add_row(label, format_spread(accuracy, 2), format_spread(auroc, 4), str(len(group)))
+        auroc = [result["test_auroc"] for result in group if "test_auroc" in result]
+        ranked = format_spread(auroc, 4) if auroc else "-"
+        table.add_row(label, format_spread(accuracy, 2), ranked, str(len(group)))
     return table

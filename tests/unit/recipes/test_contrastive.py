@@ -148,6 +148,13 @@ def test_unusable_settings_are_refused():
         ContrastiveTuner(torch.nn.Linear(2, 2), NAMES)
 
 
+def test_mixed_labels_are_refused():
+    batch = next(iter(union_batches()))
+    mixed = batch._replace(target=torch.full((12, 3), 1 / 3))
+    with pytest.raises(TypeError, match=r"float32 of shape \(12, 3\)\. No caption says a mixture"):
+        make_tuner().training_step(mixed, 0)
+
+
 def test_rows_go_through_all_templates():
     index = torch.arange(4)
     assert [template_of_rows(index, epoch, 3).tolist() for epoch in (0, 1)] == [

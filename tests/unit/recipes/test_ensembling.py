@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.clip import NAMES, TINY, make_images, make_tuner, union_batches
 from helpers.training import assert_same_state, fit, make_trainer, state_of
+from lightning.pytorch import Callback
 from scipy.optimize import minimize
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -61,14 +62,27 @@ def test_the_mixture_with_the_best_validation_score_is_kept():
 
 
 def test_a_resumed_run_mixes_with_the_weights_of_the_first_start(tmp_path):
-    module, first = make_tuner(), WeightEnsembling(intervals=1)
-    start = state_of(module)
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "one.ckpt")
+            assert not torch.equal(
+                pl_module.encoders.logit_scale, start["encoders.model.logit_scale"]
+            )
+
     settings = {"train": union_batches(), "val_dataloaders": val_loader()}
-    trainer = fit(module, first, **settings, max_epochs=1)
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    second = WeightEnsembling(intervals=1)
-    fit(make_tuner(), second, **settings, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
-    assert_same_state(second.state_dict()["start"], start)
+    module = make_tuner()
+    start = state_of(module)
+    fit(module, WeightEnsembling(intervals=1), Save(), **settings, max_epochs=1)
+    resumed = WeightEnsembling(intervals=1)
+    fit(make_tuner(), resumed, **settings, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+    assert_same_state(resumed.state_dict()["start"], start)
+
+
+def test_ensembling_needs_no_validation_during_training():
+    ensembling = WeightEnsembling(intervals=1)
+    settings = {"val_dataloaders": val_loader(), "check_val_every_n_epoch": 5}
+    fit(make_tuner(), ensembling, train=union_batches(), max_epochs=1, **settings)
+    assert ensembling.scores.keys() == {0.0, 1.0}
 
 
 def test_ensembling_without_validation_rows_is_refused():

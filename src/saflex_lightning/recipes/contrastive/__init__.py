@@ -2,6 +2,7 @@
 
 from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders, OpenClipEncoders
 from saflex_lightning.recipes.contrastive.ensembling import WeightEnsembling
+from saflex_lightning.recipes.contrastive.iwildcam import IWildCamDataModule
 from saflex_lightning.recipes.contrastive.metrics import MacroF1
 from saflex_lightning.recipes.contrastive.probe import FitHeadFirst, ImageTower, fit_linear_probe
 from saflex_lightning.recipes.contrastive.tuner import ContrastiveTuner
@@ -9,6 +10,7 @@ from saflex_lightning.recipes.contrastive.tuner import ContrastiveTuner
 __all__ = [
     "ContrastiveTuner",
     "FitHeadFirst",
+    "IWildCamDataModule",
     "ImageTextEncoders",
     "ImageTower",
     "MacroF1",

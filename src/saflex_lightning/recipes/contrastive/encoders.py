@@ -1,6 +1,6 @@
 """Two towers behind one small interface, and `open_clip` models behind it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -86,7 +86,12 @@ class OpenClipEncoders(nn.Module):
             model = open_clip.create_model(architecture, pretrained)
             self._tokenizer = open_clip.get_tokenizer(architecture)
         else:
-            model = open_clip.CLIP(**config)
+            # Hydra's own mappings do not pass for dictionaries.
+            plain: dict[str, Any] = {
+                name: dict(value) if isinstance(value, Mapping) else value
+                for name, value in config.items()
+            }
+            model = open_clip.CLIP(**plain)
             self._tokenizer = open_clip.SimpleTokenizer(
                 context_length=config["text_cfg"]["context_length"]
             )

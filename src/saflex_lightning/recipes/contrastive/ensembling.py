@@ -71,9 +71,14 @@ class WeightEnsembling(L.Callback):
         self.scores: dict[float, float] = {}
         self._start: dict[str, Tensor] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget an earlier fit; a checkpoint's state is loaded after this hook."""
+        if stage == "fit":
+            self._start, self.scores, self.alpha = {}, {}, None
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep a copy of the weights, on the CPU."""
-        self._start = _copy_state(pl_module)
+        """Keep a copy of the weights, on the CPU, unless a checkpoint brought that of its start."""
+        self._start = self._start or _copy_state(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse to train where nothing could pick.
@@ -81,7 +86,7 @@ class WeightEnsembling(L.Callback):
         Raises:
             MisconfigurationException: If there are no validation rows.
         """
-        if not trainer.val_dataloaders:
+        if not trainer.enable_validation:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "Expected validation rows for `WeightEnsembling` to pick a mixture by, but the "
                 "Trainer has none. Pass a validation dataloader, or remove the callback."
@@ -89,6 +94,10 @@ class WeightEnsembling(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score every mixture and load the best."""
+        if trainer.val_dataloaders is None:  # no epoch was validated
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
         end = _copy_state(pl_module)
         for step in range(self.intervals + 1):
             alpha = step / self.intervals

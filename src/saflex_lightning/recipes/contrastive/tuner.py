@@ -24,6 +24,7 @@ from saflex_lightning.recipes.contrastive.prompts import (
     template_of_rows,
     zero_shot_head,
 )
+from saflex_lightning.recipes.options import check_choice
 
 __all__ = ["ContrastiveTuner", "warm_up_cosine_factor"]
 
@@ -101,8 +102,8 @@ class ContrastiveTuner(SAflexMixin, L.LightningModule):
                 f"`encode_text`, but got {type(encoders).__name__}. Wrap the towers, see "
                 "`OpenClipEncoders`."
             )
-        _check_choice("target", target, ("diagonal", "same_class"))
-        _check_choice("steering_loss", steering_loss, ("classes", "pairs"))
+        check_choice("target", target, ("diagonal", "same_class"))
+        check_choice("steering_loss", steering_loss, ("classes", "pairs"))
         self.save_hyperparameters(ignore=["encoders"])
         self.encoders = encoders
         self.templates = list(TEMPLATES if templates is None else templates)
@@ -207,6 +208,12 @@ class ContrastiveTuner(SAflexMixin, L.LightningModule):
         return (images, captions), self._pair_target(labels)
 
     def _captions(self, labels: Tensor, index: Tensor) -> Tensor:
+        if labels.is_floating_point():
+            raise TypeError(
+                f"Expected labels of shape (batch,) and int64, but got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}. No caption says a mixture of classes: choose an "
+                "augmentation that keeps the label."
+            )
         templates = template_of_rows(index, self.current_epoch, len(self.templates))
         return labels * len(self.templates) + templates
 
@@ -280,10 +287,3 @@ class ContrastiveTuner(SAflexMixin, L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"Expected `{name}` to be one of {sorted(choices)}, but got {value!r}. Choose one."
-        )

@@ -1,0 +1,76 @@
+"""iWildCam from its files: splits, names, batches, and files that are missing or broken."""
+
+import pytest
+import torch
+from helpers.standins import write_iwildcam
+
+from saflex_lightning.recipes.contrastive import IWildCamDataModule
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_iwildcam(tmp_path)
+    return tmp_path
+
+
+def set_up(root, **settings):
+    data = IWildCamDataModule(str(root), image_size=28, batch_size=4, **settings)
+    data.setup("fit")
+    return data
+
+
+def test_splits_names_and_batches(root):
+    data = set_up(root)
+    assert data.class_names() == ["animal 0", "animal 1", "animal 2"]
+    batch = next(iter(data.train_dataloader()))
+    assert batch.inputs.shape == (8, 3, 28, 28)
+    assert batch.augmented.tolist() == [False] * 4 + [True] * 4
+    assert torch.equal(batch.target[:4], batch.target[4:])
+    assert data.saflex_group_names()[0] == "clean"
+    images, labels = next(iter(data.val_dataloader()))
+    assert images.min() >= -1
+    assert images.max() <= 1
+    assert labels.tolist() == [row % 3 for row in range(8)]
+    in_distribution, out = (loader.dataset.rows.images.files for loader in data.test_dataloader())
+    assert {file.name[:7] for file in in_distribution} == {"id_test"}
+    assert {file.name[:4] for file in out} == {"test"}
+    assert data.saflex_dataloader().dataset is data.val_dataloader().dataset
+    steering = set_up(root, steering="train").saflex_dataloader().dataset
+    assert {file.name[:5] for file in steering.rows.images.files} == {"train"}
+
+
+def test_labels_without_a_name_are_numbered(root):
+    (root / "categories.csv").write_text("y,name\n0,empty\n2,impala\n")
+    assert set_up(root).class_names() == ["empty", "unknown animal 1", "impala"]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "categories.csv"])
+def test_missing_table_is_named(root, name):
+    (root / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"there is no {name} in it. Download the set"):
+        set_up(root)
+
+
+def test_missing_image_is_named(root):
+    (root / "train" / "id_test0.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*id_test0\.png"):
+        set_up(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("split,filename\n", r"\['y'\] are missing"),
+        ("split,filename,y\ntrain,a.png,3\n", r"labels in \[0, 2\].*a.png has 3"),
+        ("split,filename,y\ntrain,a.png,1\n", r"\['id_test', 'id_val', 'test'\] have none"),
+    ],
+)
+def test_broken_table_is_refused(root, text, message):
+    (root / "metadata.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        set_up(root)
+
+
+def test_augmentations_that_mix_labels_are_refused():
+    with pytest.raises(ValueError, match="a caption names one class, but got 'mixup'"):
+        IWildCamDataModule("nowhere", augmentation="mixup")

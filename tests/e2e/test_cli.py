@@ -116,8 +116,12 @@ def plain(value):
                 *("data.steering=split", "data.num_workers=4"),
             ],
         ),
+        *(
+            (f"configs/lightning_cli/{name}.yaml", ["accelerator=cpu"], [f"experiment={name}"])
+            for name in ("tabular_mlp", "tabular_saint")
+        ),
     ],
-    ids=["main job", "four GPUs"],
+    ids=["main job", "four GPUs", "perceptron", "SAINT"],
 )
 def test_same_objects_as_a_job_of_hydra(tmp_path, monkeypatch, file, on_cpu, overrides):
     monkeypatch.setattr(sys, "argv", ["saflex"])  # LightningCLI warns about arguments given twice
@@ -147,6 +151,7 @@ def test_same_objects_as_a_job_of_hydra(tmp_path, monkeypatch, file, on_cpu, ove
     assert type(cli.trainer.logger) is type(trainer.logger)
     for name in (
         "max_epochs",
+        "check_val_every_n_epoch",
         "num_devices",
         "log_every_n_steps",
         "num_sanity_val_steps",

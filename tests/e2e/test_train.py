@@ -19,8 +19,10 @@ from saflex_lightning.recipes.report import make_run_table
 from saflex_lightning.recipes.sweep import make_sweep_table, read_results
 from saflex_lightning.train import train
 
+# Choices for tables, not for the images of the main job; see test_tabular.py.
+TABULAR = ("saint", "tabular_cutmix", "tabular_cutmix_columns", "tabular_mlp")
 GROUPS = {
-    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in TABULAR)
     for folder in sorted(CONFIGS.iterdir())
     if folder.is_dir() and folder.name not in {"experiment", "lightning_cli", "__pycache__"}
 }

@@ -62,6 +62,15 @@ def clip_experiment(folder):
     ]
 
 
+def tabular_experiment(folder):
+    """QSAR, which ships with the package: real data, in small batches."""
+    return ["data.batch_size=8"]
+
+
 # First word of an experiment's name -> function of an empty folder that writes small files in the
 # format of its data and returns the overrides that point the experiment at them.
-STANDINS = {"clip": clip_experiment, "medmnist": medmnist_experiment}
+STANDINS = {
+    "clip": clip_experiment,
+    "medmnist": medmnist_experiment,
+    "tabular": tabular_experiment,
+}

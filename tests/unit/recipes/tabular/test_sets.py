@@ -45,6 +45,7 @@ def test_sets_in_a_folder(name):
     assert len(table.classes) == SETS[name].classes
 
 
+@pytest.mark.slow
 @shared_data
 def test_kdd_cup_and_its_rare_subsample():
     table = read_table("appetency", str(SHARED / "data" / "tabular"))

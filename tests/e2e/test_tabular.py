@@ -1,0 +1,163 @@
+"""Tabular runs from the command line's configs: every set, every method, both networks."""
+
+import pytest
+import torch
+from helpers.configs import CONFIGS, compose_config
+from helpers.tables import COLOURS, SHARED, make_table, write_csv, write_npz
+from hydra.utils import instantiate
+
+from saflex_lightning.recipes.tabular import sets as tabular_sets
+from saflex_lightning.recipes.tabular.sets import SETS
+from saflex_lightning.train import train
+
+SHIPPED = ("arrhythmia", "qsar")
+SHORT = (
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=2",
+    "trainer.check_val_every_n_epoch=1",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+)
+SMALL_SAINT = ("model.network.dim=2",)
+
+
+@pytest.fixture(autouse=True)
+def _keep_environment(monkeypatch):
+    """Undo what ``seed_everything`` writes into the environment."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+
+
+def run(tmp_path, *overrides):
+    return train(compose_config(tmp_path, "experiment=tabular_mlp", *SHORT, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "method", "steps"),
+    [
+        ("qsar", "no_aug", 4),
+        ("qsar", "upstream", 4),
+        ("qsar", "saflex_paper", 4),
+        ("qsar", "saflex_robust", 4),
+        ("arrhythmia", "saflex_robust", 2),
+    ],
+)
+def test_two_epochs_on_a_shipped_set(tmp_path, dataset, method, steps):
+    result = run(tmp_path, f"data={dataset}", f"method={method}")
+    assert result["steps"] == steps
+    assert 0.0 <= result["test_auroc"] <= 1.0
+    assert result["paper"]["cells"] == [{"column": dataset, "metric": "test_auroc"}]
+
+
+def test_the_perceptron_learns_qsar(tmp_path):
+    settings = ("trainer.max_epochs=10", "model.lr=0.003", "method=saflex_robust")
+    assert run(tmp_path, *settings)["test_auroc"] > 0.85
+
+
+@pytest.mark.parametrize("method", ["uniform", "saflex_gates", "train_plus_val"])
+def test_other_methods_train_the_perceptron(tmp_path, method):
+    limit = ["trainer.limit_val_batches=0"] if method == "train_plus_val" else []
+    result = run(tmp_path, f"method={method}", "augmentation=tabular_cutmix_columns", *limit)
+    assert 0.0 <= result["test_auroc"] <= 1.0
+
+
+@pytest.mark.parametrize("engine", ["forward_mode", "head"])
+@pytest.mark.parametrize("model", ["tabular_mlp", "saint"])
+def test_other_engines_serve_both_networks(tmp_path, engine, model):
+    small = SMALL_SAINT if model == "saint" else ("model.network.batch_norm=true",)
+    settings = (f"model={model}", f"engine={engine}", *small, "data.batch_size=100")
+    result = run(tmp_path, *settings, "debug=fast")
+    assert result["steps"] == 4
+    assert result["effective_fraction"] < 1.0
+
+
+def test_same_rows_with_and_without_saflex(tmp_path, monkeypatch):
+    seen = {}
+
+    def rows_of(method):
+        cfg = compose_config(tmp_path, "experiment=tabular_mlp", *SHORT, f"method={method}")
+        data = instantiate(cfg.data)
+        batches = seen.setdefault(method, [])
+        hook = data.on_after_batch_transfer
+
+        def keep(batch, dataloader_idx):
+            if data.trainer.training:
+                batches.append(torch.cat([batch[0].numeric, batch[1][:, None].float()], 1))
+            return hook(batch, dataloader_idx)
+
+        data.on_after_batch_transfer = keep
+        callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+        trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=False)
+        trainer.fit(instantiate(cfg.model), datamodule=data)
+
+    rows_of("uniform")
+    torch.manual_seed(5)
+    rows_of("saflex_robust")
+    assert len(seen["uniform"]) == 4
+    for one, other in zip(seen["uniform"], seen["saflex_robust"], strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize("dataset", SETS)
+def test_a_set_and_its_networks_fit(tmp_path, dataset):
+    cfg = compose_config(
+        tmp_path,
+        *("experiment=tabular_saint", f"data={dataset}", *SMALL_SAINT),
+        *(["data.cardinalities=[3,3,3,3,3,3,3]"] if dataset == "click" else []),
+    )
+    facts = SETS[dataset]
+    assert cfg.data.dataset == dataset
+    assert (cfg.data.num_numeric, cfg.data.num_classes) == (facts.numeric, facts.classes)
+    assert len(cfg.data.cardinalities) == facts.categorical
+    assert cfg.data.path == (None if dataset in SHIPPED else "data")
+    network = instantiate(cfg.model).network
+    levels = torch.tensor([list(cfg.data.cardinalities)] * 3).long().reshape(3, -1) - 1
+    assert network(torch.randn(3, facts.numeric), levels).shape == (3, facts.classes)
+    instantiate(cfg.data)
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "tabular").is_dir(), reason="needs the shared data")
+@pytest.mark.parametrize("dataset", ["shrutime", "letter"])
+def test_a_short_run_on_a_set_in_a_folder(tmp_path, dataset):
+    folder = f"data.path={SHARED / 'data' / 'tabular'}"
+    result = run(tmp_path, f"data={dataset}", folder, "debug=fast")
+    assert result["steps"] == 4  # two of each epoch
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = write_csv(tmp_path / "mine.csv", make_table(200))
+    result = run(
+        tmp_path,
+        *("data=tabular", "data.dataset=null", f"data.path={path}", "data.target=answer"),
+        *("data.categorical=[colour,size]", "data.num_numeric=2", "data.num_classes=2"),
+        *(f"data.cardinalities=[{len(COLOURS) + 2},4]", "data.batch_size=50"),
+    )
+    assert result["steps"] == 4
+
+
+def test_rare_positives_reach_every_steering_batch(tmp_path, monkeypatch):
+    path = write_npz(tmp_path / "appetency.npz", make_table(2000, positives=20))
+    monkeypatch.setattr(tabular_sets, "_check_facts", lambda *_: None)
+    monkeypatch.setattr(tabular_sets, "make_rare", lambda table: table)
+    cfg = compose_config(
+        tmp_path,
+        *("experiment=tabular_mlp", "data=kdd99_rare", f"data.path={path}", *SHORT),
+        *("data.num_numeric=2", "data.cardinalities=[5,4]", "data.steering_batch_size=16"),
+        "engine.refresh_every_n_steps=1",
+    )
+    seen = []
+    model, data = instantiate(cfg.model), instantiate(cfg.data)
+    read = model.saflex_val_batch
+
+    def watch(batch):
+        seen.append(int(batch[1].sum()))
+        return read(batch)
+
+    model.saflex_val_batch = watch
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    instantiate(cfg.trainer, callbacks=callbacks, logger=False).fit(model, datamodule=data)
+    assert seen == [1] * 10  # of 3 positives in 300 rows: most plain batches of 16 have none
+
+
+def test_every_set_has_a_config():
+    assert {file.stem for file in (CONFIGS / "data").glob("*.yaml")} >= {*SETS, "tabular"}

@@ -5,7 +5,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 
 from .engines import UnsupportedModelError, make_engine
 from .functional import Preset
@@ -48,7 +54,7 @@ def check_fit(
         )
     problems = [
         *_module_problems(module),
-        *_strategy_problems(trainer.strategy),
+        *_strategy_problems(trainer.strategy, preset),
         *preflight_problems(trainer),
     ]
     problems += _precision_problems(trainer, preset)
@@ -68,11 +74,29 @@ def _module_problems(module: Any) -> Iterator[str]:
         )
 
 
-def _strategy_problems(strategy: Strategy) -> Iterator[str]:
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+def _strategy_problems(strategy: Strategy, preset: Preset) -> Iterator[str]:
+    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    if whole and not isinstance(strategy, DeepSpeedStrategy):  # which derives from `DDPStrategy`
+        return
+    if not isinstance(strategy, ModelParallelStrategy):
         yield (
-            "Expected a single device or `strategy='ddp'`, but got "
-            f"`{type(strategy).__name__}`. Sharded parameters are not supported; choose `ddp`."
+            "Expected a single device, `strategy='ddp'` or `ModelParallelStrategy`, but got "
+            f"`{type(strategy).__name__}`. Choose `ddp`, or shard the model with `fully_shard` in "
+            "`configure_model` under `ModelParallelStrategy` and pass engine='head'."
+        )
+        return
+    if preset.engine != "head":
+        yield (
+            "Expected engine='head' under `ModelParallelStrategy`, but got "
+            f"engine={preset.engine!r}, which needs whole parameters. Pass engine='head', or "
+            "choose `ddp`."
+        )
+    tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
+    if tensor_parallel > 1:
+        yield (
+            "Expected every process to have rows of its own, but got a tensor-parallel group of "
+            f"{tensor_parallel}. Pass `ModelParallelStrategy(data_parallel_size=..., "
+            "tensor_parallel_size=1)`."
         )
 
 

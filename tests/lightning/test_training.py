@@ -62,7 +62,8 @@ def test_order_of_a_step():
     )
     step = ["forward (train, no graph)", "forward (train)", "loss", "disarm"]
     refresh = ["draw", "forward (eval)"]
-    assert events == ["arm", *refresh, *step, "arm", *step, "arm", *refresh, *step]
+    first = [step[0], *step]  # finite differences check once that a forward repeats itself
+    assert events == ["arm", *refresh, *first, "arm", *step, "arm", *refresh, *step]
 
 
 def test_schedule_counts_training_batches():

@@ -1,5 +1,6 @@
 """The default engine: one more forward pass at slightly moved parameters."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,11 @@ class FiniteDifferenceEngine:
     rounds its products (autocast, TF32 convolutions on CUDA devices) both points are computed in
     full precision, which costs a second extra forward.
 
+    The first call also compares an extra pass at unmoved parameters with the training forward:
+    dropout that is compiled draws other numbers without a graph than with one, and the
+    difference of two masks is no derivative. Where they differ, extra passes keep a graph from
+    then on.
+
     Args:
         module: The model.
         params: Parameters that move.
@@ -36,6 +42,8 @@ class FiniteDifferenceEngine:
         self.module = module
         self.params = list(params)
         self._buffers: list[Tensor] | None = None
+        self._with_graph = False  # whether extra passes need one
+        self._repeats: bool | None = None  # whether extra passes repeat the training forward
         dtypes = {parameter.dtype for parameter in self.params}
         if any(torch.finfo(dtype).bits < 32 for dtype in dtypes):
             raise UnsupportedModelError(
@@ -75,6 +83,9 @@ class FiniteDifferenceEngine:
 
         Returns:
             The scores with their graph, and the detached tangent of the probed rows.
+
+        Raises:
+            UnsupportedModelError: If an extra pass cannot repeat the training forward.
         """
         probe = probe or forward
         step = 3 * torch.finfo(self.params[0].dtype).eps ** 0.5
@@ -88,8 +99,9 @@ class FiniteDifferenceEngine:
                 unchanged_state(self.module),
                 full_precision(self.params) as ignored,
                 exact_products(self.params[0].device.type) as switched,
+                torch.set_grad_enabled(self._with_graph),
             ):
-                return probe(), not (ignored or switched)
+                return map_scores(Tensor.detach, probe()), not (ignored or switched)
 
         def moved_point() -> tuple[Scores, bool]:
             with moved_parameters(self.params, tangent.direction, step, self._buffers):
@@ -98,12 +110,50 @@ class FiniteDifferenceEngine:
         guard = refuse_unsupported(self.module, self.name, _INSTEAD, plain=probe, retry=moved_point)
         with torch.no_grad(), guard:
             ahead, is_exact = moved_point()
-            here = None if is_exact else point()[0]
+            here = None if is_exact and self._repeats else point()[0]
         scores = forward()
+        base = map_scores(lambda s: s.detach() if rows is None else s.detach()[rows], scores)
         if here is None:
-            here = map_scores(lambda s: s.detach() if rows is None else s.detach()[rows], scores)
+            here = base
+        elif is_exact and self._repeats is None:
+            self._repeats = self._check_repeats(here, base)
         scale = tangent.norm / step
-        return scores, map_scores(lambda there, base: (there - base) * scale, ahead, here)
+        return scores, map_scores(lambda there, start: (there - start) * scale, ahead, here)
+
+    def _check_repeats(self, extra: Scores, training: Scores) -> bool | None:
+        """Compare the scores of an extra pass with those of the training forward; waits for them.
+
+        Args:
+            extra: Scores at unmoved parameters.
+            training: What they should be.
+
+        Returns:
+            True if they are equal; False if rounding alone parts them, so that both points should
+            come from extra passes; None if only another call can tell.
+
+        Raises:
+            UnsupportedModelError: If they differ although the extra pass kept a graph.
+        """
+        tasks = [training] if isinstance(training, Tensor) else training
+        repeats = [extra] if isinstance(extra, Tensor) else extra
+        spread = min(scores.std(correction=0).item() for scores in tasks)
+        error = max((a - b).abs().max().item() for a, b in zip(tasks, repeats, strict=True))
+        if not (0 < spread < math.inf and error < math.inf):
+            return None  # a head that starts at zero, or scores that are not finite
+        if error <= _EQUAL * spread:
+            return True
+        if not self._with_graph:
+            self._with_graph = True
+            return None
+        if error > _DIFFERENT * spread:
+            raise UnsupportedModelError(
+                "Expected a forward to repeat itself under the same random state for "
+                f"engine='finite_difference', but its scores differ by {error:.2g} at a spread of "
+                f"{spread:.2g}. Draw random numbers from torch's global generator, or pass "
+                "engine='head'."
+            )
+        return False
 
 
+_EQUAL, _DIFFERENT = 1e-5, 1e-2  # of the scores' spread: rounding below, other draws above
 _INSTEAD = "Pass engine='forward_mode' or engine='head'."

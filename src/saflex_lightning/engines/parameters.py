@@ -123,7 +123,7 @@ def adam_second_moments(
 
     Args:
         params: Parameters, in the order wanted.
-        optimizers: Optimizers that may hold them.
+        optimizers: Optimizers that may hold them; moments sharded over ranks are gathered.
 
     Returns:
         One tensor per parameter in float32 or wider, zeros where an optimizer has not stepped it
@@ -136,14 +136,20 @@ def adam_second_moments(
                 state: Mapping[str, Any] = optimizer.state.get(parameter, {})
                 if "exp_avg_sq" in state and "betas" in group:
                     correction = 1 - group["betas"][1] ** state["step"]
-                    moments[parameter] = widen(state["exp_avg_sq"]) / correction
+                    moments[parameter] = _whole(widen(state["exp_avg_sq"])) / correction
     matched = [moments.get(parameter) for parameter in params]
     if all(moment is None for moment in matched):
         return None
     return [
-        widen(torch.zeros_like(parameter)) if moment is None else moment
+        _whole(widen(torch.zeros_like(parameter))) if moment is None else moment
         for parameter, moment in zip(params, matched, strict=True)
     ]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor from its ranks; any other is returned as it is."""
+    gather = getattr(tensor, "full_tensor", None)  # of `DTensor`
+    return tensor if gather is None else gather()
 
 
 def map_scores(function: Callable[..., Tensor], *scores: Scores) -> Scores:

@@ -61,7 +61,11 @@ class RowSubset:
         def subset() -> Scores:
             return scores(*some_args, **some_kwargs)
 
-        modes = tuple(part.training for part in self.module.modules())
+        parts = list(self.module.modules())
+        if any(isinstance(part, nn.SyncBatchNorm) and part.training for part in parts):
+            # It waits for every rank, and one without augmented rows would take no trial.
+            return None, None
+        modes = tuple(part.training for part in parts)
         if modes != self._modes:
             independent = self._is_independent(lambda: scores(*args, **kwargs), subset, rows)
             self._modes = None if independent is None else modes

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -210,7 +210,7 @@ class Classifier(SAflexMixin, L.LightningModule):
             metric.update(logits, target)
             self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy")
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its schedule.
 
         Raises:

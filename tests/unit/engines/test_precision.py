@@ -91,6 +91,9 @@ def test_a_second_extra_pass_is_taken_only_where_the_forward_rounds():
     engine = make_engine("finite_difference", model)
     tangent = make_tangent(random_direction(engine.params))
     engine.measure(lambda: model(inputs), tangent)
+    assert model.seen == 3 * ["torch.float32 highest"]  # one pass more to check itself
+    model.seen.clear()
+    engine.measure(lambda: model(inputs), tangent)
     assert model.seen == 2 * ["torch.float32 highest"]
     model.seen.clear()
     with torch.autocast(**AUTOCAST):

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.optim import AdamW
@@ -265,7 +265,7 @@ class ContrastiveTuner(SAflexMixin, L.LightningModule):
             metric.update(scores, labels)
             self.log(f"{stage}/{name}", metric, prog_bar=name == "f1", add_dataloader_idx=False)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with its warm-up and half cosine, stepped once per optimizer step.
 
         Raises:

@@ -1,6 +1,7 @@
 """``saflex-train``: one run, or a sweep with ``-m``, composed by Hydra."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -36,7 +39,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         beside.
 
     Raises:
-        MisconfigurationException: If the launcher, the GPUs or a sweep do not fit the Trainer.
+        MisconfigurationException: If the launcher or the GPUs do not fit the Trainer, or its
+            processes would not share one directory.
     """
     silence_hints()
     paper: Any = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
@@ -47,7 +51,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), RunReport()]
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks)
     check_launch(trainer)
-    _check_sweep(trainer)
+    _check_directories(trainer)
 
     trainer.fit(model, datamodule=datamodule)
     report = read_report(trainer.callback_metrics)
@@ -84,15 +88,26 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def _check_sweep(trainer: L.Trainer) -> None:
-    """Refuse a sweep that each of a job's processes would run again."""
-    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    spawns = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
-    if sweeps and trainer.world_size > 1 and not spawns:
+def _check_directories(trainer: L.Trainer) -> None:
+    """Refuse processes that would not share the one directory of a run or a sweep."""
+    if not HydraConfig.initialized() or trainer.world_size == 1:
+        return
+    launcher, settings = trainer.strategy.launcher, HydraConfig.get()
+    if settings.mode == RunMode.MULTIRUN and not isinstance(launcher, _MultiProcessingLauncher):
         raise MisconfigurationException(
             "Expected the jobs of a sweep to spawn their processes, but this one has "
             f"{trainer.world_size} that each start from the command line and would run the whole "
             "sweep again. Add `trainer.strategy=ddp_spawn`, or start one command per job."
+        )
+    cluster = getattr(trainer.strategy, "cluster_environment", None)
+    is_named = "SAFLEX_RUN_DIR" in os.environ or any(
+        override.startswith("hydra.run.dir=") for override in settings.overrides.hydra
+    )
+    if isinstance(cluster, (SLURMEnvironment, TorchElasticEnvironment)) and not is_named:
+        raise MisconfigurationException(
+            f"Expected one run directory for {trainer.world_size} processes, but each would name "
+            "its own after the clock. Set the environment variable `SAFLEX_RUN_DIR`, or pass "
+            "`hydra.run.dir`."
         )
 
 

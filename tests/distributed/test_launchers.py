@@ -63,7 +63,7 @@ def run(command, folder, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
 
@@ -106,6 +106,14 @@ def test_hydra_run_has_one_directory_and_one_result(python, strategy, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_that_would_each_name_a_directory_are_refused(tmp_path):
+    done = run([*TORCHRUN, *TRAIN, *SIMULATED], tmp_path)
+    assert done.returncode == 1
+    assert "Set the environment variable `SAFLEX_RUN_DIR`, or pass `hydra.run.dir`" in done.stdout
+    assert not list(tmp_path.rglob("result.json"))
+
+
+@pytest.mark.slow
 def test_sweep_of_spawned_jobs_makes_one_tree(tmp_path):
     sweep = ("trainer.strategy=ddp_spawn", "seed=1,2", "hydra.sweep.dir=sweep")
     done = run([*PYTHON, *TRAIN, "-m", *SIMULATED, *sweep], tmp_path)
@@ -145,7 +153,7 @@ def write_program(path, text):
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -162,6 +170,7 @@ def test_batch_script_is_requeued_and_goes_on(tmp_path):
     write_program(programs / "scontrol", 'echo "$@" > "$SLURM_SUBMIT_DIR/requeued"\n')
     write_program(
         programs / "srun",
+        "shift\n"  # --kill-on-bad-exit
         "export SLURM_STEP_TASKS_PER_NODE=2 SLURM_NODEID=0\n"
         "trap 'kill $(jobs -p)' TERM\n"
         'SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &\n'
@@ -199,6 +208,6 @@ def test_batch_script_is_requeued_and_goes_on(tmp_path):
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     epoch = torch.load(last, weights_only=False)["epoch"]
 
-    output, _ = start(f"--trainer.max_epochs={epoch + 3}").communicate(timeout=240)
+    output, _ = start(f"--trainer.max_epochs={epoch + 3}").communicate(timeout=480)
     assert "Restored all states from the checkpoint" in output, output
     assert torch.load(last, weights_only=False)["epoch"] == epoch + 2

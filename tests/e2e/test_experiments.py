@@ -52,7 +52,7 @@ def test_fast_run_on_a_standin(tmp_path, standin, experiment):
     result = train(cfg)
     assert result["steps"] == 2
     assert json.loads((tmp_path / "result.json").read_text()) == result
-    for cell in result["paper"]["cells"]:
+    for cell in (result["paper"] or {"cells": []})["cells"]:
         assert 0.0 <= result[cell["metric"]] <= 1.0
         own = f"{100 * result[cell['metric']]:.2f} (1)"
         tables = "".join(render(table) for table in make_paper_tables(read_results(tmp_path)))
@@ -62,7 +62,7 @@ def test_fast_run_on_a_standin(tmp_path, standin, experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_method_composes_and_instantiates(tmp_path, standin, experiment):
     paper = compose_config(tmp_path, *standin(experiment)).paper
-    for method in paper.rows:
+    for method in paper.rows if paper else ("upstream", "saflex_robust"):
         cfg = compose_config(tmp_path, *standin(experiment), f"method={method}")
         assert cfg.name == method
         instantiate(cfg.data)
@@ -83,6 +83,8 @@ def test_file_is_a_short_diff_with_its_command_on_top(experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_rows_stand_beside_cells_that_the_paper_has(tmp_path, standin, experiment):
     paper = compose_config(tmp_path, *standin(experiment)).paper
+    if paper is None:  # a figure
+        return
     named = [row for row in paper.rows.values() if row is not None]
     assert named
     for cell in paper.cells:

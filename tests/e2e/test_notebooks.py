@@ -5,6 +5,7 @@ from pathlib import Path
 import jupytext
 import matplotlib.pyplot as plt
 import pytest
+from helpers.standins import write_medmnist
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = sorted({file.stem for file in NOTEBOOKS.iterdir() if file.suffix in {".py", ".ipynb"}})
@@ -21,11 +22,18 @@ SMALL = {
         "steps": 6,
         "shown_steps": (1, 5),
     },
+    "purify_generated_pool": {
+        "file": "bloodmnist.npz",
+        "vae_epochs": 1,
+        "strengths": [0.6],
+        "max_epochs": 1,
+        "batch_size": 16,
+    },
 }
 
 
 def test_every_notebook_has_small_settings():
-    assert list(SMALL) == NAMES
+    assert sorted(SMALL) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,6 +57,7 @@ def test_outputs_are_stripped(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_on_small_settings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_medmnist(tmp_path, "blood")
     plt.switch_backend("agg")
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")

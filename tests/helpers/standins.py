@@ -1,6 +1,7 @@
 """Small files in the format of data sets that have to be downloaded."""
 
 import numpy as np
+from helpers.folders import make_image_folders, make_pool
 from PIL import Image
 
 from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
@@ -67,10 +68,26 @@ def tabular_experiment(folder):
     return ["data.batch_size=8"]
 
 
+def blood_experiment(folder):
+    """Class folders and a pool, for the experiments on generated images."""
+    make_image_folders(folder / "real", splits=("val", "test", "extra"))
+    make_pool(folder / "pool")
+    files = [f"data.root={folder / 'real'}", f"data.generated={folder / 'pool'}"]
+    return [*files, "data.num_classes=3", "data.batch_size=4", "data.num_workers=0"]
+
+
+def imagenet_experiment(folder):
+    """The same for a network that starts from ImageNet weights, here from random ones."""
+    return [*blood_experiment(folder), "data.image_size=32", "model.network.weights=null"]
+
+
 # First word of an experiment's name -> function of an empty folder that writes small files in the
 # format of its data and returns the overrides that point the experiment at them.
 STANDINS = {
+    "blood": blood_experiment,
     "clip": clip_experiment,
+    "cub": imagenet_experiment,
+    "iwildcam": imagenet_experiment,
     "medmnist": medmnist_experiment,
     "tabular": tabular_experiment,
 }

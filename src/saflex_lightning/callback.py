@@ -31,7 +31,7 @@ from .functional import (
 from .mixin import SAflexMixin
 from .state import changed_settings, check_state
 from .steering import Steering
-from .step import SAflexStep
+from .step import SAflexStep, check_skippable
 
 __all__ = ["SAflexCallback", "SAflexWarning"]
 
@@ -165,7 +165,8 @@ class SAflexCallback(pl.Callback):
         self._armed: SAflexStep | None = None
         self._armed_steps = 0
         self._loss_calls = 0
-        self._skipped_steps = torch.zeros((), dtype=torch.long)
+        self._non_finite_steps = torch.zeros((), dtype=torch.long)
+        self._other_skipped_steps = 0  # for want of memory, or before a resume
         self._group_names: Sequence[str] = ()
         self._warned: set[str] = set()
 
@@ -228,7 +229,12 @@ class SAflexCallback(pl.Callback):
                 "Expected one `SAflexCallback` at work in a training step, but another one has "
                 "already armed the module. Remove one of them from the Trainer's callbacks."
             )
-        step = self._steering.arm(trainer, pl_module, batch, active=active)
+        step = None
+        try:
+            step = self._steering.arm(trainer, pl_module, batch, active=active)
+        except (RuntimeError, MemoryError) as error:
+            check_skippable(error, trainer.world_size)
+            self._skip_without_memory(trainer, batch_idx)
         if pl_module._saflex_step is self._armed:  # another callback's step is not ours to clear
             pl_module._saflex_step = step
         self._armed = step
@@ -251,6 +257,9 @@ class SAflexCallback(pl.Callback):
         if step.options_seen is None:
             return
         self._loss_calls += 1
+        if step.out_of_memory:
+            self._skip_without_memory(trainer, batch_idx)
+            return
         self._steering.end(step)
         self._steering.use_options(step.options_seen)
         if step.solutions:
@@ -276,7 +285,7 @@ class SAflexCallback(pl.Callback):
             values.update(step.gates.metrics())
         values["val_gradient_norm"] = self._steering.gradient.norm
         values["solve_seconds"] = step.seconds
-        values["skipped_steps"] = self._skipped_steps.float()
+        values["skipped_steps"] = (self._non_finite_steps + self._other_skipped_steps).float()
         shown = {
             "kept_fraction": self.preset.weight_rule in {"expected", "sum"},
             "relabelled_fraction": self.preset.label_rule != "keep",
@@ -295,18 +304,26 @@ class SAflexCallback(pl.Callback):
     def _count_skips(self, trainer: pl.Trainer, step: SAflexStep, batch_idx: int) -> None:
         """Count solves that met non-finite numbers; look at the count now and then."""
         skipped = (~step.finite).long()
-        self._skipped_steps = self._skipped_steps.to(skipped.device) + skipped
+        self._non_finite_steps = self._non_finite_steps.to(skipped.device) + skipped
         # Reading a number waits for the device, so on others than the CPU it is done rarely.
         interval = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if skipped.is_cuda and batch_idx % interval:
             return
-        if self._skipped_steps.item():
+        if self._non_finite_steps.item():
             self._warn_once(
                 "Expected finite gradients and scores, but SAFLEX met a non-finite number in the "
                 f"solve at or before batch {batch_idx} of epoch {trainer.current_epoch}. Such "
                 "steps are trained with weights 1 and upstream labels; this is said once. Look "
                 "at the validation rows, the learning rate and the loss."
             )
+
+    def _skip_without_memory(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        self._other_skipped_steps += 1
+        self._warn_once(
+            f"Expected memory for the solve, but it ran out at batch {batch_idx} of epoch "
+            f"{trainer.current_epoch}. Such steps are trained plainly; this is said once. Lower "
+            "`val_batch_size` or the training batch, or pass engine='head'."
+        )
 
     def _warn_if_under_parameterised(self, step: SAflexStep) -> None:
         matched = sum(parameter.numel() for parameter in step.engine.params)
@@ -344,7 +361,7 @@ class SAflexCallback(pl.Callback):
         return {
             **self._steering.state_dict(),
             "settings": self._settings(),
-            "skipped_steps": int(self._skipped_steps),
+            "skipped_steps": int(self._non_finite_steps) + self._other_skipped_steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -362,7 +379,7 @@ class SAflexCallback(pl.Callback):
                 + ". The run goes on with those of now and will not equal an uninterrupted one."
             )
         self._steering.load_state_dict(state_dict, changed)
-        self._skipped_steps = torch.tensor(state_dict["skipped_steps"])
+        self._other_skipped_steps = state_dict["skipped_steps"]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

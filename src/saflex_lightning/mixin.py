@@ -100,6 +100,8 @@ class SAflexMixin:
 
         Raises:
             UnsupportedModelError: If the engine cannot differentiate the model.
+            RuntimeError: If memory runs out in the solve on one of several processes; on a single
+                one the step is trained plainly.
         """
         step = self._saflex_step
         if step is None or not torch.is_grad_enabled():
@@ -120,12 +122,7 @@ class SAflexMixin:
         if isinstance(step.batch, AugmentedBatch) and not self.saflex_rows_interact:
             mask = step.batch.augmented
             probe, step.probed_rows = step.rows.probe(self.saflex_scores, inputs, kwargs, mask)
-        scores, step.scores_tangent = step.engine.measure(
-            forward,
-            step.tangent,
-            probe=probe or (lambda: self.saflex_scores(*inputs, **kwargs)),
-            rows=step.probed_rows,
-        )
+        scores = step.measure(forward, probe or (lambda: self.saflex_scores(*inputs, **kwargs)))
         step.seconds += time.perf_counter() - started - inside
         return scores
 
@@ -174,6 +171,9 @@ class SAflexMixin:
         step, options = self._saflex_step, LossOptions(class_weight, label_smoothing)
         self.saflex_solution = None
         if step is None or not torch.is_grad_enabled():
+            return mean_cross_entropy(logits, target, options)
+        if step.out_of_memory:
+            step.options_seen = options
             return mean_cross_entropy(logits, target, options)
         started = time.perf_counter()
         loss = step.refine(logits, target, options, augmented, group)

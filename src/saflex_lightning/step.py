@@ -1,5 +1,6 @@
 """One training step: what the callback hands to the module, and what the loss does with it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -8,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from .batch import AugmentedBatch
-from .engines import Engine, RowSubset, Scores, Tangent
+from .engines import Engine, RowSubset, Scores, Tangent, is_out_of_memory
 from .functional import (
     Preset,
     ReduceSum,
@@ -28,6 +29,7 @@ __all__ = [
     "SAflexStep",
     "as_tuple",
     "call_scores",
+    "check_skippable",
     "mean_cross_entropy",
     "read_batch",
 ]
@@ -103,6 +105,7 @@ class SAflexStep:
     reduce_sum: ReduceSum | None = None
     seconds: float = 0.0
 
+    out_of_memory: bool = False
     scores_tangent: Scores | None = None
     probed_rows: Tensor | None = None
     options_seen: LossOptions | None = None
@@ -114,6 +117,40 @@ class SAflexStep:
     def finite(self) -> Tensor:
         """Whether every task was solved without meeting a non-finite number, scalar bool."""
         return torch.stack([solution.finite for solution in self.solutions]).all()
+
+    def measure(self, forward: Callable[[], Scores], probe: Callable[[], Scores]) -> Scores:
+        """Run the training forward once, and keep the tangent of its scores.
+
+        Where memory runs out before the forward, the step is left unrefined.
+
+        Args:
+            forward: The training forward.
+            probe: What the engine's extra pass runs.
+
+        Returns:
+            The scores with their graph.
+
+        Raises:
+            RuntimeError: If memory runs out on one of several processes.
+        """
+        is_forward = False
+
+        def training_forward() -> Scores:
+            nonlocal is_forward
+            is_forward = True
+            return forward()
+
+        try:
+            scores, self.scores_tangent = self.engine.measure(
+                training_forward, self.tangent, probe=probe, rows=self.probed_rows
+            )
+            return scores
+        except (RuntimeError, MemoryError) as error:
+            if is_forward:
+                raise
+            check_skippable(error, self.world_size)
+        self.out_of_memory = True
+        return forward()  # past the handler, whose error holds what the failed pass held
 
     def refine(
         self,
@@ -301,6 +338,26 @@ class SAflexStep:
                 f"the validation batch, but got {logits.shape[-1]}. Use one head for both."
             )
         return tangents
+
+
+def check_skippable(error: Exception, world_size: int) -> None:
+    """Return where the solve may be skipped because of an error; raise otherwise.
+
+    Args:
+        error: What a pass of the solve has raised.
+        world_size: Number of processes.
+
+    Raises:
+        RuntimeError: If memory ran out on one of several processes.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if world_size > 1:
+        raise RuntimeError(
+            "Expected memory for the solve on every process, but this one ran out of it, and the "
+            "others wait for it in the solve, so that it cannot be skipped. Lower "
+            "`val_batch_size` or the training batch, or pass engine='head'."
+        ) from error
 
 
 def mean_cross_entropy(logits: Scores, target: Tensor | None, options: LossOptions) -> Tensor:

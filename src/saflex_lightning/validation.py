@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import (
@@ -145,6 +146,7 @@ class ValidationStream:
         self._device = torch.device("cpu") if device is None else device
         self._cached: Any = None
         self._sampler: EndlessBatchSampler | None = None
+        self._loader: DataLoader[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         if not is_plain(loader):
             self._iterator = _repeat(loader)
@@ -173,20 +175,19 @@ class ValidationStream:
                 )
         if self._cached is None:
             workers = loader.num_workers if num_workers is None else num_workers
-            self._iterator = iter(
-                DataLoader(
-                    dataset,
-                    batch_sampler=self._sampler,
-                    num_workers=workers,
-                    collate_fn=loader.collate_fn,
-                    pin_memory=loader.pin_memory,
-                    timeout=loader.timeout if workers else 0,
-                    worker_init_fn=loader.worker_init_fn,
-                    multiprocessing_context=loader.multiprocessing_context if workers else None,
-                    persistent_workers=workers > 0,
-                    generator=torch.Generator().manual_seed(mix_seed(seed, start)),
-                )
+            self._loader = DataLoader(
+                dataset,
+                batch_sampler=self._sampler,
+                num_workers=workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+                timeout=loader.timeout if workers else 0,
+                worker_init_fn=loader.worker_init_fn,
+                multiprocessing_context=loader.multiprocessing_context if workers else None,
+                persistent_workers=workers > 0,
+                generator=torch.Generator().manual_seed(mix_seed(seed, start)),
             )
+            self._iterator = iter(self._loader)
 
     def draw(self) -> Any:
         """Return the next batch, on the device.
@@ -206,9 +207,11 @@ class ValidationStream:
             return self._transfer(next(self._iterator))
 
     def close(self) -> None:
-        """Let go of the loader; its worker processes end."""
-        self._iterator = None
-        self._cached = None
+        """End the worker processes and let go of the loader."""
+        if self._loader is not None:
+            # Letting go is not enough: the traceback of a worker's error holds the iterator.
+            CombinedLoader(self._loader).reset()
+        self._loader = self._iterator = self._cached = None
 
     @contextmanager
     def _own_random_state(self, draw: int) -> Iterator[None]:

@@ -71,16 +71,19 @@ def train(
     world_size=1,
     num_workers=0,
     accumulate=1,
+    max_steps=-1,
     **settings,
 ):
     """Train three epochs of six batches and return the parameters."""
+    if sign == signal.SIGINT:
+        signal.signal(sign, signal.default_int_handler)  # a background process ignores it
     signal_at = signal_at if rank == world_size - 1 else None
     module = seeded(lambda: Mortal(signal_at, sign), seed=55 if resume else 3)
     keepers = []
     if folder is not None:
         keepers = [
             OnExceptionCheckpoint(folder, NAME)
-            if sign == signal.SIGTERM
+            if sign in {signal.SIGTERM, signal.SIGINT}
             else ModelCheckpoint(
                 folder, NAME, every_n_train_steps=every, enable_version_counter=False
             )
@@ -93,6 +96,7 @@ def train(
         *keepers,
         train=train_loader(rank, world_size, num_workers),
         max_epochs=EPOCHS,
+        max_steps=max_steps,
         seed=77 if resume else 1,
         ckpt_path=f"{folder}/{NAME}.ckpt" if resume else None,
         enable_checkpointing=folder is not None,
@@ -100,9 +104,25 @@ def train(
         use_distributed_sampler=False,
         **parallel,
     )
-    assert trainer.global_step == EPOCHS * STEPS_PER_EPOCH // accumulate
+    assert trainer.global_step == (
+        EPOCHS * STEPS_PER_EPOCH // accumulate if max_steps == -1 else max_steps
+    )
     return state_of(module)
 
 
 def train_as(rank, world_size, folder, settings):
     return train(folder, rank=rank, world_size=world_size, **settings)
+
+
+class Hungry(Classifier):
+    """Asks for more memory than there is in the solve of the second process."""
+
+    def saflex_scores(self, *inputs):
+        if self.training and not torch.is_grad_enabled() and self.trainer.global_rank == 1:
+            torch.empty(2**46)
+        return super().saflex_scores(*inputs)
+
+
+def train_without_memory(rank):
+    parallel = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    fit(seeded(Hungry), SAflexCallback(make_loader(40, 8)), train=train_loader(rank, 2), **parallel)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saflex_lightning.functional import EngineName
 
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, is_out_of_memory
 from .finite_difference import FiniteDifferenceEngine
 from .forward_mode import ForwardModeEngine
 from .gradient import evaluate, loss_gradient
@@ -44,6 +44,7 @@ __all__ = [
     "UnsupportedModelError",
     "adam_second_moments",
     "evaluate",
+    "is_out_of_memory",
     "loss_gradient",
     "make_engine",
     "make_tangent",

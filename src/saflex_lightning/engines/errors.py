@@ -8,11 +8,26 @@ from torch import nn
 
 from .parameters import unchanged_state
 
-__all__ = ["UnsupportedModelError", "refuse_unsupported"]
+__all__ = ["UnsupportedModelError", "is_out_of_memory", "refuse_unsupported"]
 
 
 class UnsupportedModelError(ValueError):
     """The chosen engine cannot differentiate this model; the message names one that can."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that the device or the machine has no memory left.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        True for torch's errors of CUDA devices and of the CPU, and for Python's.
+    """
+    return (
+        isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+        or "can't allocate memory" in str(error)  # the CPU's is a plain RuntimeError
+    )
 
 
 @contextmanager
@@ -26,7 +41,8 @@ def refuse_unsupported(
 ) -> Iterator[None]:
     """Turn a failure inside an engine's own pass into an error that names the submodule.
 
-    A model that fails without the engine too shows its own error.
+    A model that fails without the engine too shows its own error, and so does a pass that works
+    when it is repeated: a lack of memory, a worker process that died meanwhile.
 
     Args:
         module: The model.
@@ -44,19 +60,21 @@ def refuse_unsupported(
     """
     try:
         yield
-    except (UnsupportedModelError, torch.cuda.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, UnsupportedModelError) or is_out_of_memory(error):
+            raise
         with unchanged_state(module), torch.no_grad():
             plain()
         name = _failing_submodule(module, retry)
+        if name is None:
+            raise
         raise UnsupportedModelError(
             f"Expected every submodule to work with engine='{engine}', but {name} raised "
             f"{type(error).__name__}: {error} {instead}"
         ) from error
 
 
-def _failing_submodule(module: nn.Module, retry: Callable[[], object]) -> str:
+def _failing_submodule(module: nn.Module, retry: Callable[[], object]) -> str | None:
     entered: list[nn.Module] = []
 
     def enter(submodule: nn.Module, _args: object) -> None:
@@ -71,6 +89,7 @@ def _failing_submodule(module: nn.Module, retry: Callable[[], object]) -> str:
     handles += [submodule.register_forward_hook(leave) for submodule in names]
     try:
         retry()
+        return None
     except Exception:
         pass
     finally:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from saflex_lightning.functional import widen
 
+from .signals import delayed_signals
+
 __all__ = [
     "Scores",
     "Tangent",
@@ -172,7 +174,7 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
     """Restore every bit of a module and of the random state on every exit.
 
     Covers buffers (their values, and the tensor objects themselves), training modes, and the
-    random state of torch (CPU and the model's devices), NumPy and Python.
+    random state of torch (CPU and the model's devices), NumPy and Python. Signals wait.
 
     Args:
         module: The module whose state is kept.
@@ -185,7 +187,8 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
     tensors = [b for _, _, slots in kept for b in slots.values() if b is not None]
     with torch.no_grad():
         saved = [tensor.detach().clone() for tensor in tensors]
-    with unchanged_generators(p for part in parts for p in part._parameters.values()):
+    params = [p for part in parts for p in part._parameters.values()]
+    with delayed_signals(), unchanged_generators(params):
         try:
             yield
         finally:
@@ -230,6 +233,7 @@ def moved_parameters(
     Only the storage behind each parameter is exchanged: the original values are never written, so
     nothing can leave them half moved, and graphs that were recorded before stay valid. Every
     reference to the parameter itself sees the move; a view of its storage made earlier does not.
+    Signals wait.
 
     Args:
         params: Parameters, each once.
@@ -241,14 +245,15 @@ def moved_parameters(
         Nothing.
     """
     values = [parameter.data for parameter in params]
-    try:
-        for place, (parameter, value) in enumerate(zip(params, values, strict=True)):
-            moved = None if buffers is None else buffers[place]
-            parameter.data = torch.add(value, direction[place], alpha=length, out=moved)
-        yield
-    finally:
-        for parameter, value in zip(params, values, strict=True):
-            parameter.data = value
+    with delayed_signals():
+        try:
+            for place, (parameter, value) in enumerate(zip(params, values, strict=True)):
+                moved = None if buffers is None else buffers[place]
+                parameter.data = torch.add(value, direction[place], alpha=length, out=moved)
+            yield
+        finally:
+            for parameter, value in zip(params, values, strict=True):
+                parameter.data = value
 
 
 @contextmanager
@@ -258,7 +263,7 @@ def replaced_parameters(
     """Put other tensors in the place of parameters, wherever the module refers to them.
 
     Slots are found by identity, so tied weights, aliased submodules and the flat weight lists of
-    recurrent layers all see the replacement; every slot gets its own object back.
+    recurrent layers all see the replacement; every slot gets its own object back. Signals wait.
 
     Args:
         module: The module.
@@ -276,10 +281,11 @@ def replaced_parameters(
                 slots.append((submodule._parameters, name, parameter))
         flat: Any = submodule.__dict__.get("_flat_weights", [])
         slots += [(flat, place, p) for place, p in enumerate(flat) if id(p) in table]
-    try:
-        for container, key, parameter in slots:
-            container[key] = table[id(parameter)]
-        yield
-    finally:
-        for container, key, parameter in slots:
-            container[key] = parameter
+    with delayed_signals():
+        try:
+            for container, key, parameter in slots:
+                container[key] = table[id(parameter)]
+            yield
+        finally:
+            for container, key, parameter in slots:
+                container[key] = parameter

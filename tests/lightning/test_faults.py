@@ -1,0 +1,304 @@
+"""Whatever fails in a step: parameters as they were, no process left, a checkpoint that serves."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers.interrupted import NAME, train, train_as, train_loader, train_without_memory
+from helpers.processes import exit_codes
+from helpers.training import (
+    Classifier,
+    assert_same_state,
+    make_loader,
+    make_rows,
+    seeded,
+    state_of,
+)
+from helpers.training import (
+    fit as fit_on,
+)
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from saflex_lightning import SAflexCallback, SAflexWarning
+from saflex_lightning.step import check_skippable
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{said}")  # Lightning, where on_exception.ckpt may be there
+    for said in (r"`\.fit\(ckpt_path=None\)` was called", r'\.fit\(ckpt_path="last"\) is set')
+]
+ENGINES = ("finite_difference", "forward_mode", "head")
+WORKER_ERRORS = (RuntimeError, OSError, EOFError)
+BATCH = 8  # in the middle of the second epoch
+
+
+class Planted(Exception):
+    pass
+
+
+def fit(module, *callbacks, **settings):
+    """Train two epochs of six batches with a loader that goes on in the middle."""
+    return fit_on(module, *callbacks, train=train_loader(), **settings)
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """Lightning ignores Ctrl-C once it was pressed."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Rows(TensorDataset):
+    """Validation rows whose next access may do something."""
+
+    on_access = staticmethod(lambda: None)
+
+    def __getitem__(self, row):
+        self.on_access()
+        return super().__getitem__(row)
+
+
+class Faulty(Classifier):
+    """Does something at one stage of one batch, having noted its parameters before it."""
+
+    def __init__(self, stage=None, action=None):
+        super().__init__()
+        self.stage, self.action = stage, action
+
+    def at(self, stage):
+        is_here = stage == self.stage and self.trainer.fit_loop.total_batch_idx == BATCH
+        if is_here and self.action is not None:
+            action, self.action = self.action, None
+            self.noted = self.before
+            action()
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.training:
+            self.before = state_of(self)
+        return batch
+
+    def saflex_val_batch(self, batch):
+        self.at("validation batch")
+        return super().saflex_val_batch(batch)
+
+    def saflex_scores(self, *inputs):
+        if not self.training:
+            self.at("validation forward")
+        else:
+            self.at("forward" if torch.is_grad_enabled() else "probe")
+        scores = super().saflex_scores(*inputs)
+        if torch.is_grad_enabled() and not self.training and self.stage == "validation backward":
+            scores.register_hook(lambda _: self.at("validation backward"))
+        return scores
+
+    def saflex_loss(self, *args, **kwargs):
+        self.at("loss")
+        return super().saflex_loss(*args, **kwargs)
+
+    def on_before_backward(self, loss):
+        self.at("backward")
+
+    def on_before_optimizer_step(self, optimizer):
+        self.at("optimizer step")
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def interrupted_fit(module, callback, error, folder):
+    expected = SystemExit if error is KeyboardInterrupt else error  # Lightning's way out
+    with pytest.raises(expected):
+        fit(module, callback, OnExceptionCheckpoint(folder, NAME), enable_checkpointing=True)
+
+
+STAGES = [
+    (engine, stage)
+    for engine in ENGINES
+    for stage in (
+        "draw",
+        "validation batch",
+        "validation forward",
+        "validation backward",
+        "probe",
+        "forward",
+        "loss",
+        "backward",
+        "optimizer step",
+    )
+    if engine != "head" or stage not in {"probe", "validation backward"}  # it has neither
+]
+
+
+@pytest.mark.parametrize("error", [Planted, KeyboardInterrupt])
+@pytest.mark.parametrize(("engine", "stage"), STAGES)
+def test_failure_at_any_stage_leaves_the_parameters_and_a_checkpoint(
+    tmp_path, engine, stage, error
+):
+    module = seeded(lambda: Faulty(stage, fail_with(error("own words"))))
+    rows = Rows(*make_rows(32, seed=7))
+    rows.on_access = lambda: module.at("draw")
+    settings = {"engine": engine, "refresh_every_n_steps": 1, "cache_on_device": False}
+    callback = SAflexCallback(DataLoader(rows, 8), **settings)
+    interrupted_fit(module, callback, error, tmp_path)
+    parameters = dict(module.named_parameters())
+    for name, value in module.noted.items():
+        if name in parameters or stage not in {"forward", "loss", "backward", "optimizer step"}:
+            assert torch.equal(module.state_dict()[name], value), name
+    assert all(part.training for part in module.modules() if part is not module.accuracy)
+    assert module._saflex_step is None
+
+    saved = torch.load(tmp_path / f"{NAME}.ckpt", weights_only=False)
+    assert_same_state(state_of(module), saved["state_dict"])
+    rows.on_access = lambda: None
+    again = seeded(Faulty)
+    trainer = fit(
+        again,
+        SAflexCallback(DataLoader(rows, 8), **settings),
+        OnExceptionCheckpoint(tmp_path, NAME),
+        ckpt_path=tmp_path / f"{NAME}.ckpt",
+        enable_checkpointing=True,
+    )
+    assert trainer.current_epoch == 2
+    assert all(value.isfinite().all() for value in state_of(again).values())
+
+
+@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode"])
+@pytest.mark.parametrize("stage", ["probe", "validation forward"])
+def test_checkpoint_that_a_signal_asks_for_in_the_solve_holds_the_weights(tmp_path, engine, stage):
+    """As SLURM's requeue signal does it."""
+    module = seeded(lambda: Faulty(stage, lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+
+    class Requeue(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            signal.signal(
+                signal.SIGUSR1, lambda *_: trainer.save_checkpoint(tmp_path / "requeue.ckpt")
+            )
+
+    callback = SAflexCallback(make_loader(32, 8), engine=engine, refresh_every_n_steps=1)
+    fit(module, callback, Requeue())
+    saved = torch.load(tmp_path / "requeue.ckpt", weights_only=False)
+    assert saved["global_step"] == BATCH
+    assert_same_state(module.noted, saved["state_dict"])
+
+
+def run_out_of_memory():
+    torch.empty(2**46)
+
+
+@pytest.mark.parametrize("stage", ["validation forward", "probe"])
+def test_solve_without_memory_is_skipped_counted_and_said_once(stage):
+    module = seeded(lambda: Faulty(stage))
+    solved = []
+
+    class Hungry(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            module.action = run_out_of_memory if batch_idx else None
+
+        def on_train_batch_end(self, *_):
+            solved.append(module.saflex_solution is not None)
+
+    callback = SAflexCallback(make_loader(32, 8), refresh_every_n_steps=1)
+    module.at = lambda at: at == stage and module.action is not None and module.action()
+    with pytest.warns(
+        SAflexWarning, match="memory for the solve, but it ran out at batch 1 of epoch 0"
+    ):
+        fit(module, Hungry(), callback)
+    assert solved == [True, False, False, False, False, False] * 2
+    assert callback.state_dict()["skipped_steps"] == 10
+    assert module._saflex_step is None
+
+
+def test_run_whose_every_solve_lacks_memory_is_a_run_without_the_callback():
+    plain, hungry = seeded(Faulty), seeded(Faulty)
+    hungry.at = lambda stage: stage == "probe" and run_out_of_memory()
+    with pytest.warns(SAflexWarning, match="memory for the solve"):
+        fit(hungry, SAflexCallback(make_loader(32, 8)))
+    fit(plain)
+    assert_same_state(state_of(plain), state_of(hungry))
+
+
+def test_lack_of_memory_in_the_training_forward_is_the_users_own():
+    module = seeded(lambda: Faulty("forward", run_out_of_memory))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        fit(module, SAflexCallback(make_loader(32, 8)))
+
+
+@pytest.mark.distributed
+def test_lack_of_memory_on_one_of_two_processes_ends_both():
+    with pytest.raises(RuntimeError, match="so that it cannot be skipped"):
+        check_skippable(MemoryError(), 2)
+    assert exit_codes(train_without_memory, 2) == [1, 1]
+
+
+def children():
+    """Processes that are left a moment after the end."""
+    deadline = time.monotonic() + 1
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return multiprocessing.active_children()
+
+
+class Kill(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.fit_loop.total_batch_idx == BATCH:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        # What torch says depends on whether a batch of the dead worker is still on its way.
+        ("killed", "is killed by signal: Killed|[Cc]onnection|^$"),
+        ("raising", "own words"),
+        ("stalling", "timed out after 1 seconds"),
+    ],
+)
+def test_faulty_worker_ends_the_fit_in_its_own_words_and_leaves_no_process(fault, message):
+    rows = Rows(*make_rows(64, seed=7))
+    counter = multiprocessing.Value("i", 0)
+
+    def access():
+        counter.value += 1
+        if counter.value == 50:
+            if fault == "raising":
+                raise RuntimeError("own words")
+            if fault == "stalling":
+                time.sleep(2.5)
+
+    rows.on_access = access
+    loader = DataLoader(rows, 8, num_workers=1, timeout=1, multiprocessing_context="fork")
+    callback = SAflexCallback(loader, refresh_every_n_steps=1, cache_on_device=False)
+    module = seeded(Classifier)
+    left = None
+
+    def watched_fit():
+        nonlocal left
+        try:
+            fit(module, callback, *([Kill()] if fault == "killed" else []), max_epochs=5)
+        except WORKER_ERRORS:
+            left = children()  # the error, which refers to the loader, is still alive
+            raise
+
+    with pytest.raises(WORKER_ERRORS, match=message):
+        watched_fit()
+    assert left == []
+    assert all(value.isfinite().all() for value in state_of(module).values())
+
+
+@pytest.mark.parametrize("val", ["plain", pytest.param("workers", marks=pytest.mark.slow)])
+def test_ctrl_c_in_the_solve_ends_with_the_weights_of_the_last_step(tmp_path, val):
+    settings = {"signal_at": 9, "sign": signal.SIGINT, "val": val}
+    assert exit_codes(train_as, 1, 1, tmp_path, settings) == [1]
+    saved = torch.load(tmp_path / f"{NAME}.ckpt", weights_only=False)
+    assert_same_state(train(val=val, max_steps=9), saved["state_dict"])

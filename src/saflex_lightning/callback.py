@@ -287,7 +287,7 @@ class SAflexCallback(pl.Callback):
         values["solve_seconds"] = step.seconds
         values["skipped_steps"] = (self._non_finite_steps + self._other_skipped_steps).float()
         shown = {
-            "kept_fraction": self.preset.weight_rule in {"expected", "sum"},
+            "kept_fraction": self.preset.weight_rule in {"expected", "sum", "positive"},
             "relabelled_fraction": self.preset.label_rule != "keep",
             "effective_fraction": self.preset.weight_rule != "ones",
         }

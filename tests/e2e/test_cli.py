@@ -109,6 +109,11 @@ def plain(value):
     [
         (SHIPPED, ["accelerator=cpu"], []),
         (
+            "configs/lightning_cli/medmnist_randaugment.yaml",
+            ["accelerator=cpu"],
+            ["experiment=medmnist_randaugment"],
+        ),
+        (
             "configs/lightning_cli/medmnist_4gpu_fp16.yaml",
             ["accelerator=cpu", "precision=32"],
             [
@@ -121,7 +126,7 @@ def plain(value):
             for name in ("tabular_mlp", "tabular_saint")
         ),
     ],
-    ids=["main job", "four GPUs", "perceptron", "SAINT"],
+    ids=["main job", "experiment", "four GPUs", "perceptron", "SAINT"],
 )
 def test_same_objects_as_a_job_of_hydra(tmp_path, monkeypatch, file, on_cpu, overrides):
     monkeypatch.setattr(sys, "argv", ["saflex"])  # LightningCLI warns about arguments given twice

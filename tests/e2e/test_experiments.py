@@ -5,11 +5,15 @@ write a function that makes small files in the same format, and enter it in
 ``helpers.standins.STANDINS`` under the first word of the experiment's name (up to the first
 underscore). It gets an empty folder and returns the overrides that point the experiment at its
 files; sizes that only make the run long (batch size, workers, network width) belong there too.
+Then run ``python benchmarks/mirror_configs.py``, which writes the experiment for LightningCLI.
 """
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
+import yaml
 from helpers.configs import CONFIGS, compose_config, render
 from helpers.standins import STANDINS
 from hydra.utils import instantiate
@@ -18,6 +22,7 @@ from saflex_lightning.recipes.paper import make_paper_tables, paper_cell
 from saflex_lightning.recipes.sweep import read_results
 from saflex_lightning.train import train
 
+MIRROR = Path(__file__).parents[2] / "benchmarks" / "mirror_configs.py"
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
 QUIET = ("debug=fast", "trainer.enable_progress_bar=false")
 
@@ -89,3 +94,18 @@ def test_rows_stand_beside_cells_that_the_paper_has(tmp_path, standin, experimen
     assert named
     for cell in paper.cells:
         assert any(paper_cell(row, cell.column) is not None for row in named)
+
+
+@pytest.fixture(scope="module")
+def make_mirror():
+    return runpy.run_path(str(MIRROR))["make_mirror"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_lightning_cli_has_the_same_settings(make_mirror, experiment):
+    file = CONFIGS / "lightning_cli" / f"{experiment}.yaml"
+    assert file.is_file(), "run benchmarks/mirror_configs.py"
+    if "Made by benchmarks/mirror_configs.py" not in file.read_text():
+        return  # written by hand
+    made = yaml.safe_load(make_mirror(experiment))
+    assert yaml.safe_load(file.read_text()) == made, "run benchmarks/mirror_configs.py"

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 import saflex_lightning
 from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
 from saflex_lightning.recipes.report import make_run_table
+from saflex_lightning.recipes.sweep import main as print_sweeps
 from saflex_lightning.recipes.sweep import make_sweep_table, read_results
 from saflex_lightning.train import train
 
@@ -27,6 +28,7 @@ GROUPS = {
     if folder.is_dir() and folder.name not in {"experiment", "lightning_cli", "__pycache__"}
 }
 METHODS = (
+    "learning_to_reweight",
     "no_aug",
     "saflex_gates",
     "saflex_paper",
@@ -98,7 +100,7 @@ def test_every_choice_takes_a_short_run(tmp_path, group, choice):
     assert result["steps"] == 2
     assert 0.0 <= result["test_accuracy"] <= 1.0
     assert json.loads((tmp_path / "result.json").read_text()) == result
-    saflex = "saflex" in cfg.name
+    saflex = "saflex" in cfg.callbacks
     for name in ("kept_fraction", "relabelled_fraction", "effective_fraction"):
         assert (result[name] is not None) == saflex
         assert not saflex or 0.0 <= result[name] <= 1.0 + 1e-6
@@ -144,6 +146,7 @@ def test_combinations_compose_and_instantiate(tmp_path, method, augmentation):
         ("uniform", "randaugment", "union", None),
         ("train_plus_val", "randaugment", "union", None),
         ("soft_augmentation", "soft_crop", "replace", None),
+        ("learning_to_reweight", "randaugment", "union", "paper"),
         ("saflex_paper", "randaugment", "union", "paper"),
         ("saflex_gates", "randaugment", "union", "robust"),
         ("saflex_robust", "randaugment", "union", "robust"),
@@ -218,6 +221,20 @@ class TestSweepTable:
         table = render(make_sweep_table(read_results(tmp_path)))
         assert "uniform model.lr=0.1" in table
         assert "uniform model.lr=0.2" in table
+
+    def test_tables_of_several_sweeps_are_printed_again(self, tmp_path, capsys):
+        write_result(tmp_path / "first" / "0", "uniform", 1, 0.80)
+        write_result(tmp_path / "second" / "0", "uniform", 2, 0.84)
+        print_sweeps([str(tmp_path / "first"), str(tmp_path / "second")])
+        assert "82.00 ± 2.83" in capsys.readouterr().out
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(SystemExit):
+            print_sweeps([str(tmp_path / "empty")])
+        assert "no result.json below" in capsys.readouterr().err
+
+    def test_metrics_that_a_run_lacks_are_dashes(self):
+        text = render(make_sweep_table([{"name": "flyp", "overrides": [], "test_f1": 0.5}]))
+        assert "-" in next(line for line in text.splitlines() if "flyp" in line)
 
     def test_results_of_an_earlier_sweep_are_left_out(self, tmp_path):
         write_result(tmp_path / "0", "uniform", 1, 0.80)

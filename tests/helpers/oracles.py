@@ -84,6 +84,27 @@ def looped_jacobian(scores: Tensor, params: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows).unflatten(0, scores.shape)
 
 
+def reweight_by_double_backward(problem: Problem, lr: float = 0.1) -> Tensor:
+    """Return the weights of learning to reweight (Ren et al. 2018, Algorithm 1), ``(batch,)``.
+
+    The derivative of the validation loss after one step of gradient descent on the weighted loss,
+    with respect to the weights at 0; its negative part, made to sum to 1, or 0 where it is empty.
+    """
+    weights = torch.zeros(len(problem.target), dtype=torch.float64, requires_grad=True)
+    losses = F.cross_entropy(problem.model(problem.inputs), problem.target, reduction="none")
+    params = dict(problem.model.named_parameters())
+    steps = torch.autograd.grad((weights * losses).sum(), params.values(), create_graph=True)
+    stepped = {
+        name: parameter - lr * step
+        for (name, parameter), step in zip(params.items(), steps, strict=True)
+    }
+    val_logits = torch.func.functional_call(problem.model, stepped, (problem.val_inputs,))
+    (slope,) = torch.autograd.grad(F.cross_entropy(val_logits, problem.val_target), weights)
+    raised = (-slope).clamp(min=0)
+    total = raised.sum()
+    return raised / total if total > 0 else raised
+
+
 def dense_val_gradient(model: nn.Module, inputs: Tensor, target: Tensor, **options) -> Tensor:
     """Return g, the gradient of the mean validation cross-entropy, ``(parameters,)``."""
     loss = F.cross_entropy(model(inputs), target, **options)

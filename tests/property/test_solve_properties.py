@@ -71,7 +71,7 @@ OPTIONS = st.fixed_dictionaries(
         "label_rule": st.sampled_from(["auto", "softmax", "keep"]),
         "label_penalty": st.sampled_from([0.0, 1.0, 8.0]),
         "temperature": st.sampled_from([0.01, 0.5, 2.0]),
-        "weight_rule": st.sampled_from(["sigmoid", "expected", "sum", "ones"]),
+        "weight_rule": st.sampled_from(["sigmoid", "expected", "sum", "positive", "ones"]),
         "balance_classes": st.booleans(),
     }
 )
@@ -148,6 +148,7 @@ def away_from_thresholds(batch: Batch, solution: SAflexSolution, options: dict) 
     score = {
         "expected": (products * solution.soft_labels[batch.augmented]).sum(-1),
         "sum": products.sum(-1),
+        "positive": (products * batch.labels[batch.augmented]).sum(-1),
     }.get(options["weight_rule"], torch.ones(1))
     sure = bool((score.abs() > 1e-7).all())
     # Where every product is rounding noise, dividing by its size would blow it up.
@@ -280,7 +281,9 @@ def test_one_class_has_nothing_to_learn(batch, options) -> None:
     solution = batch.solve(**{**options, "score_space": "log_probs"})
     assert torch.equal(solution.inner_products, torch.zeros_like(batch.probs))
     assert torch.equal(solution.soft_labels, torch.ones_like(batch.probs))
-    torch.testing.assert_close(solution.weights, torch.ones(len(batch.probs)).double())
+    # In proportion to nothing there are no weights.
+    dropped = batch.augmented & (options["weight_rule"] == "positive")
+    torch.testing.assert_close(solution.weights, (~dropped).double())
 
 
 @quick
@@ -329,7 +332,7 @@ def test_a_class_that_is_absent_changes_no_weight(batch) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("rule", ["expected", "sum"])
+@pytest.mark.parametrize("rule", ["expected", "sum", "positive"])
 def test_all_dropped_is_all_zero(rows, rule) -> None:
     # In logit space every product can be negative.
     solution = solve(

@@ -22,7 +22,7 @@ __all__ = [
 
 ScoreSpace = Literal["log_probs", "probs", "logits"]
 LabelRule = Literal["auto", "softmax", "argmax", "keep"]
-WeightRule = Literal["sigmoid", "expected", "sum", "ones"]
+WeightRule = Literal["sigmoid", "expected", "sum", "positive", "ones"]
 EngineName = Literal["finite_difference", "forward_mode", "head"]
 PresetName = Literal["robust", "paper"]
 
@@ -52,7 +52,9 @@ class Preset:
         gumbel: Add standard Gumbel noise inside the label rule.
         weight_rule: ``"sigmoid"`` of the upstream label's inner product with classes renormalised,
             ``"expected"`` (Algorithm 1, line 5: keep where :math:`\Pi_i \cdot y_i \ge 0`),
-            ``"sum"`` (Theorem 1: keep where :math:`\sum_k \Pi_{ik} \ge 0`) or ``"ones"``.
+            ``"sum"`` (Theorem 1: keep where :math:`\sum_k \Pi_{ik} \ge 0`), ``"positive"`` (in
+            proportion to the positive part of the upstream label's inner product, as in learning
+            to reweight) or ``"ones"``.
         gradient_decay: Decay of the running average of the validation gradient, per training
             batch, in [0, 1); 0 uses the newest gradient alone.
         precondition: Divide the validation gradient by the square root of Adam's second moment,

@@ -296,8 +296,8 @@ def learned_weights(
         ``(batch,)``, non-negative; all 0 where every augmented row is dropped.
 
     References:
-        Ding et al. 2024, Algorithm 1, line 5 (``"expected"``) and Theorem 1 (``"sum"``); the
-        sigmoid is this library's.
+        Ding et al. 2024, Algorithm 1, line 5 (``"expected"``) and Theorem 1 (``"sum"``); Ren et
+        al. 2018, Algorithm 1 (``"positive"``); the sigmoid is this library's.
     """
     mask = augmented.to(products.dtype)
     raw = mask * _raw_weights(products, labels, soft_labels, rule)
@@ -321,6 +321,8 @@ def _raw_weights(products: Tensor, labels: Tensor, soft_labels: Tensor, rule: We
         return ((soft_labels * products).sum(-1) >= 0).to(products.dtype)
     if rule == "sum":
         return (products.sum(-1) >= 0).to(products.dtype)
+    if rule == "positive":
+        return (labels * products).sum(-1).clamp(min=0)
     return torch.ones_like(products[:, 0])
 
 

@@ -93,8 +93,9 @@ class Classifier(SAflexMixin, L.LightningModule):
     """A network trained on (weighted, soft-label) cross-entropy, ready for SAFLEX.
 
     Without `SAflexCallback` it trains on plain cross-entropy. It logs accuracy, AUROC (macro, one
-    against the rest; for two classes that is the binary AUROC) and F1 (macro) of the validation
-    and test rows, and the plain cross-entropy of the validation rows.
+    against the rest; for two classes that is the binary AUROC) and F1 (macro, over the classes that
+    occur among labels or predictions) of the validation and test rows, and the plain cross-entropy
+    of the validation rows.
 
     Args:
         network: From inputs to logits, ``(batch, classes)``. Inputs that are a tuple or list of

@@ -1,5 +1,9 @@
-"""The tables that end a Hydra sweep: ours, and the paper's with our numbers beside its own."""
+"""The tables that end a Hydra sweep: ours, and the paper's with our numbers beside its own.
 
+python -m saflex_lightning.recipes.sweep FOLDER ...   prints them again, over several sweeps.
+"""
+
+import argparse
 import json
 import time
 from collections.abc import Iterable
@@ -13,7 +17,7 @@ from rich.table import Table
 
 from saflex_lightning.recipes.paper import format_spread, make_paper_tables
 
-__all__ = ["SweepSummary", "make_sweep_table", "read_results"]
+__all__ = ["SweepSummary", "main", "make_sweep_table", "read_results"]
 
 
 class SweepSummary(Callback):
@@ -67,8 +71,32 @@ def make_sweep_table(results: Iterable[dict[str, Any]]) -> Table:
 
     table = Table("method", "test accuracy", "test AUROC", "seeds", title="mean ± std over seeds")
     for label, group in groups.items():
-        accuracy = [100.0 * result["test_accuracy"] for result in group]
-        auroc = [result["test_auroc"] for result in group if "test_auroc" in result]
-        ranked = format_spread(auroc, 4) if auroc else "-"
-        table.add_row(label, format_spread(accuracy, 2), ranked, str(len(group)))
+        accuracy = _spread_of(group, "test_accuracy", 2, scale=100.0)
+        table.add_row(label, accuracy, _spread_of(group, "test_auroc", 4), str(len(group)))
     return table
+
+
+def _spread_of(
+    results: list[dict[str, Any]], metric: str, digits: int, *, scale: float = 1.0
+) -> str:
+    values = [scale * result[metric] for result in results if result.get(metric) is not None]
+    return format_spread(values, digits) if values else "-"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Print the tables of all results below some folders.
+
+    Args:
+        args: Command line; None reads the process's.
+    """
+    parser = argparse.ArgumentParser(description="Print the tables of finished sweeps and runs.")
+    parser.add_argument("folders", type=Path, nargs="+", help="hydra.sweep.dir of the sweeps")
+    folders = parser.parse_args(args).folders
+    results = [result for folder in folders for result in read_results(folder)]
+    if not results:
+        parser.error(f"there is no result.json below {', '.join(map(str, folders))}")
+    Console().print(make_sweep_table(results), *make_paper_tables(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -95,7 +95,7 @@ def test_edges_of_the_ranges_are_accepted(edge) -> None:
     [
         ("score_space", "probabilities", "one of log_probs, logits, probs"),
         ("label_rule", "hard", "one of argmax, auto, keep, softmax"),
-        ("weight_rule", "relu", "one of expected, ones, sigmoid, sum"),
+        ("weight_rule", "relu", "one of expected, ones, positive, sigmoid, sum"),
         ("engine", "jvp", "one of finite_difference, forward_mode, head"),
         ("normalize", 1, "True or False"),
         ("gumbel", "on", "True or False"),

@@ -351,7 +351,7 @@ class TestClassRenormalisation:
 
 class TestUnionBatches:
     @pytest.mark.parametrize("soft", [False, True])
-    @pytest.mark.parametrize("weight_rule", ["sigmoid", "expected", "sum", "ones"])
+    @pytest.mark.parametrize("weight_rule", ["sigmoid", "expected", "sum", "positive", "ones"])
     def test_clean_rows_keep_weight_1_and_their_own_label(self, weight_rule, soft) -> None:
         tangent, probs, target = make_batch(8, 3)
         if soft:

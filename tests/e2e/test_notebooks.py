@@ -18,6 +18,7 @@ SMALL = {
         "batch_size": 16,
         "eval_batches": 1,
     },
+    "tabular": {"max_epochs": 1, "batch_size": 64},
     "toy_2d": {
         "steps": 6,
         "shown_steps": (1, 5),

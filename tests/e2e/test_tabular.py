@@ -1,9 +1,11 @@
 """Tabular runs from the command line's configs: every set, every method, both networks."""
 
+import lightning as L
 import pytest
 import torch
 from helpers.configs import CONFIGS, compose_config
 from helpers.tables import COLOURS, SHARED, make_table, write_csv, write_npz
+from helpers.training import assert_same_state, state_of
 from hydra.utils import instantiate
 
 from saflex_lightning.recipes.tabular import sets as tabular_sets
@@ -157,6 +159,32 @@ def test_rare_positives_reach_every_steering_batch(tmp_path, monkeypatch):
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     instantiate(cfg.trainer, callbacks=callbacks, logger=False).fit(model, datamodule=data)
     assert seen == [1] * 10  # of 3 positives in 300 rows: most plain batches of 16 have none
+
+
+def test_a_resumed_run_draws_the_steering_batches_of_an_uninterrupted_one(tmp_path):
+    path = write_npz(tmp_path / "table.npz", make_table(400))
+    settings = (
+        *("experiment=tabular_mlp", "data=tabular", "data.dataset=null", f"data.path={path}"),
+        *("data.num_numeric=2", "data.cardinalities=[5,4]", "data.num_classes=2", *SHORT),
+        *("data.batch_size=60", "data.steering_draw=balanced", "data.steering_batch_size=10"),
+        *("engine.refresh_every_n_steps=1", "model.network.dropout=0"),
+    )
+
+    def fit(max_epochs, checkpoint=None):
+        cfg = compose_config(tmp_path, *settings, f"trainer.max_epochs={max_epochs}")
+        L.seed_everything(3, verbose=False)
+        model, data = instantiate(cfg.model), instantiate(cfg.data)
+        callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+        trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=False)
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
+        return trainer, model
+
+    _, whole = fit(2)
+    trainer, half = fit(1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = fit(2, str(tmp_path / "half.ckpt"))
+    assert not state_of(half)["network.head.weight"].equal(state_of(whole)["network.head.weight"])
+    assert_same_state(state_of(whole), state_of(resumed))
 
 
 def test_every_set_has_a_config():

@@ -153,8 +153,6 @@ class TabularDataModule(L.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self._augment = make_cutmix(augmentation, self.augmentation_settings)
-        self._sampler: ClassBatchSampler | None = None
-        self._draws = 0  # steering batches drawn by the run that this one resumes
         self._is_set_up = False
 
     def setup(self, stage: str) -> None:
@@ -237,16 +235,15 @@ class TabularDataModule(L.LightningDataModule):
         if self.steering_draw == "plain":
             return self._make_loader(self._steering, batch_size=self.eval_batch_size)
         rank, world_size = self._share()
-        self._sampler = ClassBatchSampler(
+        sampler = ClassBatchSampler(
             self._steering.target,
             self.steering_batch_size,
             balanced=self.steering_draw == "balanced",
             seed=self.seed,
             rank=rank,
             world_size=world_size,
-            start=self._draws,
         )
-        return self._make_loader(self._steering, batch_sampler=self._sampler)
+        return self._make_loader(self._steering, batch_sampler=sampler)
 
     def val_dataloader(self) -> CleanLoader | list[Any]:
         """Return the loader of the validation rows; none where they are trained on."""
@@ -257,14 +254,6 @@ class TabularDataModule(L.LightningDataModule):
     def test_dataloader(self) -> CleanLoader:
         """Return the loader of the test rows."""
         return self._make_loader(self._test, batch_size=self.eval_batch_size)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many stratified or balanced steering batches were drawn, for a checkpoint."""
-        return {"steering_draws": self._draws if self._sampler is None else self._sampler.draws}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint stopped."""
-        self._draws = state_dict["steering_draws"]
 
     def _share(self) -> tuple[int, int]:
         """Return this process and the number of processes."""

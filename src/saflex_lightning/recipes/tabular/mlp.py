@@ -35,7 +35,7 @@ class TabularMLP(nn.Module):
         num_numeric: int,
         num_classes: int,
         *,
-        cardinalities: Sequence[int] | None = None,
+        cardinalities: list[int] | None = None,
         width: int = 256,
         depth: int = 2,
         dropout: float = 0.1,

@@ -155,7 +155,7 @@ class SAINT(nn.Module):
         num_numeric: int,
         num_classes: int,
         *,
-        cardinalities: Sequence[int] | None = None,
+        cardinalities: list[int] | None = None,
         attention: AttentionName = "colrow",
         dim: int = 32,
         depth: int = 1,

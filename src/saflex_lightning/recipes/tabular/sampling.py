@@ -51,10 +51,6 @@ class ClassBatchSampler(Sampler[list[int]]):
         seed: Seed of the order, the same on every rank.
         rank: This process.
         world_size: Number of processes.
-        start: Batches drawn before, by a run that this one resumes.
-
-    Attributes:
-        draws: Batches drawn so far.
 
     Raises:
         ValueError: If a batch has fewer rows than there are classes, or a class has no row.
@@ -69,7 +65,6 @@ class ClassBatchSampler(Sampler[list[int]]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        start: int = 0,
     ) -> None:
         counts = target.bincount()
         if batch_size < len(counts) or (counts == 0).any():
@@ -82,7 +77,7 @@ class ClassBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.draws = start
+        self._draws = 0
         self._num_rows = len(target)
         self._rows = [(target == label).nonzero().flatten().numpy() for label in counts.nonzero()]
         self._counts = rows_per_class(counts, batch_size, balanced=balanced).tolist()
@@ -92,8 +87,8 @@ class ClassBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(len(self)):
-            self.draws += 1
-            yield self.rows(self.draws - 1)
+            self._draws += 1
+            yield self.rows(self._draws - 1)
 
     def rows(self, draw: int) -> list[int]:
         """Return the rows of one batch, class by class.

@@ -228,18 +228,6 @@ class TestSteering:
         steered = set_up(file, merge_val=True, steering="train").saflex_dataloader()
         assert len(steered.dataset) == 160
 
-    def test_a_checkpoint_remembers_the_draws(self, rare_file):
-        settings = {"stratified": True, "steering_draw": "balanced"}
-        data = set_up(rare_file, **settings)
-        assert data.state_dict() == {"steering_draws": 0}
-        loader = iter(data.saflex_dataloader())
-        drawn = [next(loader)[0][0] for _ in range(2)]
-        assert data.state_dict() == {"steering_draws": 2}
-        resumed = set_up(rare_file, **settings)
-        resumed.load_state_dict({"steering_draws": 1})
-        assert next(iter(resumed.saflex_dataloader()))[0][0].equal(drawn[1])
-        assert not drawn[0].equal(drawn[1])
-
 
 def test_a_csv_of_ones_own(tmp_path):
     file = str(write_csv(tmp_path / "mine.csv", make_table(200)))

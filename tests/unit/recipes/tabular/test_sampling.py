@@ -68,10 +68,7 @@ def test_a_loader_goes_on_where_its_last_pass_stopped():
     loader = DataLoader(TensorDataset(torch.arange(100)), batch_sampler=sampler)
     assert len(loader) == 5
     passes = [[rows.tolist() for (rows,) in loader] for _ in range(2)]
-    assert sampler.draws == 10
     assert passes[0] + passes[1] == draw_all(target, 20, 10, balanced=True, seed=4)
-    resumed = ClassBatchSampler(target, 20, balanced=True, seed=4, start=5)
-    assert list(resumed) == passes[1]
 
 
 @pytest.mark.parametrize(("target", "size"), [([0, 1, 2], 2), ([0, 2, 2], 3)])

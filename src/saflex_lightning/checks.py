@@ -58,6 +58,7 @@ def check_fit(
         *preflight_problems(trainer),
     ]
     problems += _precision_problems(trainer, preset)
+    problems += _compile_problems(module, preset)
     if isinstance(module, SAflexMixin):
         problems += _engine_problems(module, preset, params)
         problems += _gate_problems(module) if gates else ()
@@ -107,6 +108,17 @@ def _precision_problems(trainer: pl.Trainer, preset: Preset) -> Iterator[str]:
             f"`precision={trainer.precision!r}`: its small step would be rounded away. Pass "
             "engine='forward_mode' or engine='head', or choose `precision='bf16-mixed'` or "
             "'16-mixed'."
+        )
+
+
+def _compile_problems(module: Any, preset: Preset) -> Iterator[str]:
+    # Lightning puts this on a module that was compiled as a whole, training step included.
+    whole = getattr(module, "_compiler_ctx", None) is not None
+    if whole and preset.engine != "finite_difference":
+        yield (
+            "Expected engine='finite_difference' where `torch.compile` takes the whole module, but "
+            f"got engine={preset.engine!r}, which compiled code can leave without a tangent. "
+            "Compile the inner network instead, or pass engine='finite_difference'."
         )
 
 

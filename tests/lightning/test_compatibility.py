@@ -17,6 +17,7 @@ from helpers.training import (
     seeded,
     state_of,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -220,6 +221,13 @@ def test_compiled_training_equals_the_uncompiled_one(what, engine):
     fit(target, callback(engine=engine))
     found = {name.replace("_orig_mod.", ""): v for name, v in state_of(compiled).items()}
     assert_same_state(expected, found)
+
+
+@pytest.mark.parametrize("engine", ["forward_mode", "head"])
+def test_other_engines_are_refused_in_a_module_compiled_as_a_whole(engine):
+    module = torch.compile(seeded(Classifier), backend="eager")
+    with pytest.raises(MisconfigurationException, match=f"engine='{engine}', which compiled code"):
+        fit(module, callback(engine=engine))
 
 
 def test_learning_rate_finder_runs_without_the_solve_and_leaves_the_fit_as_it_was(tmp_path):

@@ -98,8 +98,8 @@ def test_a_head_that_starts_at_zero_hides_nothing():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_dropout_has_one_mask_in_both_points(backend):
-    # The second model in a process, of another dropout rate, is where inductor's masks differ
-    # with and without a graph.
+    # Inductor drew different masks with and without a graph once, in float32, on its second model
+    # in a process. Here it repeats them: this pins the result, not the case.
     inputs = torch.randn(16, 5, dtype=torch.float64)
     for rate in (0.0, 0.3):
         torch.manual_seed(0)

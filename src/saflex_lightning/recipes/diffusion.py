@@ -80,6 +80,8 @@ def fill_pool_by_diffusion(
         precision: Floating point of the model.
 
     Raises:
+        ImportError: If the extra is not installed.
+        OSError: If the model cannot be loaded.
         ValueError: If a setting is out of its range.
     """
     check_choice("kind", kind, list(_KINDS))

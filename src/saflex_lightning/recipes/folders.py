@@ -46,7 +46,11 @@ class FileImages(Sequence[Tensor]):
         return len(self.files)
 
     def __getitem__(self, row: int) -> Tensor:  # type: ignore[override]  no slices here
-        """Return an image, ``(3, height, width)`` uint8."""
+        """Return an image, ``(3, height, width)`` uint8.
+
+        Raises:
+            ValueError: If the file cannot be read.
+        """
         try:
             with Image.open(self.files[row]) as opened:
                 image = opened.convert("RGB")

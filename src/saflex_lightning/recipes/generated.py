@@ -157,7 +157,12 @@ class GeneratedDataModule(L.LightningDataModule):
         self._is_set_up = False
 
     def setup(self, stage: str) -> None:
-        """List all images once, look at their heads, and set the steering rows aside."""
+        """List all images once, look at their heads, and set the steering rows aside.
+
+        Raises:
+            FileNotFoundError: If a folder or a listed file is missing.
+            ValueError: If an image, a class folder or a row of the pool is not as expected.
+        """
         if self._is_set_up:
             return
         root = Path(self.root).expanduser()
@@ -234,7 +239,11 @@ class GeneratedDataModule(L.LightningDataModule):
         return self._real.target[self._rows].bincount(minlength=len(self._real.classes))
 
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
-        """Return the loader of training batches; its order is a function of seed and epoch."""
+        """Return the loader of training batches; its order is a function of seed and epoch.
+
+        Raises:
+            ValueError: If a batch asks for more images than a process has.
+        """
         # Without a trainer, or with one process, there is nothing to share out.
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {
             "num_replicas": 1,

@@ -73,6 +73,9 @@ def plan_edits(
         settings: Name of a folder that tells strength and guidance; left out where empty.
         images_per_source: Images from each training image by each prompt.
         seed: Seed of the run.
+
+    Raises:
+        ValueError: If there is no prompt, or two would share a folder.
     """
     _check_prompts(prompts)
     for number, prompt in enumerate(prompts):
@@ -114,6 +117,9 @@ def plan_new(
         settings: See `plan_edits`.
         images_per_class: Images of each class by each prompt.
         seed: Seed of the run.
+
+    Raises:
+        ValueError: If there is no prompt, or two would share a folder.
     """
     _check_prompts(prompts)
     for number, prompt in enumerate(prompts):
@@ -149,6 +155,9 @@ def fill_pool(
 
     Returns:
         Number of images made and of images that were there.
+
+    Raises:
+        ValueError: If the batch size is below 1.
     """
     if batch_size < 1:
         raise ValueError(

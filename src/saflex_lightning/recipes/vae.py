@@ -161,6 +161,9 @@ def fill_pool_by_vae(
         name: Name of the generator in folders and manifest.
         batch_size: Images made together.
         seed: Seed of the training and of the draws.
+
+    Raises:
+        ValueError: If a strength is out of range, or the images are not square and of one size.
     """
     strengths = [0.3, 0.6, 1.0] if strengths is None else strengths
     if not all(0.0 <= strength <= 1.0 for strength in strengths):

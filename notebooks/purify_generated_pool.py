@@ -152,8 +152,7 @@ for name, value in accuracy.items():
     print(f"test accuracy, {name:25s} {value:.1%}")
 
 # %% [markdown]
-# One seed does not rank methods; `benchmarks/results/generated_pool_cpu.md` has the numbers over
-# seeds.
+# One seed does not rank methods; `benchmarks/results/generated_pool_cpu.md` says what was measured.
 #
 # ## What the weights say
 #

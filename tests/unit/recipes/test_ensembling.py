@@ -80,9 +80,17 @@ def test_a_resumed_run_mixes_with_the_weights_of_the_first_start(tmp_path):
 
 def test_ensembling_needs_no_validation_during_training():
     ensembling = WeightEnsembling(intervals=1)
-    settings = {"val_dataloaders": val_loader(), "check_val_every_n_epoch": 5}
-    fit(make_tuner(), ensembling, train=union_batches(), max_epochs=1, **settings)
+    module, seen = make_tuner(), []
+    score = module.forward
+    module.forward = lambda images: seen.append(len(images)) or score(images)
+    settings = {
+        "val_dataloaders": val_loader(),
+        "check_val_every_n_epoch": 5,
+        "num_sanity_val_steps": 0,
+    }
+    fit(module, ensembling, train=union_batches(), max_epochs=1, limit_val_batches=1, **settings)
     assert ensembling.scores.keys() == {0.0, 1.0}
+    assert seen == [12, 12]  # one batch of the two for each mixture
 
 
 def test_ensembling_without_validation_rows_is_refused():

@@ -130,7 +130,10 @@ def _score(trainer: L.Trainer, module: L.LightningModule) -> float:
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     metric = MacroF1(module.num_classes).to(module.device)  # type: ignore[arg-type]
     with evaluating(module), trainer.precision_plugin.val_step_context():
-        for batch in loader:
+        # The Trainer may ask for a part of the loader; the limit can be infinite.
+        for number, batch in enumerate(loader):
+            if number >= trainer.num_val_batches[0]:
+                break
             inputs, target = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
             metric.update(module(inputs), target)
     return metric.compute().item()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -22,13 +22,14 @@ from .functional import (
     PRESETS,
     EngineName,
     LabelRule,
-    Preset,
     PresetName,
     ScoreSpace,
     WeightRule,
     make_preset,
 )
+from .gathered import make_gathered
 from .mixin import SAflexMixin
+from .pool import RowEvidenceName
 from .state import changed_settings, check_state
 from .steering import Steering
 from .step import SAflexStep, check_skippable
@@ -74,6 +75,10 @@ class SAflexCallback(pl.Callback):
             replace rows of harmful groups by the clean rows they were made from. The rows are
             written in the batch's own tensors, so a loader must not yield the same tensors twice;
             its length must be known, and the groups named by ``saflex_group_names()``.
+        row_evidence: Weigh the augmented rows of a fixed pool (`AugmentedBatch.index`) by how well
+            their labels fit, averaged over epochs: ``"label_probability"`` by the model's own
+            probability of the label, ``"discriminant"`` by its posterior in a Gaussian
+            discriminant on validation features; None does neither.
         seed: Seed of the order of validation rows and of Gumbel noise; None follows
             ``seed_everything``.
 
@@ -104,6 +109,7 @@ class SAflexCallback(pl.Callback):
         num_workers: int = 0,
         cache_on_device: bool | Literal["auto"] = "auto",
         gates: bool = False,
+        row_evidence: RowEvidenceName | None = None,
         seed: int | None = None,
     ) -> None:
         self.preset = make_preset(
@@ -147,7 +153,13 @@ class SAflexCallback(pl.Callback):
         self.params = params
         self.num_workers = num_workers
         self.cache_on_device: bool | str = cache_on_device
+        if row_evidence not in {None, *get_args(RowEvidenceName)}:
+            raise ValueError(
+                "Expected `row_evidence` to be None or one of "
+                f"{sorted(get_args(RowEvidenceName))}, but got {row_evidence!r}. Choose one."
+            )
         self.gates = gates
+        self.row_evidence: RowEvidenceName | None = row_evidence
         self.seed = seed
         self.val_batch_size = val_batch_size
         self._given_loader = val_dataloader
@@ -160,7 +172,7 @@ class SAflexCallback(pl.Callback):
             seed=self.seed,
             batch_size=self.val_batch_size,
             cache=self.cache_on_device,
-            gates=self.gates,
+            gathered=make_gathered(gates=self.gates, row_evidence=self.row_evidence),
         )
         self._armed: SAflexStep | None = None
         self._armed_steps = 0
@@ -175,7 +187,8 @@ class SAflexCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything runs."""
         if stage == "fit":
-            check_fit(trainer, pl_module, self.preset, self.params, gates=self.gates)
+            wanted_by = self._steering.gathered.watch and self._steering.gathered.watch.wanted_by
+            check_fit(trainer, pl_module, self.preset, self.params, head_wanted_by=wanted_by)
             self._begin()  # a checkpoint's state is loaded after this hook
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,7 +198,7 @@ class SAflexCallback(pl.Callback):
             check_rows(self._loader, self.val_batch_size, trainer.world_size)
         if self.gates:
             self._group_names = find_group_names(trainer, pl_module)
-        rank_zero_info(_describe(self.preset, self.preset_name, gates=self.gates))
+        rank_zero_info(_describe(self))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fall back on the Trainer's validation data; warn where steering rows also select."""
@@ -281,8 +294,8 @@ class SAflexCallback(pl.Callback):
 
     def _log_metrics(self, pl_module: pl.LightningModule, step: SAflexStep) -> None:
         values: dict[str, Any] = dict(step.metrics)
-        if step.gates is not None:
-            values.update(step.gates.metrics())
+        if step.gathered.gates is not None:
+            values.update(step.gathered.gates.metrics())
         values["val_gradient_norm"] = self._steering.gradient.norm
         values["solve_seconds"] = step.seconds
         values["skipped_steps"] = (self._non_finite_steps + self._other_skipped_steps).float()
@@ -412,6 +425,7 @@ class SAflexCallback(pl.Callback):
             "start_epoch": self.start_epoch,
             "params": self.params,
             "gates": self.gates,
+            "row_evidence": self.row_evidence,
             "seed": self.seed,
         }
 
@@ -437,13 +451,15 @@ class SAflexCallback(pl.Callback):
             pl_module._saflex_step = None
 
 
-def _describe(preset: Preset, name: str, *, gates: bool) -> str:
+def _describe(callback: SAflexCallback) -> str:
+    preset = callback.preset
     learned = [
         what
         for what, is_learned in (
             ("sample weights", preset.weight_rule != "ones"),
             ("soft labels", preset.label_rule != "keep"),
-            ("gates", gates),
+            ("gates", callback.gates),
+            ("weights of pool rows", callback.row_evidence is not None),
         )
         if is_learned
     ]
@@ -454,8 +470,8 @@ def _describe(preset: Preset, name: str, *, gates: bool) -> str:
     )
     interval = preset.refresh_every_n_steps
     return (
-        f"SAFLEX: preset '{name}' learns {' and '.join(learned) or 'nothing'} with engine "
-        f"'{preset.engine}' and a validation gradient "
+        f"SAFLEX: preset '{callback.preset_name}' learns {' and '.join(learned) or 'nothing'} "
+        f"with engine '{preset.engine}' and a validation gradient "
         f"{'every' if interval == 1 else f'every {interval}'} training "
         f"{'batch' if interval == 1 else 'batches'}. {letter}"
     )

@@ -15,10 +15,10 @@ from lightning.pytorch.strategies import (
 
 from .engines import UnsupportedModelError, make_engine
 from .functional import Preset
-from .gating import find_last_layer
 from .mixin import SAflexMixin
 from .preflight import preflight_problems
 from .validation import count_rows, same_rows
+from .watch import find_last_layer
 
 __all__ = [
     "check_fit",
@@ -32,7 +32,12 @@ __all__ = [
 
 
 def check_fit(
-    trainer: Any, module: Any, preset: Preset, params: list[str] | None, *, gates: bool
+    trainer: Any,
+    module: Any,
+    preset: Preset,
+    params: list[str] | None,
+    *,
+    head_wanted_by: str | None,
 ) -> None:
     """Collect every incompatibility of Trainer, module and settings, and raise once.
 
@@ -41,7 +46,7 @@ def check_fit(
         module: Its module.
         preset: The settings.
         params: Name patterns of the matched parameters.
-        gates: Whether the gates are to be used.
+        head_wanted_by: The setting that needs a linear layer for its scores; None if none does.
 
     Raises:
         MisconfigurationException: If anything does not fit; the message lists all of it.
@@ -61,7 +66,8 @@ def check_fit(
     problems += _compile_problems(module, preset)
     if isinstance(module, SAflexMixin):
         problems += _engine_problems(module, preset, params)
-        problems += _gate_problems(module) if gates else ()
+        if head_wanted_by is not None:
+            problems += _head_problems(module, head_wanted_by)
     if problems:
         raise MisconfigurationException("\n".join(problems))
 
@@ -132,10 +138,10 @@ def _engine_problems(
         yield str(error)
 
 
-def _gate_problems(module: SAflexMixin) -> Iterator[str]:
+def _head_problems(module: SAflexMixin, wanted_by: str) -> Iterator[str]:
     assert isinstance(module, pl.LightningModule)
     try:
-        find_last_layer(module, module.saflex_head())
+        find_last_layer(module, module.saflex_head(), wanted_by)
     except UnsupportedModelError as error:
         yield str(error)
 

@@ -27,9 +27,11 @@ __all__ = [
     "draw_rejected",
     "group_evidence",
     "keep_probabilities",
+    "largest_size",
     "last_layer_products",
     "next_log_weights",
-    "rescale_groups",
+    "rescale_weights",
+    "share_rows",
 ]
 
 _MOMENTS_DECAY = 0.95  # of the mean and covariance of training features, per training batch
@@ -90,12 +92,8 @@ class FeatureBank:
         rows = torch.cat([features, residuals, labels, torch.ones_like(features[:, :1])], 1)
         rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0)
         if self._chunk is None:
-            sizes = rows.new_zeros(world_size)
-            sizes[rank] = len(rows)
-            self._chunk = int((reduce_sum(sizes) if reduce_sum else sizes).max())
-        chunk = rows.new_zeros(world_size, self._chunk, rows.shape[1])
-        chunk[rank, : len(rows)] = rows[: self._chunk]
-        chunk = (reduce_sum(chunk) if reduce_sum else chunk).flatten(0, 1)
+            self._chunk = largest_size(rows, reduce_sum, rank, world_size)
+        chunk = share_rows(rows, self._chunk, reduce_sum, rank, world_size)
         if self._rows is None:
             self._rows = rows.new_zeros(max(self._room, len(chunk)), rows.shape[1])
             self._num_classes = residuals.shape[1]
@@ -155,6 +153,47 @@ class FeatureBank:
         """
         self._rows, self._added = state["rows"], state["added"]
         self._chunk, self._num_classes = state["chunk"], state["num_classes"]
+
+
+def largest_size(
+    rows: Tensor, reduce_sum: ReduceSum | None, rank: int = 0, world_size: int = 1
+) -> int:
+    """Return how many rows the rank with the most has; on several ranks it waits for the device.
+
+    Args:
+        rows: This rank's rows, ``(rows, columns)``.
+        reduce_sum: Adds a tensor over ranks.
+        rank: This process.
+        world_size: Number of processes.
+
+    Returns:
+        The number.
+    """
+    if reduce_sum is None:
+        return len(rows)
+    sizes = rows.new_zeros(world_size)
+    sizes[rank] = len(rows)
+    return int(reduce_sum(sizes).max())
+
+
+def share_rows(
+    rows: Tensor, room: int, reduce_sum: ReduceSum | None, rank: int = 0, world_size: int = 1
+) -> Tensor:
+    """Return the rows of all ranks, one rank after the other.
+
+    Args:
+        rows: This rank's rows, ``(rows, columns)``; those beyond ``room`` are left out.
+        room: Rows of each rank in the result; zeros fill what a rank does not need.
+        reduce_sum: Adds a tensor over ranks.
+        rank: This process.
+        world_size: Number of processes.
+
+    Returns:
+        ``(world_size * room, columns)``, the same on every rank.
+    """
+    shared = rows.new_zeros(world_size, room, rows.shape[1])
+    shared[rank, : len(rows)] = rows[:room]
+    return (reduce_sum or _identity)(shared).flatten(0, 1)
 
 
 class RunningMoments:
@@ -347,26 +386,21 @@ def draw_rejected(
     return draws >= keep_probabilities(log_weights)[group]
 
 
-def rescale_groups(
-    weights: Tensor,
-    log_weights: Tensor,
-    group: Tensor,
-    augmented: Tensor,
-    reduce_sum: ReduceSum | None = None,
+def rescale_weights(
+    weights: Tensor, factors: Tensor, augmented: Tensor, reduce_sum: ReduceSum | None = None
 ) -> Tensor:
-    """Multiply augmented rows' weights by max(1, w of their group), keeping their sum.
+    """Multiply the weights of augmented rows by factors, keeping their sum.
 
     Args:
         weights: Sample weights, ``(batch,)``.
-        log_weights: log w, ``(groups + 1,)``.
-        group: ``(batch,)`` int64.
+        factors: Non-negative, ``(batch,)``.
         augmented: ``(batch,)`` bool.
         reduce_sum: Adds a tensor over ranks.
 
     Returns:
         ``(batch,)``; weights of the other rows are as they were.
     """
-    raised = torch.where(augmented, weights * log_weights.exp().clamp(min=1)[group], 0)
+    raised = torch.where(augmented, weights * factors, 0)
     before = torch.where(augmented, weights, 0).sum()
     sums = (reduce_sum or _identity)(torch.stack([before, raised.sum()]))
     scale = sums[0] / torch.where(sums[1] > 0, sums[1], 1)

@@ -1,27 +1,26 @@
 """The gates in a fit: what they watch, which rows they replace, and what they tell the loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batch import AugmentedBatch
-from .engines import LastLayer, Scores
 from .evidence import (
-    FeatureBank,
     RunningMoments,
     draw_rejected,
     group_evidence,
     last_layer_products,
     next_log_weights,
-    rescale_groups,
+    rescale_weights,
 )
-from .functional import ReduceSum, dense_target, loss_inner_products, widen
+from .functional import ReduceSum, dense_target, loss_inner_products
+from .watch import FeatureWatch
 
-__all__ = ["Gates", "find_last_layer", "swap_rows"]
+__all__ = ["Gates", "swap_rows"]
 
 _WARM_UP = 0.1  # share of training during which the gates watch and do not move
 _WITHOUT = "Pass `gates=False` to train without."
@@ -54,62 +53,33 @@ class ScoredRows(NamedTuple):
     label_smoothing: float
 
 
-def find_last_layer(module: nn.Module, head: nn.Module | None) -> LastLayer:
-    """Return the watcher of the layer at which evidence is gathered.
-
-    Args:
-        module: The model.
-        head: What `SAflexMixin.saflex_head` returned.
-
-    Returns:
-        The watcher.
-    """
-    return LastLayer(
-        module,
-        head,
-        wanted_by="`gates=True`",
-        instead="Pass `gates=False`, or name the layer with `saflex_head()`.",
-    )
-
-
 class Gates:
     """Gather evidence by group, and let fewer rows of harmful groups through.
 
-    In every refined step the gates see one validation batch and the training batch. They start to
-    move after a tenth of the training.
+    They start to move after a tenth of the training.
+
+    Args:
+        watch: Sees one validation batch and the training batch of every refined step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: FeatureWatch) -> None:
+        self._watch = watch
         self.names: tuple[str, ...] = ()
         self.log_weights = torch.zeros(0)
         self._moments = RunningMoments()
-        self._bank = FeatureBank(None)
         self._generator = torch.Generator()
         self._is_checked = False
-        self._seen: tuple[Tensor, Tensor] | None = None  # features and logits of the last forward
         self._scored: ScoredRows | None = None
         self._swapped: Tensor | None = None  # rows of this batch; None where it tells no sources
 
     # Once per fit
 
-    def start(
-        self,
-        module: nn.Module,
-        head: nn.Module | None,
-        *,
-        names: Sequence[str],
-        num_batches: float,
-        num_rows: int | None,
-        device: torch.device,
-    ) -> None:
-        """Take the model and the groups of a fit.
+    def start(self, *, names: Sequence[str], num_batches: float, device: torch.device) -> None:
+        """Take the groups of a fit.
 
         Args:
-            module: The module.
-            head: What `SAflexMixin.saflex_head` returned.
             names: Name of every group; the first is that of clean rows.
             num_batches: Training batches of the whole training.
-            num_rows: Validation rows; None where they cannot be counted.
             device: Where the parameters live.
 
         Raises:
@@ -121,15 +91,12 @@ class Gates:
                 f"belong to {list(self.names)}. Resume with the augmentation of that run, or pass "
                 "`gates=False`."
             )
-        self._layer = find_last_layer(module, head)
         self._first_move = _WARM_UP * num_batches
-        self._bank.limit(num_rows)
         if not self.names:
             self.names = tuple(names)
             self.log_weights = torch.zeros(len(names))
         self.log_weights = self.log_weights.to(device)
         self._moments.to(device)
-        self._bank.to(device)
 
     # Every training step, in this order
 
@@ -149,66 +116,6 @@ class Gates:
             rejected &= batch.augmented & (batch.source >= 0)
             swap_rows(batch, rejected)
             self._swapped = rejected.sum()
-
-    def watched(self, forward: Callable[[], Scores]) -> Callable[[], Scores]:
-        """Return a forward that also shows the gates its features and logits.
-
-        Args:
-            forward: Computes scores.
-
-        Returns:
-            The same scores.
-        """
-        self._layer.find(forward)
-
-        def watch() -> Scores:
-            with self._layer.recorded() as calls:
-                scores = forward()
-            logits = self._layer.check(scores, calls)
-            self._seen = calls[-1][0].detach(), logits.detach()
-            return scores
-
-        return watch
-
-    def add_validation(
-        self,
-        loss: Callable[[Scores], Tensor],
-        target: Tensor | None,
-        *,
-        reduce_sum: ReduceSum | None,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        """Remember the validation batch that was scored last.
-
-        Args:
-            loss: Computes its mean loss.
-            target: Its labels.
-            reduce_sum: Adds a tensor over ranks.
-            rank: This process.
-            world_size: Number of processes.
-
-        Raises:
-            MisconfigurationException: If it has no labels.
-        """
-        if target is None:
-            raise MisconfigurationException(
-                "Expected validation batches with class labels for `gates=True`, but the target is "
-                f"None, as for contrastive scores. {_WITHOUT}"
-            )
-        assert self._seen is not None
-        features, logits = (widen(tensor) for tensor in self._seen)
-        logits = logits.requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss(logits), logits)
-        self._bank.add(
-            features,
-            len(logits) * gradient,
-            dense_target(target, logits.shape[-1], logits.dtype),
-            reduce_sum=reduce_sum,
-            rank=rank,
-            world_size=world_size,
-        )
 
     def take(self, augmented: Tensor | None, group: Tensor | None, size: int) -> GatedRows:
         """Return what the gates leave of a batch whose loss is asked for.
@@ -255,9 +162,8 @@ class Gates:
         Returns:
             ``(batch,)``.
         """
-        weights = rescale_groups(
-            weights, self.log_weights, gated.group, gated.augmented, reduce_sum
-        )
+        factors = self.log_weights.exp().clamp(min=1)[gated.group]
+        weights = rescale_weights(weights, factors, gated.augmented, reduce_sum)
         return weights.masked_fill(gated.dropped, 0)
 
     def note(
@@ -288,17 +194,17 @@ class Gates:
             number: Number of the training batch.
             reduce_sum: Adds a tensor over ranks.
         """
-        if self._scored is None or self._seen is None:
+        if self._scored is None:
             return
         rows, self._scored = self._scored, None
         labels = dense_target(rows.target, rows.probs.shape[-1], rows.probs.dtype)
-        features, probs = widen(self._seen[0]), rows.probs
+        features, probs = self._watch.features, rows.probs
         usable = features.isfinite().all(1) & probs.isfinite().all(1) & ~rows.dropped
         features = torch.where(usable.unsqueeze(1), features, 0)
         probs = torch.where(usable.unsqueeze(1), probs, 0)
         counted = usable.to(features.dtype)
         mean, covariance = self._moments.update(features, counted, reduce_sum)
-        val_features, val_residuals, _, present = self._bank.read()
+        val_features, val_residuals, _, present = self._watch.bank.read()
         products = last_layer_products(
             features, probs, mean, covariance, val_features, val_residuals, present
         )
@@ -325,10 +231,6 @@ class Gates:
 
     # Checkpoints
 
-    def forget_validation(self) -> None:
-        """Forget the validation rows, whose residuals were made with another loss."""
-        self._bank.clear()
-
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs, equal on every rank.
 
@@ -339,7 +241,6 @@ class Gates:
             "names": self.names,
             "log_weights": self.log_weights,
             "moments": self._moments.state_dict(),
-            "bank": self._bank.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,7 +251,6 @@ class Gates:
         """
         self.names, self.log_weights = tuple(state["names"]), state["log_weights"]
         self._moments.load_state_dict(state["moments"])
-        self._bank.load_state_dict(state["bank"])
 
     def _check_once(
         self, augmented: Tensor, group: Tensor, batch: AugmentedBatch | None = None

@@ -116,8 +116,8 @@ class SAflexMixin:
             inside = time.perf_counter() - begun
             return scores
 
-        if step.gates is not None:
-            forward = step.gates.watched(forward)
+        if step.gathered.watch is not None:
+            forward = step.gathered.watch.watched(forward)
         probe, step.probed_rows = None, None
         if isinstance(step.batch, AugmentedBatch) and not self.saflex_rows_interact:
             mask = step.batch.augmented
@@ -133,6 +133,7 @@ class SAflexMixin:
         *,
         augmented: Tensor | None = None,
         group: Tensor | None = None,
+        index: Tensor | None = None,
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         **unsupported: Any,
@@ -153,6 +154,8 @@ class SAflexMixin:
                 `AugmentedBatch` brings its own mask, and then this must be None.
             group: What made each row, ``(batch,)`` int64, 0 for clean rows; read with
                 ``gates=True`` where the batch is not an `AugmentedBatch`, which brings its own.
+            index: Identity of each row across epochs, ``(batch,)`` int64; read likewise, with
+                ``row_evidence``.
             class_weight: ``(classes,)``; enters the validation gradient too, from the second
                 refined step on (the first one keeps plain weights).
             label_smoothing: In [0, 1); likewise.
@@ -176,7 +179,7 @@ class SAflexMixin:
             step.options_seen = options
             return mean_cross_entropy(logits, target, options)
         started = time.perf_counter()
-        loss = step.refine(logits, target, options, augmented, group)
+        loss = step.refine(logits, target, options, augmented, group, index)
         if step.solutions:
             one = isinstance(logits, Tensor)
             self.saflex_solution = step.solutions[0] if one else step.solutions
@@ -194,8 +197,8 @@ def _unsupported_message(options: dict[str, Any]) -> str:
     names = sorted(options)
     hints = [advice[name] for name in names if name in advice] or ["Remove them."]
     return (
-        "Expected `saflex_loss` options `augmented`, `group`, `class_weight` and "
-        "`label_smoothing`, but got "
+        "Expected `saflex_loss` options `augmented`, `group`, `index`, `class_weight` "
+        "and `label_smoothing`, but got "
         + ", ".join(f"`{name}`" for name in names)
         + ". "
         + " ".join(hints)

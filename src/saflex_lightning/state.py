@@ -20,8 +20,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "gradient": (dict,),
     "num_classes": (int,),
     "parameters": (tuple,),
-    "gates": (dict, type(None)),
+    "gathered": (dict,),
     "skipped_steps": (int,),
+}
+_GATHERED_KINDS: dict[str, tuple[type, ...]] = {
+    "bank": (dict, type(None)),
+    "gates": (dict, type(None)),
+    "pool": (dict, type(None)),
 }
 _GRADIENT_KINDS: dict[str, tuple[type, ...]] = {
     "refreshed": (int, type(None)),
@@ -54,6 +59,7 @@ def check_state(state: Any) -> None:
     problems = list(_problems(state, _KINDS, ""))
     if not problems:
         problems += _problems(state["gradient"], _GRADIENT_KINDS, "gradient.")
+        problems += _problems(state["gathered"], _GATHERED_KINDS, "gathered.")
     if not problems:
         problems += _partial(state["gradient"])
     if problems:

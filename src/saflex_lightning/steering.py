@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .engines import Engine, RowSubset, Scores, adam_second_moments, evaluate, make_engine
 from .functional import Preset, ReduceSum, check_target
-from .gating import Gates
+from .gathered import Gathered
 from .mixin import SAflexMixin
 from .state import STATE_VERSION, check_gradient
 from .step import LossOptions, SAflexStep, call_scores, mean_cross_entropy
@@ -32,7 +32,7 @@ class Steering:
         batch_size: Validation rows per batch and process; None means the preset's share of the
             first training batch.
         cache: See `ValidationStream`.
-        gates: See `Gates`.
+        gathered: What is gathered over steps beside the gradient.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Steering:
         seed: int | None,
         batch_size: int | None,
         cache: bool | str,
-        gates: bool,
+        gathered: Gathered,
     ) -> None:
         self.preset = preset
-        self.gates = Gates() if gates else None
+        self.gathered = gathered
         self.gradient = ValidationGradient(preset)
         self._seed = seed
         self._batch_size = batch_size
@@ -95,14 +95,12 @@ class Steering:
         check_gradient(self.gradient.state_dict(), self._parameters, module)
         self.gradient.to(module.device)
         self._options = self._options.to(module.device)
-        if self.gates is not None:
-            self.gates.start(
-                module,
-                module.saflex_head(),
-                names=group_names,
-                num_batches=num_batches,
-                num_rows=count_rows(loader),
-                device=module.device,
+        if self.gathered.watch is not None:
+            rows, head = count_rows(loader), module.saflex_head()
+            self.gathered.watch.start(module, head, num_rows=rows, device=module.device)
+        if self.gathered.gates is not None:
+            self.gathered.gates.start(
+                names=group_names, num_batches=num_batches, device=module.device
             )
 
     def arm(
@@ -128,10 +126,10 @@ class Steering:
         if self._stream is None:
             self._stream = self._open(trainer, module, batch)
         seed = mix_seed(self._seed or 0, number, trainer.global_rank)
-        if self.gates is not None:
+        if self.gathered.gates is not None:
             generator = torch.Generator().manual_seed(mix_seed(seed, _GATES))
-            self.gates.begin(batch, generator)
-        if self.gates is not None or self.gradient.is_due(number):
+            self.gathered.gates.begin(batch, generator)
+        if self.gathered.watch is not None or self.gradient.is_due(number):
             self._look(trainer, module, self._stream, number, reduce_sum)
         return SAflexStep(
             preset=self.preset,
@@ -143,7 +141,8 @@ class Steering:
             num_classes=self._num_classes,
             batch=batch,
             generator=torch.Generator().manual_seed(seed),
-            gates=self.gates,
+            gathered=self.gathered,
+            rank=trainer.global_rank,
             world_size=trainer.world_size,
             reduce_sum=reduce_sum,
             seconds=time.perf_counter() - started,
@@ -157,12 +156,13 @@ class Steering:
         number: int,
         reduce_sum: ReduceSum | None,
     ) -> None:
-        """Draw a validation batch; refresh the gradient where due, show it to the gates."""
+        """Draw a validation batch; refresh the gradient where due, remember its features."""
         assert isinstance(module, SAflexMixin)
         inputs, target = module.saflex_val_batch(stream.draw())
         forward: Callable[[], Scores] = lambda: call_scores(module, inputs)  # noqa: E731
-        if self.gates is not None:
-            forward = self.gates.watched(forward)
+        watch = self.gathered.watch
+        if watch is not None:
+            forward = watch.watched(forward)
         # The Trainer's context sets the default dtype of tensors that a forward makes.
         with trainer.precision_plugin.val_step_context():
             if self.gradient.is_due(number):
@@ -182,8 +182,8 @@ class Steering:
                 world_size=trainer.world_size,
             )
             self._parameters = tuple(self._names[part] for part in self.engine.params)
-        if self.gates is not None:
-            self.gates.add_validation(
+        if watch is not None:
+            watch.add_validation(
                 lambda scores: self._loss(scores, target),
                 target,
                 reduce_sum=reduce_sum,
@@ -197,9 +197,9 @@ class Steering:
         Args:
             step: What `arm` returned.
         """
-        if self.gates is not None:
+        if self.gathered.gates is not None:
             started = time.perf_counter()
-            self.gates.end(self._batches - 1, step.reduce_sum)
+            self.gathered.gates.end(self._batches - 1, step.reduce_sum)
             step.seconds += time.perf_counter() - started
 
     def next_batch_number(self) -> int:
@@ -218,8 +218,8 @@ class Steering:
         """
         if not self._options.same_kind(options):
             self.gradient = ValidationGradient(self.preset)
-            if self.gates is not None:
-                self.gates.forget_validation()
+            if self.gathered.watch is not None:
+                self.gathered.watch.bank.clear()  # its residuals are those of the other loss
         self._options = options
 
     def close(self) -> None:
@@ -245,7 +245,7 @@ class Steering:
             "gradient": self.gradient.state_dict(),
             "parameters": self._parameters,
             "num_classes": self._num_classes,
-            "gates": None if self.gates is None else self.gates.state_dict(),
+            "gathered": self.gathered.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], changed: Collection[str] = ()) -> None:
@@ -267,8 +267,8 @@ class Steering:
         if not {"engine", "params"}.intersection(changed):
             self.gradient.load_state_dict(state["gradient"])
             self._parameters = state["parameters"]
-        if self.gates is not None and state["gates"] is not None:
-            self.gates.load_state_dict(state["gates"])
+        pool = None if "row_evidence" in changed else state["gathered"]["pool"]
+        self.gathered.load_state_dict({**state["gathered"], "pool": pool})
 
     def _open(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .batch import AugmentedBatch
 from .engines import Engine, RowSubset, Scores, Tangent, is_out_of_memory
+from .evidence import rescale_weights
 from .functional import (
     Preset,
     ReduceSum,
@@ -21,7 +22,7 @@ from .functional import (
     solve,
     weighted_mean,
 )
-from .gating import Gates
+from .gathered import Gathered
 
 __all__ = [
     "HasScores",
@@ -100,7 +101,8 @@ class SAflexStep:
     num_classes: int
     batch: Any
     generator: torch.Generator
-    gates: Gates | None = None
+    gathered: Gathered = field(default_factory=Gathered)
+    rank: int = 0
     world_size: int = 1
     reduce_sum: ReduceSum | None = None
     seconds: float = 0.0
@@ -159,6 +161,7 @@ class SAflexStep:
         options: LossOptions,
         augmented: Tensor | None = None,
         group: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Solve every task, keep what was learned, and return the mean of their losses.
 
@@ -168,6 +171,7 @@ class SAflexStep:
             options: Options of the loss.
             augmented: Mask given by the caller.
             group: Groups given by the caller.
+            index: Identities given by the caller.
 
         Returns:
             Scalar; plain cross-entropy where the validation gradient was made with other options.
@@ -178,7 +182,7 @@ class SAflexStep:
         if not self.options.same_kind(options):
             return mean_cross_entropy(logits, target, options)
         tasks = [
-            self._refine_task(scores, tangent, target, options, augmented, group)
+            self._refine_task(scores, tangent, target, options, augmented, group, index)
             for scores, tangent in zip(as_tuple(logits), tangents, strict=True)
         ]
         losses, self.solutions, metrics = zip(*tasks, strict=True)
@@ -219,33 +223,57 @@ class SAflexStep:
             )
         return augmented
 
-    def _groups(self, batch_size: int, group: Tensor | None) -> Tensor | None:
-        """Return the group of every row, or None where nobody tells.
+    def _row_field(self, name: str, given: Tensor | None, batch_size: int) -> Tensor | None:
+        """Return the group or index of every row, or None where nobody tells.
 
         Args:
+            name: Field of `AugmentedBatch`.
+            given: The caller's own; not beside an `AugmentedBatch`, which has one.
             batch_size: Rows that were scored.
-            group: The caller's own; not beside an `AugmentedBatch`, which has them.
 
         Returns:
             ``(batch,)`` int64 or None.
 
         Raises:
-            ValueError: If there are two of them, or they have another length or dtype.
+            ValueError: If there are two of them, or it has another length or dtype.
         """
         if isinstance(self.batch, AugmentedBatch):
-            if group is not None:
+            if given is not None:
                 raise ValueError(
-                    "Expected `group` to be None beside an `AugmentedBatch`, but got a second one. "
-                    "Change the groups in the batch."
+                    f"Expected `{name}` to be None beside an `AugmentedBatch`, but got a second "
+                    "one. Change it in the batch."
                 )
-            group = self.batch.group
-        if group is not None and (group.shape != (batch_size,) or group.dtype != torch.int64):
+            given = getattr(self.batch, name)
+        if given is not None and (given.shape != (batch_size,) or given.dtype != torch.int64):
             raise ValueError(
-                f"Expected `group` to be an int64 tensor of shape ({batch_size},), but got "
-                f"{group.dtype} of shape {tuple(group.shape)}. Pass one entry per row of the "
+                f"Expected `{name}` to be an int64 tensor of shape ({batch_size},), but got "
+                f"{given.dtype} of shape {tuple(given.shape)}. Pass one entry per row of the "
                 "logits."
             )
-        return group
+        return given
+
+    def _weigh_rows(
+        self,
+        weights: Tensor,
+        probs: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        index: Tensor | None,
+    ) -> Tensor:
+        """Multiply weights by the evidence about each row of a pool, where that is asked for."""
+        if self.gathered.pool is None:
+            return weights
+        factors = self.gathered.pool.factors(
+            probs,
+            target,
+            mask,
+            self._row_field("index", index, len(probs)),
+            reduce_sum=self.reduce_sum,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        mask = torch.ones_like(weights, dtype=torch.bool) if mask is None else mask
+        return rescale_weights(weights, factors, mask, self.reduce_sum)
 
     def _refine_task(
         self,
@@ -255,6 +283,7 @@ class SAflexStep:
         options: LossOptions,
         augmented: Tensor | None,
         group: Tensor | None,
+        index: Tensor | None,
     ) -> tuple[Tensor, SAflexSolution, dict[str, Tensor]]:
         """Solve one task and return its loss, its solution and what the solution did."""
         contrastive = target is None
@@ -265,8 +294,9 @@ class SAflexStep:
         check_target(target, scores, values=target.device.type == "cpu")
         mask = self._augmented_rows(scores.shape[0], augmented)
         gated = None
-        if self.gates is not None:
-            gated = self.gates.take(mask, self._groups(scores.shape[0], group), scores.shape[0])
+        if self.gathered.gates is not None:
+            group = self._row_field("group", group, scores.shape[0])
+            gated = self.gathered.gates.take(mask, group, scores.shape[0])
             mask = gated.augmented
         with torch.no_grad():
             probs = torch.softmax(
@@ -290,10 +320,11 @@ class SAflexStep:
                 generator=self.generator,
                 reduce_sum=reduce_sum,
             )
-            if self.gates is not None and gated is not None:
-                weights = self.gates.reweigh(solution.weights, gated, self.reduce_sum)
-                solution = replace(solution, weights=weights)
-                self.gates.note(probs, target, gated, *options)
+            weights = self._weigh_rows(solution.weights, probs, target, mask, index)
+            if self.gathered.gates is not None and gated is not None:
+                weights = self.gathered.gates.reweigh(weights, gated, self.reduce_sum)
+                self.gathered.gates.note(probs, target, gated, *options)
+            solution = replace(solution, weights=weights)
             share = solution.weights
             if options.class_weight is not None and target.ndim == 1:
                 share = share * options.class_weight[target]  # as F.cross_entropy averages

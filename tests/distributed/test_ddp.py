@@ -53,22 +53,25 @@ def test_scenarios_are_what_their_names_say(ranks):
 
 
 def test_gates_are_equal_on_all_ranks_and_to_those_of_one_process(ranks):
-    raised = [rank["gates", torch.float64].gates for rank in ranks]
-    alone = train("gates", torch.float64, 1).gates
-    assert alone["log_weights"][1:].min() > 0.1
-    torch.testing.assert_close(raised[0]["log_weights"], alone["log_weights"], rtol=0, atol=1e-8)
-    rejecting = [rank["gates that reject", torch.float64] for rank in ranks]
-    assert rejecting[0].gates["log_weights"][1:].max() < -0.1
-    for first, *others in (raised, [rank.gates for rank in rejecting]):
+    def gates(name):
+        return [rank[name, torch.float64].gathered for rank in ranks]
+
+    def log_weights(gathered):
+        return gathered["gates"]["log_weights"]
+
+    raised, rejecting = gates("gates"), gates("gates that reject")
+    alone = log_weights(train("gates", torch.float64, 1).gathered)
+    assert alone[1:].min() > 0.1
+    torch.testing.assert_close(log_weights(raised[0]), alone, rtol=0, atol=1e-8)
+    assert log_weights(rejecting[0])[1:].max() < -0.1
+    for first, *others in (raised, rejecting):
         for other in others:
-            assert first["log_weights"].equal(other["log_weights"])
+            assert log_weights(first).equal(log_weights(other))
             assert first["bank"]["rows"].equal(other["bank"]["rows"])
-            assert first["moments"]["covariance"].equal(other["moments"]["covariance"])
-    parameters = [rank.parameters for rank in rejecting]
-    assert all(largest_difference(parameters[0], other) == 0 for other in parameters)
-    assert [step.rows for step in rejecting[0].refined] != [
-        step.rows for step in rejecting[-1].refined
-    ]
+    results = [rank["gates that reject", torch.float64] for rank in ranks]
+    assert all(largest_difference(results[0].parameters, r.parameters) == 0 for r in results)
+    rows = [[step.rows for step in result.refined] for result in results]
+    assert rows[0] != rows[-1]  # every rank draws its own rejections
 
 
 def check_skip(endings):

@@ -37,11 +37,11 @@ class Refined(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Parameters after the training, what each step refined, and the state of the gates."""
+    """Parameters after the training, what each step refined, and what was gathered."""
 
     parameters: dict[str, torch.Tensor]
     refined: list[Refined]
-    gates: dict[str, Any] | None
+    gathered: dict[str, Any]
 
 
 class Watched(Classifier):
@@ -123,6 +123,11 @@ def grouped(inputs, target, place, *, wrong):
     return batch._replace(group=group, source=torch.where(augmented, batch.index - 1, -1))
 
 
+def indexed(inputs, target, place):
+    """The union with an identity for every row."""
+    return union(inputs, target, place)._replace(index=place)
+
+
 def augmented_where(mask, inputs, target):
     none = torch.full_like(target, -1)
     return AugmentedBatch(inputs, target, mask, mask.long(), torch.arange(len(target)), none)
@@ -169,6 +174,7 @@ SCENARIOS = {
     "soft labels": Scenario(batch=mixed),
     # Augmented rows that are better than the clean ones: none is rejected, all are raised.
     "gates": Scenario({"gates": True}, batch=partial(grouped, wrong="clean")),
+    "row evidence": Scenario({"row_evidence": "discriminant"}, batch=indexed),
     # Features gathered over ranks; steered by pairs (gathered too) or by classification.
     **{
         f"{engine}, {steering}": Scenario(
@@ -220,8 +226,8 @@ def train(name, dtype, world_size, rank=0):
     )
     assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == STEPS
     assert trainer.world_size == world_size
-    gates = callback.state_dict()["gates"]
-    return Result(state_of(module), getattr(module, "refined", []), gates)
+    gathered = callback.state_dict()["gathered"]
+    return Result(state_of(module), getattr(module, "refined", []), gathered)
 
 
 class Skipping(Classifier):

@@ -13,7 +13,7 @@ from saflex_lightning.evidence import (
     keep_probabilities,
     last_layer_products,
     next_log_weights,
-    rescale_groups,
+    rescale_weights,
 )
 
 BATCH, VAL, FEATURES, CLASSES, GROUPS = 12, 9, 5, 4, 3
@@ -170,16 +170,15 @@ def test_rows_are_rejected_as_often_as_their_gate_says():
     assert rejected.equal(draw_rejected(log_weights, group, torch.Generator().manual_seed(0)))
 
 
-def test_helpful_groups_are_raised_and_the_sum_is_kept():
+def test_factors_change_shares_and_keep_the_sum():
     weights = torch.tensor([1.0, 1.0, 0.5, 1.5, 2.0])
     augmented = torch.tensor([False, True, True, True, True])
-    group = torch.tensor([0, 1, 1, 2, 2])
-    found = rescale_groups(weights, torch.tensor([0.0, 0.5, -3.0]), group, augmented)
-    assert found[0] == 1
-    assert found[1:].sum().item() == pytest.approx(5.0)
-    ratio = (found / weights)[1:]
-    assert (ratio[0] / ratio[2]).item() == pytest.approx(torch.tensor(0.5).exp().item(), rel=1e-6)
-    assert rescale_groups(weights * 0, torch.zeros(3), group, augmented).eq(0).all()
+    factors = torch.tensor([9.0, 2.0, 2.0, 1.0, 0.0])
+    found = rescale_weights(weights, factors, augmented)
+    # 2, 1, 1.5 and 0, scaled from 4.5 back to 5
+    assert found.tolist() == pytest.approx([1, 2 / 0.9, 1 / 0.9, 1.5 / 0.9, 0])
+    assert rescale_weights(weights * 0, factors, augmented).eq(0).all()
+    assert rescale_weights(weights, factors * 0, augmented)[1:].eq(0).all()
 
 
 class TestMoments:

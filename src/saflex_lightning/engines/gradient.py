@@ -1,4 +1,4 @@
-"""The validation gradient by backward differentiation."""
+"""The validation pass in evaluation mode, and the gradient by backward differentiation."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,23 +12,6 @@ from .parameters import Scores, map_scores, unchanged_state
 from .precision import full_precision
 
 __all__ = ["evaluate", "loss_gradient"]
-
-
-def evaluate(module: nn.Module, forward: Callable[[], Scores]) -> Scores:
-    """Return scores with the model in evaluation mode, without a graph and in full precision.
-
-    Args:
-        module: The model; it is as before afterwards.
-        forward: Computes the scores.
-
-    Returns:
-        The scores.
-    """
-    params = list(module.parameters())
-    with unchanged_state(module), full_precision(params), torch.no_grad():
-        module.eval()
-        return forward()
-
 
 _PEAKS = (10, 0, -10, -20)  # powers of two: largest cotangent of the scores, try after try
 
@@ -75,6 +58,22 @@ def loss_gradient(
 
     with refuse_unsupported(module, engine, "Pass engine='head'.", plain=plain, retry=compute):
         return tuple(widen(part) for part in compute())
+
+
+def evaluate(module: nn.Module, forward: Callable[[], Scores]) -> Scores:
+    """Return scores with the model in evaluation mode, without a graph and in full precision.
+
+    Args:
+        module: The model; it is as before afterwards.
+        forward: Computes the scores.
+
+    Returns:
+        The scores.
+    """
+    params = list(module.parameters())
+    with unchanged_state(module), full_precision(params), torch.no_grad():
+        module.eval()
+        return forward()
 
 
 def _rescaled_gradient(value: Tensor, scores: Scores, params: Sequence[Tensor]) -> list[Tensor]:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from saflex_lightning.functional import widen
 
 from .errors import UnsupportedModelError
+from .gradient import evaluate
 from .last_layer import LastLayer
-from .parameters import Scores, Tangent, unchanged_state
+from .parameters import Scores, Tangent
 from .precision import full_precision
 
 __all__ = ["HeadEngine"]
@@ -80,10 +81,8 @@ class HeadEngine:
             ``(classes,)``.
         """
         _check_parameters(self._last.find(forward))
-        with unchanged_state(self.module), torch.no_grad():
-            self.module.eval()
-            with full_precision(self.params), self._last.recorded() as inputs:
-                scores = forward()
+        with self._last.recorded() as inputs:
+            scores = evaluate(self.module, forward)
         scores = widen(self._last.check(scores, inputs).detach()).requires_grad_()
         with torch.enable_grad():
             (residual,) = torch.autograd.grad(loss(scores), scores)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
-from .parameters import Scores, unchanged_state
+from .gradient import evaluate
+from .parameters import Scores
 
 __all__ = ["LastLayer", "LayerCalls"]
 
@@ -72,9 +73,7 @@ class LastLayer:
 
             handles = [part.register_forward_hook(record) for part in self._linears()]
             try:
-                with unchanged_state(self.module), torch.no_grad():
-                    self.module.eval()
-                    forward()
+                evaluate(self.module, forward)
             finally:
                 for handle in handles:
                     handle.remove()

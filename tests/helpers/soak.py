@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from saflex_lightning import SAflexCallback
 from saflex_lightning.recipes.resumable import ResumableLoader, ResumableSampler
 
-STEPS, STEPS_PER_EPOCH, CHECKPOINT_EVERY = 2000, 125, 40
+# No checkpoint falls on the last batch of an epoch: Lightning resumes from one just once (test_resume).
+STEPS, STEPS_PER_EPOCH, CHECKPOINT_EVERY = 2000, 125, 48
 FAULTS = ("kill", "kill", "terminate", "kill worker", "raise")
 NAME = "latest"
 
@@ -36,11 +37,11 @@ class Soaked(Classifier):
 
     def saflex_val_batch(self, batch):
         inputs, target = super().saflex_val_batch(batch)
-        is_poisoned = self.trainer.fit_loop.total_batch_idx in self.poisoned
+        is_poisoned = self.trainer.global_step in self.poisoned
         return (inputs * float("nan") if is_poisoned else inputs), target
 
     def saflex_scores(self, *inputs):
-        number = self.trainer.fit_loop.total_batch_idx
+        number = self.trainer.global_step
         if self.folder is not None and self.training and number in self.faults:
             met = Path(self.folder, f"met{number}")
             if not met.exists():

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from saflex_lightning import SAflexCallback
 from saflex_lightning.recipes.resumable import ResumableLoader, ResumableSampler
 
-# No checkpoint falls on the last batch of an epoch: Lightning resumes from one just once (test_resume).
+# No checkpoint falls on the last batch of an epoch: see the expected failure in test_resume.
 STEPS, STEPS_PER_EPOCH, CHECKPOINT_EVERY = 2000, 125, 48
 FAULTS = ("kill", "kill", "terminate", "kill worker", "raise")
 NAME = "latest"

@@ -112,8 +112,8 @@ def test_run_killed_in_the_solve_and_resumed_equals_the_uninterrupted_one(tmp_pa
 
 @pytest.mark.xfail(
     raises=AssertionError,
-    reason="lightning 2.6.6 resumes from the last batch of an epoch without counting the next epoch "
-    "as begun, and starts that epoch again when a later checkpoint in it is resumed",
+    reason="lightning 2.6.6 resumes from the last batch of an epoch without counting the next "
+    "one as begun, and starts that epoch again when a later checkpoint in it is resumed",
 )
 def test_run_resumed_at_the_end_of_an_epoch_and_once_more_in_the_next_one(tmp_path):
     for interruption in ({"signal_at": 7}, {"signal_at": 10, "resume": True}):

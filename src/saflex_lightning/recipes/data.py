@@ -4,9 +4,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,8 +18,14 @@ from saflex_lightning.recipes.augment import (
 from saflex_lightning.recipes.batches import (
     AugmentedImages,
     CleanImages,
-    EpochSampler,
     collate_rows,
+)
+from saflex_lightning.recipes.loaders import (
+    check_shares,
+    check_sizes,
+    check_steering,
+    loader_options,
+    make_train_loader,
 )
 from saflex_lightning.recipes.medmnist import Split, read_medmnist
 from saflex_lightning.recipes.medmnist_sets import (
@@ -30,7 +34,6 @@ from saflex_lightning.recipes.medmnist_sets import (
     find_medmnist,
 )
 from saflex_lightning.recipes.options import check_choice
-from saflex_lightning.recipes.resumable import ResumableLoader
 
 __all__ = ["MedMNISTDataModule", "split_stratified"]
 
@@ -133,16 +136,8 @@ class MedMNISTDataModule(L.LightningDataModule):
         super().__init__()
         check_choice("dataset", dataset, get_args(SetName))
         check_choice("augmentation", augmentation, get_args(AugmentationName))
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1:
-                raise ValueError(
-                    f"Expected `{name}` to be at least 1, but got {size}. Pass a number of images."
-                )
-        if not 0.0 < steering_fraction < 1.0:
-            raise ValueError(
-                "Expected `steering_fraction` to be between 0 and 1, both excluded, but got "
-                f"{steering_fraction}. Pass 0.2 to steer by a fifth of the training split."
-            )
+        check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_shares(steering_fraction=steering_fraction)
         facts = MEDMNIST_SETS[dataset.removesuffix("_subset")]
         self.dataset = dataset
         self.path = path
@@ -200,20 +195,7 @@ class MedMNISTDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
         """Return the loader of training batches; its order is a function of seed and epoch."""
-        # Without a trainer, or with one process, there is nothing to share out.
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {
-            "num_replicas": 1,
-            "rank": 0,
-        }
         dataset = AugmentedImages(self._train, self._augment, self.seed)
-        # The sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
-        spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-        sampler = EpochSampler(dataset, seed=spread, **share)
-        if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"Expected `batch_size` to be at most {len(sampler)}, the training rows of one "
-                f"process, but got {self.batch_size}. Pass a smaller `batch_size`."
-            )
         collate = partial(
             collate_rows,
             batch=self.batch,
@@ -221,15 +203,13 @@ class MedMNISTDataModule(L.LightningDataModule):
             mixing=self._mix,
             seed=self.seed,
         )
-        # The last, smaller batch is left out: its rows come in other epochs, and every step has
-        # the same size.
-        return ResumableLoader(
+        return make_train_loader(
             dataset,
             self.batch_size,
-            sampler=sampler,
+            trainer=self.trainer,
+            seed=self.seed,
+            num_workers=self.num_workers,
             collate_fn=collate,
-            drop_last=True,
-            **self._loader_options(),
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -238,12 +218,7 @@ class MedMNISTDataModule(L.LightningDataModule):
         Raises:
             MisconfigurationException: If those are validation rows that are trained on.
         """
-        if self.merge_val and self.steering == "val":
-            raise MisconfigurationException(
-                "Expected `steering` to be 'train' or 'split' with `merge_val`=True, but got "
-                "'val'. The validation rows are trained on; steer by the clean training rows, or "
-                "by a part of them."
-            )
+        check_steering(self.steering, merge_val=self.merge_val)
         return self._make_loader(self._steering, self.eval_batch_size)
 
     def saflex_group_names(self) -> tuple[str, ...]:
@@ -261,12 +236,4 @@ class MedMNISTDataModule(L.LightningDataModule):
         return self._make_loader(self._test, self.eval_batch_size)
 
     def _make_loader(self, dataset: Dataset[Any], size: int) -> DataLoader[Any]:
-        return DataLoader(dataset, size, **self._loader_options())
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            # Otherwise each pass over a loader draws from the global random state.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+        return DataLoader(dataset, size, **loader_options(self.num_workers, self.seed))

@@ -6,7 +6,6 @@ from typing import Any, Literal, cast, get_args
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -21,7 +20,6 @@ from saflex_lightning.recipes.augment import (
 from saflex_lightning.recipes.batches import (
     AugmentedImages,
     CleanImages,
-    EpochSampler,
     collate_rows,
 )
 from saflex_lightning.recipes.data import split_stratified
@@ -31,9 +29,19 @@ from saflex_lightning.recipes.folders import (
     check_images,
     read_class_folders,
 )
+from saflex_lightning.recipes.loaders import (
+    check_batch_size,
+    check_shares,
+    check_sizes,
+    check_steering,
+    loader_options,
+    make_train_loader,
+    mix_seeds,
+    process_share,
+)
 from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.options import check_choice
-from saflex_lightning.recipes.paired import MixedImages, PairedBatches, mix_seeds
+from saflex_lightning.recipes.paired import MixedImages, PairedBatches
 from saflex_lightning.recipes.pool import Pool, read_pool
 
 __all__ = ["GeneratedDataModule"]
@@ -102,16 +110,8 @@ class GeneratedDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1:
-                raise ValueError(
-                    f"Expected `{name}` to be at least 1, but got {size}. Pass a number of images."
-                )
-        if not 0.0 < steering_fraction < 1.0:
-            raise ValueError(
-                "Expected `steering_fraction` to be between 0 and 1, both excluded, but got "
-                f"{steering_fraction}. Pass 0.2 to steer by a fifth of the training images."
-            )
+        check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_shares(steering_fraction=steering_fraction)
         for name, value, choices in (
             ("augmentation", augmentation, ("generated", *get_args(AugmentationName))),
             ("batch", batch, ("union", "replace")),
@@ -244,20 +244,9 @@ class GeneratedDataModule(L.LightningDataModule):
         Raises:
             ValueError: If a batch asks for more images than a process has.
         """
-        # Without a trainer, or with one process, there is nothing to share out.
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {
-            "num_replicas": 1,
-            "rank": 0,
-        }
-        rows = len(self._rows) // share["num_replicas"]
-        if rows < self.batch_size:
-            raise ValueError(
-                f"Expected `batch_size` to be at most {rows}, the training images of one process, "
-                f"but got {self.batch_size}. Pass a smaller `batch_size`."
-            )
-        # A sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
-        seed = mix_seeds(self.seed)
         if self.augmentation == "generated":
+            share = process_share(self.trainer)
+            check_batch_size(self.batch_size, len(self._rows) // share["num_replicas"])
             batches = PairedBatches(
                 self._rows.tolist(),
                 len(self._real.files),
@@ -266,7 +255,8 @@ class GeneratedDataModule(L.LightningDataModule):
                 redraw=self.redraw,
                 batch=self.batch,
                 batch_size=self.batch_size,
-                seed=seed,
+                # A sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
+                seed=mix_seeds(self.seed),
                 share=share,
             )
             mixed = MixedImages(self._real, self._pool, self.image_size)
@@ -282,9 +272,13 @@ class GeneratedDataModule(L.LightningDataModule):
             mixing=self._mix,
             seed=self.seed,
         )
-        sampler = EpochSampler(dataset, seed=seed, **share)
-        return self._make_loader(
-            dataset, self.batch_size, sampler=sampler, collate_fn=collate, drop_last=True
+        return make_train_loader(
+            dataset,
+            self.batch_size,
+            trainer=self.trainer,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            collate_fn=collate,
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -293,12 +287,7 @@ class GeneratedDataModule(L.LightningDataModule):
         Raises:
             MisconfigurationException: If those are validation rows that are trained on.
         """
-        if self.merge_val and self.steering == "val":
-            raise MisconfigurationException(
-                "Expected `steering` to be 'train' or 'split' with `merge_val`=True, but got "
-                "'val'. The validation images are trained on; steer by the clean training images, "
-                "or by a part of them."
-            )
+        check_steering(self.steering, merge_val=self.merge_val)
         return self._make_loader(self._steering, self.eval_batch_size)
 
     def saflex_group_names(self) -> tuple[str, ...]:
@@ -320,12 +309,5 @@ class GeneratedDataModule(L.LightningDataModule):
     def _make_loader(
         self, dataset: Dataset[Any], size: int | None, **kwargs: Any
     ) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # Otherwise each pass over a loader draws from the global random state.
-            generator=torch.Generator().manual_seed(self.seed),
-            **kwargs,
-        )
+        options = loader_options(self.num_workers, self.seed)
+        return DataLoader(dataset, batch_size=size, **options, **kwargs)

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
@@ -12,21 +11,10 @@ from torch.utils.data import Dataset, DistributedSampler
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.batches import normalize
 from saflex_lightning.recipes.folders import ClassFolders, FileImages
+from saflex_lightning.recipes.loaders import mix_seeds
 from saflex_lightning.recipes.pool import Pool, draw_pool
 
-__all__ = ["MixedImages", "PairedBatches", "mix_seeds"]
-
-
-def mix_seeds(*numbers: int) -> int:
-    """Return one seed made from several non-negative numbers, such as (seed, epoch).
-
-    Args:
-        *numbers: Integers.
-
-    Returns:
-        A number in [0, 2**32).
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+__all__ = ["MixedImages", "PairedBatches"]
 
 
 class MixedImages(Dataset[AugmentedBatch]):

@@ -416,5 +416,5 @@ def test_bad_settings(settings, message):
 
 
 def test_batch_larger_than_the_training_images(folders):
-    with pytest.raises(ValueError, match="`batch_size` to be at most 12, the training images"):
+    with pytest.raises(ValueError, match="`batch_size` to be at most 12, the training rows"):
         set_up(folders, batch_size=13).train_dataloader()

@@ -17,16 +17,11 @@ from saflex_lightning.recipes.augment import (
     make_image_augmentation,
     make_mixing,
 )
-from saflex_lightning.recipes.batches import (
-    AugmentedImages,
-    CleanImages,
-    EpochSampler,
-    collate_rows,
-)
+from saflex_lightning.recipes.batches import AugmentedImages, CleanImages, collate_rows
 from saflex_lightning.recipes.folders import FileImages
+from saflex_lightning.recipes.loaders import loader_options, make_train_loader
 from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.options import check_choice
-from saflex_lightning.recipes.resumable import ResumableLoader
 
 __all__ = ["IWildCamDataModule"]
 
@@ -125,22 +120,18 @@ class IWildCamDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
         """Return the loader of training batches; its order is a function of seed and epoch."""
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {
-            "num_replicas": 1,
-            "rank": 0,
-        }
         augment = make_image_augmentation(
             self.augmentation, len(self._names), self.augmentation_settings
         )
         dataset = AugmentedImages(self._rows["train"], augment, self.seed)
-        sampler = EpochSampler(dataset, seed=self.seed, **share)
-        return ResumableLoader(
+        # Rows of all processes are gathered, and every batch of this loader is as large.
+        return make_train_loader(
             dataset,
             self.batch_size,
-            sampler=sampler,
+            trainer=self.trainer,
+            seed=self.seed,
+            num_workers=self.num_workers,
             collate_fn=partial(collate_rows, batch=self.batch, num_rows=len(dataset)),
-            drop_last=True,  # rows of all processes are gathered, so every batch is as large
-            **self._loader_options(),
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -160,15 +151,8 @@ class IWildCamDataModule(L.LightningDataModule):
         return [self._make_loader(rows) for rows in self._tests]
 
     def _make_loader(self, rows: CleanImages) -> DataLoader[Any]:
-        return DataLoader(rows, self.eval_batch_size, **self._loader_options())
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            # Otherwise each pass over a loader draws from the global random state.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+        options = loader_options(self.num_workers, self.seed)
+        return DataLoader(rows, self.eval_batch_size, **options)
 
 
 def _read_table(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:

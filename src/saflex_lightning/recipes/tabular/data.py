@@ -3,15 +3,20 @@
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from saflex_lightning import AugmentedBatch
-from saflex_lightning.recipes.batches import EpochSampler
 from saflex_lightning.recipes.data import split_stratified
+from saflex_lightning.recipes.loaders import (
+    check_shares,
+    check_sizes,
+    check_steering,
+    loader_options,
+    make_train_loader,
+    process_share,
+)
 from saflex_lightning.recipes.tabular.batches import (
     AugmentationName,
     CleanTable,
@@ -119,16 +124,12 @@ class TabularDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        _check_sizes(
+        check_sizes(
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             steering_batch_size=steering_batch_size,
         )
-        if not 0.0 < steering_fraction < 1.0:
-            raise ValueError(
-                "Expected `steering_fraction` to be between 0 and 1, both excluded, but got "
-                f"{steering_fraction}. Pass 0.2 to steer by a fifth of the training rows."
-            )
+        check_shares(steering_fraction=steering_fraction)
         self.dataset: SetName | None = dataset
         self.path = path
         self.roles = None
@@ -197,23 +198,13 @@ class TabularDataModule(L.LightningDataModule):
             batch=self.batch,
             seed=self.seed,
         )
-        # The sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
-        spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-        rank, world_size = self._share()
-        sampler = EpochSampler(dataset, num_replicas=world_size, rank=rank, seed=spread)
-        if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"Expected `batch_size` to be at most {len(sampler)}, the training rows of one "
-                f"process, but got {self.batch_size}. Pass a smaller `batch_size`."
-            )
-        # The last, smaller batch is left out: its rows come in other epochs, and every step has
-        # the same size.
-        return self._make_loader(
+        return make_train_loader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            self.batch_size,
+            trainer=self.trainer,
+            seed=self.seed,
+            num_workers=self.num_workers,
             collate_fn=as_it_is,
-            drop_last=True,
         )
 
     def saflex_group_names(self) -> tuple[str, ...]:
@@ -226,22 +217,17 @@ class TabularDataModule(L.LightningDataModule):
         Raises:
             MisconfigurationException: If those are validation rows that are trained on.
         """
-        if self.merge_val and self.steering == "val":
-            raise MisconfigurationException(
-                "Expected `steering` to be 'train' or 'split' with `merge_val`=True, but got "
-                "'val'. The validation rows are trained on; steer by the clean training rows, or "
-                "by a part of them."
-            )
+        check_steering(self.steering, merge_val=self.merge_val)
         if self.steering_draw == "plain":
             return self._make_loader(self._steering, batch_size=self.eval_batch_size)
-        rank, world_size = self._share()
+        share = process_share(self.trainer)
         sampler = ClassBatchSampler(
             self._steering.target,
             self.steering_batch_size,
             balanced=self.steering_draw == "balanced",
             seed=self.seed,
-            rank=rank,
-            world_size=world_size,
+            rank=share["rank"],
+            world_size=share["num_replicas"],
         )
         return self._make_loader(self._steering, batch_sampler=sampler)
 
@@ -255,21 +241,8 @@ class TabularDataModule(L.LightningDataModule):
         """Return the loader of the test rows."""
         return self._make_loader(self._test, batch_size=self.eval_batch_size)
 
-    def _share(self) -> tuple[int, int]:
-        """Return this process and the number of processes."""
-        # Without a trainer, or with one process, there is nothing to share out.
-        given = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
-        return given.get("rank", 0), given.get("num_replicas", 1)
-
     def _make_loader(self, dataset: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # Otherwise each pass over a loader draws from the global random state.
-            generator=torch.Generator().manual_seed(self.seed),
-            **kwargs,
-        )
+        return DataLoader(dataset, **loader_options(self.num_workers, self.seed), **kwargs)
 
     def _check_model(self, table: Table) -> None:
         found = {
@@ -284,11 +257,3 @@ class TabularDataModule(L.LightningDataModule):
                     f"Expected `{setting}` to be {value}, as in the file, but got {expected}. Set "
                     f"`{setting}` of the data and of the model to {value}."
                 )
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(
-                f"Expected `{name}` to be at least 1, but got {size}. Pass a positive number."
-            )

@@ -139,6 +139,20 @@ class TestReproducibility:
         other = batches(data, epoch=3)[0]
         assert not first[0].index.equal(other.index)
 
+    @pytest.mark.parametrize("augmentation", ["cutmix", "cutmix_columns"])
+    def test_batches_go_on_in_the_middle_of_an_epoch(self, file, augmentation):
+        whole = batches(set_up(file, augmentation=augmentation), epoch=1)
+        first = set_up(file, augmentation=augmentation).train_dataloader()
+        first.sampler.set_epoch(1)
+        taken = [batch for batch, _ in zip(first, range(2), strict=False)]
+        second = set_up(file, augmentation=augmentation).train_dataloader()
+        second.load_state_dict({**first.state_dict(), "taken": 2})
+        second.sampler.set_epoch(1)
+        found = [*taken, *second]
+        assert len(found) == len(whole)
+        for batch, expected in zip(found, whole, strict=True):
+            assert all(map(torch.equal, leaves(batch), leaves(expected)))
+
     def test_a_row_is_augmented_anew_in_every_epoch(self, file):
         data = set_up(file, batch_size=130)
 

@@ -109,6 +109,15 @@ def test_every_choice_takes_a_short_run(tmp_path, group, choice):
     assert (tmp_path / "csv" / "metrics.csv").is_file() == (choice != "none" or group != "logger")
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+@pytest.mark.parametrize("data", [(), ("experiment=tabular_mlp", "data=qsar")])
+def test_overfitting_one_batch_runs(tmp_path, data):
+    cfg = compose_config(
+        tmp_path, *data, *SHORT, "trainer.max_epochs=2", "+trainer.overfit_batches=1"
+    )
+    assert train(cfg)["steps"] == 2
+
+
 def test_weighted_targets_below_saflex_are_refused(tmp_path):
     cfg = compose_config(tmp_path, "augmentation=soft_crop_weighted", *SHORT)
     with pytest.raises(ValueError, match="`target` to be probabilities that sum to 1"):

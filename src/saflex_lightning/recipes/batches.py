@@ -19,7 +19,14 @@ from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.mixing import mixing_group
 from saflex_lightning.recipes.resumable import ResumableSampler
 
-__all__ = ["AugmentedImages", "CleanImages", "EpochSampler", "collate_rows", "normalize"]
+__all__ = [
+    "AugmentedImages",
+    "CleanImages",
+    "EpochSampler",
+    "collate_rows",
+    "epoch_and_row",
+    "normalize",
+]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -53,14 +60,25 @@ class AugmentedImages(Dataset[TrainingRow]):
     def __len__(self) -> int:
         return len(self.rows.target)
 
-    def __getitem__(self, key: tuple[int, int]) -> TrainingRow:
-        epoch, row = key
+    def __getitem__(self, key: tuple[int, int] | int) -> TrainingRow:
+        epoch, row = epoch_and_row(key)
         clean, target = self.rows.images[row], int(self.rows.target[row])
         augmented = None
         if self.augmentation is not None:
             with seeded_draws(self.seed, epoch, row):
                 augmented = self.augmentation(clean, target)
         return TrainingRow(epoch, row, target, clean, augmented)
+
+
+def epoch_and_row(key: tuple[int, int] | int) -> tuple[int, int]:
+    """Return a key of `EpochSampler` as it is, and a plain row number as one of epoch 0.
+
+    Lightning's ``overfit_batches`` puts a sampler of plain row numbers in the place of ours.
+
+    Args:
+        key: What a sampler yielded.
+    """
+    return key if isinstance(key, tuple) else (0, key)
 
 
 class EpochSampler(ResumableSampler):

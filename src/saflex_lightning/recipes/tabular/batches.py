@@ -1,5 +1,6 @@
 """Training batches of a table: whole batches at a time, since a row alone is too little work."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from saflex_lightning import AugmentedBatch
+from saflex_lightning.recipes.batches import epoch_and_row
 from saflex_lightning.recipes.mixing import mixing_group
 from saflex_lightning.recipes.tabular.cutmix import (
     MixedRows,
@@ -168,19 +170,20 @@ class TrainingTable(Dataset[AugmentedBatch]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> AugmentedBatch:
+    def __getitem__(self, key: tuple[int, int] | int) -> AugmentedBatch:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> AugmentedBatch:
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> AugmentedBatch:
         """Return the batch of some ``(epoch, row)``; the loader asks for a whole one."""
-        index = torch.tensor([row for _, row in keys])
+        pairs = [epoch_and_row(key) for key in keys]
+        index = torch.tensor([row for _, row in pairs])
         inputs = TabularInputs(*(part[index] for part in self.rows.inputs))
         target = self.rows.target[index]
         ones, none = torch.ones_like(index), torch.full_like(index, -1)
         if self.augmentation is None:
             return AugmentedBatch(inputs, target, ones < 0, ones * 0, index, none)
         # No other batch of the epoch holds the first row.
-        draw = np.random.SeedSequence((self.seed, *keys[0])).generate_state(1, np.uint64)
+        draw = np.random.SeedSequence((self.seed, *pairs[0])).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(draw[0]))
         mixed = self.augmentation.draw(inputs, target, self.num_classes, generator)
         group = self.augmentation.group(mixed.changed)

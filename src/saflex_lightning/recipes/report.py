@@ -106,7 +106,10 @@ def read_report(metrics: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def make_run_table(result: dict[str, Any]) -> Table:
-    """Return the table that ends a run; a dash stands for what the method does not have.
+    """Return the table that ends a run.
+
+    A dash stands for what the method does not have; metrics that the model does not log are left
+    out.
 
     Args:
         result: What `saflex_lightning.train.train` returns.
@@ -125,6 +128,8 @@ def make_run_table(result: dict[str, Any]) -> Table:
     }
     table = Table("result", str(result["name"]), title=f"seed {result['seed']}")
     for label, (key, form) in rows.items():
-        value = result.get(key)
+        if key not in result:
+            continue
+        value = result[key]
         table.add_row(label, "-" if value is None else form.format(value))
     return table

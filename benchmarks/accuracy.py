@@ -40,6 +40,7 @@ class Bench:
         role: Whether settings may be chosen here, or claims confirmed.
         tier: ``"cpu"``: minutes on two cores; ``"gpu"``: the paper's scale.
         minutes: Budget of one run of one method.
+        strength: Further overrides, for methods that augment.
     """
 
     overrides: tuple[str, ...]
@@ -47,6 +48,7 @@ class Bench:
     role: Literal["selection", "confirmation"]
     tier: Literal["cpu", "gpu"]
     minutes: float
+    strength: tuple[str, ...] = ()
 
 
 def blood(augmentation: str, role: Literal["selection", "confirmation"]) -> Bench:
@@ -75,8 +77,9 @@ def tabular(
         metric: See `Bench`.
         role: See `Bench`.
     """
-    overrides = (f"experiment=tabular_{model}", f"data={data}", f"data.probability={probability}")
-    return Bench(overrides, metric, role, "cpu", 2.0 if model == "mlp" else 10.0)
+    overrides = (f"experiment=tabular_{model}", f"data={data}")
+    strength = (f"data.augmentation_settings.probability={probability}",)
+    return Bench(overrides, metric, role, "cpu", 2.0 if model == "mlp" else 10.0, strength)
 
 
 BENCHES = {
@@ -84,6 +87,12 @@ BENCHES = {
     "blood_trivialaugment": blood("trivialaugment", "confirmation"),
     "blood_mixup": blood("mixup", "confirmation"),
     "blood_crop": blood("crop", "confirmation"),
+    "qsar_mlp": tabular("mlp", "qsar", 0.1, "test_auroc", "selection"),
+    "qsar_mlp_strong": tabular("mlp", "qsar", 0.3, "test_auroc", "confirmation"),
+    "arrhythmia_mlp": tabular("mlp", "arrhythmia", 0.1, "test_auroc", "confirmation"),
+    "arrhythmia_mlp_strong": tabular("mlp", "arrhythmia", 0.3, "test_auroc", "confirmation"),
+    "qsar_saint": tabular("saint", "qsar", 0.1, "test_auroc", "confirmation"),
+    "arrhythmia_saint": tabular("saint", "arrhythmia", 0.1, "test_auroc", "confirmation"),
 }
 METHODS = {
     "no_aug": ("method=no_aug",),
@@ -91,6 +100,7 @@ METHODS = {
     "uniform": ("method=uniform",),
     "train_plus_val": ("method=train_plus_val",),
     "label_smoothing": ("method=uniform", "model.label_smoothing=0.1"),
+    "learning_to_reweight": ("method=learning_to_reweight",),
     "paper": ("method=saflex_paper",),
     "paper, replaced": ("method=saflex_paper", "batch=replace"),
     "robust": ("method=saflex_robust",),
@@ -141,6 +151,7 @@ class Job:
         partial.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "saflex_lightning.train"]
         command += [*BENCHES[self.bench].overrides, *METHODS[self.method], f"seed={self.seed}"]
+        command += BENCHES[self.bench].strength if self.method != "no_aug" else ()
         command += [f"hydra.run.dir='{partial}'", "trainer.enable_progress_bar=false"]
         with (partial / "log.txt").open("w") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode

@@ -141,8 +141,10 @@ def test_combinations_compose_and_instantiate(tmp_path, method, augmentation):
     cfg = compose_config(tmp_path, f"method={method}", f"augmentation={augmentation}")
     assert cfg.name == method
     assert isinstance(instantiate(cfg.data), L.LightningDataModule)
-    # What the command line says wins.
-    assert cfg.data.augmentation == augmentation.removesuffix("_weighted")
+    # What the command line says wins, but no augmentation is none in every row of a sweep.
+    chosen = "none" if method == "no_aug" else augmentation.removesuffix("_weighted")
+    assert cfg.data.augmentation == chosen
+    assert method != "no_aug" or cfg.data.augmentation_settings is None
     for callback in cfg.callbacks.values():
         assert isinstance(instantiate(callback), saflex_lightning.SAflexCallback)
 

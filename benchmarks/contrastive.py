@@ -23,7 +23,12 @@ from torch import nn
 
 from saflex_lightning import SAflexCallback
 from saflex_lightning.recipes import MedMNISTDataModule
-from saflex_lightning.recipes.contrastive import ContrastiveTuner, WeightEnsembling
+from saflex_lightning.recipes.contrastive import (
+    ContrastiveTuner,
+    FitHeadFirst,
+    TowerClassifier,
+    WeightEnsembling,
+)
 from saflex_lightning.recipes.contrastive.encoders import prepare_images
 from saflex_lightning.recipes.quiet import silence_hints
 
@@ -38,8 +43,9 @@ NAMES = [
     "platelet",
 ]
 TEMPLATES = ["a photo of a {}.", "a {} under the microscope."]
-# Row: augmentation, batch, callback.
+# Row: augmentation, batch, callback. LP-FT alone trains a linear head on the image tower.
 ROWS = {
+    "LP-FT": ("none", "union", None),
     "FLYP": ("none", "union", None),
     "FLYP + RandAugment": ("randaugment", "replace", None),
     "FLYP + RandAugment, union": ("randaugment", "union", None),
@@ -126,19 +132,16 @@ def run(row, seed, epochs, target, steering_loss):
     """Train one row; return test metrics before, after, and with ensembled weights."""
     augmentation, batch, saflex = ROWS[row]
     L.seed_everything(seed, verbose=False)
-    model = ContrastiveTuner(
-        PackagedEncoders(),
-        NAMES,
-        TEMPLATES,
-        lr=1e-3,
-        weight_decay=0.2,
-        warmup_steps=18,
-        target=target,
-        steering_loss=steering_loss,
-    )
+    settings = {"lr": 1e-3, "weight_decay": 0.2, "warmup_steps": 18}
+    if row == "LP-FT":
+        model = TowerClassifier(PackagedEncoders(), len(NAMES), **settings)
+        callbacks = [FitHeadFirst()]
+    else:
+        settings.update(target=target, steering_loss=steering_loss)
+        model = ContrastiveTuner(PackagedEncoders(), NAMES, TEMPLATES, **settings)
+        callbacks = [] if saflex is None else [SAflexCallback(**saflex)]
     data = MedMNISTDataModule(augmentation=augmentation, batch=batch, seed=seed)
     trained, ensembling = KeepWeights(), WeightEnsembling()
-    callbacks = [] if saflex is None else [SAflexCallback(**saflex)]
     evaluation = make_trainer(1)
     before = evaluation.test(model, data, verbose=False)[0]
     begun = time.perf_counter()

@@ -3,13 +3,15 @@
 import pytest
 import yaml
 from helpers.clip import TINY
-from helpers.configs import CONFIGS, compose_config
+from helpers.configs import CONFIGS, compose_config, render
 from helpers.standins import clip_experiment
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
 from omegaconf import OmegaConf
 
 from saflex_lightning.recipes.contrastive import ContrastiveTuner, IWildCamDataModule
+from saflex_lightning.recipes.paper import make_paper_tables, paper_cell
+from saflex_lightning.recipes.sweep import read_results
 from saflex_lightning.train import train
 
 
@@ -52,12 +54,29 @@ def test_file_can_be_instantiated(mirror):
     assert made.data.augmentation_settings == {"num_ops": 2, "magnitude": 9}
 
 
-def test_zero_shot_row_is_a_run_without_an_epoch(tmp_path, monkeypatch):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Two steps of an experiment and a method on a stand-in of the data."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # undone afterwards, unlike what the run sets
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
-    overrides = ["experiment=clip_flyp", "method=no_aug", "name=zero_shot", "debug=fast"]
-    quiet = ["trainer.max_epochs=0", "trainer.enable_progress_bar=false"]
-    cfg = compose_config(tmp_path, *overrides, *clip_experiment(tmp_path), *quiet)
-    result = train(cfg)
-    assert (result["name"], result["steps"]) == ("zero_shot", 0)
-    assert 0.0 <= result["test_ood_f1"] <= 1.0
+
+    def run(experiment, method):
+        overrides = [f"experiment={experiment}", f"method={method}", *clip_experiment(tmp_path)]
+        quiet = ["debug=fast", "trainer.enable_progress_bar=false"]
+        return train(compose_config(tmp_path / "run", *overrides, *quiet))
+
+    return run
+
+
+@pytest.mark.parametrize("experiment", ["clip_flyp", "clip_flyp_ensembled"])
+@pytest.mark.parametrize(("method", "steps"), [("zero_shot", 0), ("lp_ft", 2)])
+def test_rivals_stand_in_the_same_table(tmp_path, run, experiment, method, steps):
+    result = run(experiment, method)
+    assert (result["name"], result["steps"]) == (method, steps)
+    (table,) = make_paper_tables(read_results(tmp_path))
+    (line,) = (line for line in render(table).splitlines() if line[1:].strip().startswith(method))
+    suffix = "_ensembled" if "ensembled" in experiment else ""
+    for column, metric in (("id", "test_f1"), ("ood", "test_ood_f1")):
+        theirs = paper_cell(f"table4/{method}", column + suffix)
+        assert f"{theirs.mean:.2f} ± {theirs.spread:.2f}" in line
+        assert f"{100 * result[metric]:.2f} (1)" in line

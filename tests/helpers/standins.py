@@ -55,6 +55,7 @@ def clip_experiment(folder):
     )
     return [
         f"data.root={folder}",
+        "data.num_classes=3",
         "data.image_size=28",
         "data.batch_size=4",
         "data.num_workers=0",

@@ -16,7 +16,7 @@ from saflex_lightning.recipes.contrastive.prompts import (
     template_of_rows,
     zero_shot_head,
 )
-from saflex_lightning.recipes.contrastive.tuner import warm_up_cosine_factor
+from saflex_lightning.recipes.contrastive.schedule import warm_up_cosine_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Expected more matched parameters than unknowns")
 

@@ -10,12 +10,11 @@ from scipy.optimize import minimize
 from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import SAflexCallback
-from saflex_lightning.recipes import Classifier
 from saflex_lightning.recipes.contrastive import (
     FitHeadFirst,
-    ImageTower,
     MacroF1,
     OpenClipEncoders,
+    TowerClassifier,
     WeightEnsembling,
     fit_linear_probe,
 )
@@ -121,8 +120,7 @@ def test_probe_solves_the_penalised_problem():
 
 def make_tower_classifier():
     torch.manual_seed(5)
-    tower = ImageTower(OpenClipEncoders(config=TINY), len(NAMES))
-    return Classifier(tower, len(NAMES), optimizer="adamw", lr=1e-4, schedule="constant")
+    return TowerClassifier(OpenClipEncoders(config=TINY), len(NAMES), lr=1e-4, warmup_steps=1)
 
 
 def test_tower_leaves_the_text_side_alone():
@@ -145,18 +143,25 @@ def test_head_is_fitted_before_the_first_step():
             self.head = state_of(pl_module.network.head)
             self.tower = state_of(pl_module.network.encoders)
 
-    module, watch = make_tower_classifier(), Watch()
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.end = state_of(pl_module)
+
+    module, watch, ensembling = make_tower_classifier(), Watch(), WeightEnsembling(intervals=1)
     before = state_of(module.network.encoders)
     batches = union_batches()
-    saflex = SAflexCallback(val_loader())
-    fit(module, watch, saflex, train=batches, max_epochs=1)
+    saflex = SAflexCallback(val_loader(seed=8))
+    rows = {"train": batches, "val_dataloaders": val_loader()}
+    fit(module, ensembling, watch, saflex, **rows, max_epochs=1)
     assert_same_state(watch.tower, before)
+    mixed_with = ensembling.state_dict()["start"]
+    assert torch.equal(mixed_with["network.head.weight"], watch.head["weight"])
     # The same probe from the rows of one epoch, by hand.
     fresh = make_tower_classifier().eval()
     with torch.no_grad():
         features = torch.cat([fresh.network.features(batch.inputs) for batch in batches])
     probe = fit_linear_probe(features, torch.cat([batch.target for batch in batches]), len(NAMES))
     torch.testing.assert_close(watch.head, state_of(probe), rtol=1e-4, atol=1e-5)
+    module.load_state_dict(watch.end)
     assert not torch.equal(module.network.head.weight, watch.head["weight"])
 
 

@@ -44,6 +44,12 @@ def test_labels_without_a_name_are_numbered(root):
     assert set_up(root).class_names() == ["empty", "unknown animal 1", "impala"]
 
 
+def test_another_number_of_classes_is_refused(root):
+    assert len(set_up(root, num_classes=3).class_names()) == 3
+    with pytest.raises(ValueError, match=r"182 classes in .*categories\.csv.* end at 2\. Take"):
+        set_up(root, num_classes=182)
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "categories.csv"])
 def test_missing_table_is_named(root, name):
     (root / name).unlink()

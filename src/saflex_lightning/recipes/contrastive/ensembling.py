@@ -76,10 +76,6 @@ class WeightEnsembling(L.Callback):
         if stage == "fit":
             self._start, self.scores, self.alpha = {}, {}, None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep a copy of the weights, on the CPU, unless a checkpoint brought that of its start."""
-        self._start = self._start or _copy_state(pl_module)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse to train where nothing could pick.
 
@@ -91,6 +87,14 @@ class WeightEnsembling(L.Callback):
                 "Expected validation rows for `WeightEnsembling` to pick a mixture by, but the "
                 "Trainer has none. Pass a validation dataloader, or remove the callback."
             )
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep a copy of the weights, on the CPU, unless a checkpoint brought that of its start.
+
+        The first epoch starts after every callback's ``on_train_start``: where `FitHeadFirst` fits
+        a head, the copy has it.
+        """
+        self._start = self._start or _copy_state(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score every mixture and load the best."""

@@ -39,6 +39,7 @@ class IWildCamDataModule(L.LightningDataModule):
 
     Args:
         root: Folder of the set, usually ``iwildcam_v2.0``.
+        num_classes: Number of classes that ``categories.csv`` must have; None skips the check.
         image_size: Side of the images in pixels.
         augmentation: Upstream augmentation of one image, drawn anew in each epoch; the mixing
             ones have labels that no caption says, so they are refused.
@@ -59,6 +60,7 @@ class IWildCamDataModule(L.LightningDataModule):
         self,
         root: str,
         *,
+        num_classes: int | None = None,
         image_size: int = 224,
         augmentation: AugmentationName = "randaugment",
         augmentation_settings: dict[str, Any] | None = None,
@@ -79,6 +81,7 @@ class IWildCamDataModule(L.LightningDataModule):
                 f"but got '{augmentation}'. Choose randaugment, trivialaugment, augmix or crop."
             )
         self.root = root
+        self.num_classes = num_classes
         self.image_size = image_size
         self.augmentation: AugmentationName = augmentation
         self.augmentation_settings = settings
@@ -94,7 +97,7 @@ class IWildCamDataModule(L.LightningDataModule):
         if self._is_set_up:
             return
         root = Path(self.root).expanduser()
-        self._names = _read_categories(root / "categories.csv")
+        self._names = _read_categories(root / "categories.csv", self.num_classes)
         rows = _read_rows(root / "metadata.csv", len(self._names))
         self._rows = {name: self._make_split(root / "train", rows[name]) for name in SPLITS}
         self._val = CleanImages(self._rows["id_val"])
@@ -173,9 +176,14 @@ def _read_table(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         return list(reader)
 
 
-def _read_categories(file: Path) -> list[str]:
+def _read_categories(file: Path, num_classes: int | None) -> list[str]:
     """Return the names in the order of their labels; labels without a name get a number."""
     names = {int(row["y"]): row["name"] for row in _read_table(file, ("y", "name"))}
+    if num_classes is not None and max(names) + 1 != num_classes:
+        raise ValueError(
+            f"Expected {num_classes} classes in {file}, but its labels `y` end at {max(names)}. "
+            "Take the file of version 2.0 (182 classes), or set `num_classes` to what it has."
+        )
     return [names.get(label, f"unknown animal {label}") for label in range(max(names) + 1)]
 
 

@@ -1,10 +1,14 @@
-"""The score of Table 4."""
+"""The score of Table 4, and how a module logs it for rows in and out of distribution."""
 
+import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 
-__all__ = ["MacroF1"]
+__all__ = ["MacroF1", "log_stage_metrics", "make_stage_metrics"]
+
+_STAGES = ("val", "test", "test_ood")
 
 
 class MacroF1(Metric):
@@ -59,3 +63,44 @@ class MacroF1(Metric):
         occurs = self.occurring > 0
         f1 = 2 * self.correct / (self.predicted + self.occurring).clamp(min=1)
         return (f1 * occurs).sum() / occurs.sum().clamp(min=1)
+
+
+def make_stage_metrics(num_classes: int) -> nn.ModuleDict:
+    """Return accuracy and macro F1 of validation and test rows, in and out of distribution.
+
+    Args:
+        num_classes: Number of classes.
+    """
+    return nn.ModuleDict(
+        {
+            f"{stage}_{name}": metric
+            for stage in _STAGES
+            for name, metric in (
+                ("accuracy", MulticlassAccuracy(num_classes, average="micro")),
+                ("f1", MacroF1(num_classes)),
+            )
+        }
+    )
+
+
+def log_stage_metrics(
+    module: L.LightningModule,
+    metrics: nn.ModuleDict,
+    stage: str,
+    scores: Tensor,
+    target: Tensor,
+) -> None:
+    """Count the rows of a batch and log the metrics of their stage, from a step of a module.
+
+    Args:
+        module: The module whose step this is; it holds the metrics.
+        metrics: From `make_stage_metrics`.
+        stage: ``"val"``, ``"test"`` or, for rows out of distribution, ``"test_ood"``.
+        scores: Class scores, ``(batch, classes)``.
+        target: Classes, ``(batch,)`` int64.
+    """
+    for name in ("accuracy", "f1"):
+        metric = metrics[f"{stage}_{name}"]
+        assert isinstance(metric, Metric)
+        metric.update(scores, target)
+        module.log(f"{stage}/{name}", metric, prog_bar=name == "f1", add_dataloader_idx=False)

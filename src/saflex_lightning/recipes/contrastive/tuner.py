@@ -10,45 +10,23 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from saflex_lightning import AugmentedBatch, SAflexMixin, gather_rows
 from saflex_lightning.functional import contrastive_scores, same_class_target
 from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders
-from saflex_lightning.recipes.contrastive.metrics import MacroF1
+from saflex_lightning.recipes.contrastive.metrics import log_stage_metrics, make_stage_metrics
 from saflex_lightning.recipes.contrastive.prompts import (
     make_prompts,
     template_of_rows,
     zero_shot_head,
 )
+from saflex_lightning.recipes.contrastive.schedule import make_warm_up_adamw
 from saflex_lightning.recipes.options import check_choice
 
-__all__ = ["ContrastiveTuner", "warm_up_cosine_factor"]
+__all__ = ["ContrastiveTuner"]
 
 TEMPLATES = ("a photo of {}.", "{} in the wild.")
 _LARGEST_LOG_SCALE = math.log(100.0)
-_STAGES = ("val", "test", "test_ood")
-
-
-def warm_up_cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return what the learning rate is multiplied with in an optimizer step, in [0, 1].
-
-    Args:
-        step: Number of the optimizer step, from 0.
-        warmup_steps: Steps of the linear rise; a shorter training never leaves it.
-        total_steps: Steps of the whole training, where half a cosine ends at 0.
-
-    Example:
-        >>> [warm_up_cosine_factor(step, 2, 6) for step in (0, 1, 2, 4)]
-        [0.5, 1.0, 1.0, 0.5]
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
 class ContrastiveTuner(SAflexMixin, L.LightningModule):
@@ -66,7 +44,7 @@ class ContrastiveTuner(SAflexMixin, L.LightningModule):
             and "{} in the wild.".
         lr: Largest learning rate of AdamW.
         weight_decay: Of AdamW, decoupled.
-        warmup_steps: See `warm_up_cosine_factor`.
+        warmup_steps: Optimizer steps in which the rate rises; see `make_warm_up_adamw`.
         target: ``"diagonal"``: every other pair is a negative, also one of the same class (FLYP);
             ``"same_class"``: the pairs of a class share the target.
         steering_loss: Validation loss whose gradient steers SAFLEX: ``"classes"``, the
@@ -134,16 +112,7 @@ class ContrastiveTuner(SAflexMixin, L.LightningModule):
         tokens = self._towers.tokenize(make_prompts(class_names, self.templates))
         # Not in checkpoints: the names make them anew.
         self.register_buffer("tokens", tokens.to(self.device), persistent=False)
-        self.metrics = nn.ModuleDict(
-            {
-                f"{stage}_{name}": metric
-                for stage in _STAGES
-                for name, metric in (
-                    ("accuracy", MulticlassAccuracy(self.num_classes, average="micro")),
-                    ("f1", MacroF1(self.num_classes)),
-                )
-            }
-        ).to(self.device)
+        self.metrics = make_stage_metrics(self.num_classes).to(self.device)
 
     @property
     def _towers(self) -> ImageTextEncoders:
@@ -258,32 +227,10 @@ class ContrastiveTuner(SAflexMixin, L.LightningModule):
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
-        scores = self(images, self._head)
-        for name in ("accuracy", "f1"):
-            metric = self.metrics[f"{stage}_{name}"]
-            assert isinstance(metric, Metric)
-            metric.update(scores, labels)
-            self.log(f"{stage}/{name}", metric, prog_bar=name == "f1", add_dataloader_idx=False)
+        log_stage_metrics(self, self.metrics, stage, self(images, self._head), labels)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with its warm-up and half cosine, stepped once per optimizer step.
-
-        Raises:
-            MisconfigurationException: If the training has no end.
-        """
-        params = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = AdamW(params, lr=self.lr, weight_decay=self.weight_decay)
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise MisconfigurationException(
-                "Expected the Trainer to have an end, but `max_epochs` is -1 and there are no "
-                "`max_steps`. Set one of them: the learning rate falls until then."
-            )
-        scheduler = LambdaLR(
-            optimizer,
-            lambda step: warm_up_cosine_factor(step, self.warmup_steps, int(steps)),
+        """Return AdamW with its warm-up and half cosine, stepped once per optimizer step."""
+        return make_warm_up_adamw(
+            self, lr=self.lr, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }

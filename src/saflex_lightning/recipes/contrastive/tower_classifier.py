@@ -1,0 +1,78 @@
+"""Fine-tune the image tower of a two-tower model behind a linear head, ready for SAFLEX."""
+
+import lightning as L
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from saflex_lightning import AugmentedBatch, SAflexMixin
+from saflex_lightning.recipes.contrastive.metrics import log_stage_metrics, make_stage_metrics
+from saflex_lightning.recipes.contrastive.probe import ImageTower
+from saflex_lightning.recipes.contrastive.schedule import make_warm_up_adamw
+
+__all__ = ["TowerClassifier"]
+
+
+class TowerClassifier(SAflexMixin, L.LightningModule):
+    """Image tower and linear head, trained on cross-entropy: the rival of `ContrastiveTuner`.
+
+    With `FitHeadFirst` this is LP-FT: the head is fitted on fixed features, then all is
+    fine-tuned. Optimizer, schedule and metrics are those of `ContrastiveTuner`, so that their
+    rows can stand in one table; `recipes.Classifier` has others to choose from.
+
+    Args:
+        encoders: Both towers, see `ImageTextEncoders`; what the text side alone uses stays as it
+            is.
+        num_classes: Number of classes.
+        lr: Largest learning rate of AdamW.
+        weight_decay: Of AdamW, decoupled.
+        warmup_steps: Optimizer steps in which the rate rises; see `make_warm_up_adamw`.
+
+    References:
+        Kumar et al. 2022 (LP-FT); Ding et al. 2024, Table 4.
+    """
+
+    def __init__(
+        self,
+        encoders: nn.Module,
+        num_classes: int,
+        *,
+        lr: float = 1e-5,
+        weight_decay: float = 0.2,
+        warmup_steps: int = 500,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["encoders"])
+        self.network = ImageTower(encoders, num_classes)
+        self.num_classes = num_classes
+        self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
+        self.metrics = make_stage_metrics(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits of images in [-1, 1], ``(batch, classes)``."""
+        return self.network(images)
+
+    def training_step(self, batch: AugmentedBatch, batch_idx: int) -> Tensor:
+        """Return the SAFLEX loss, or plain cross-entropy without the callback."""
+        loss = self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log accuracy and macro F1 of the validation rows."""
+        self._evaluate("val", batch)
+
+    def test_step(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log accuracy and macro F1; a second test loader holds the rows out of distribution."""
+        self._evaluate("test" if dataloader_idx == 0 else "test_ood", batch)
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        log_stage_metrics(self, self.metrics, stage, self(images), labels)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW with its warm-up and half cosine, stepped once per optimizer step."""
+        return make_warm_up_adamw(
+            self, lr=self.lr, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps
+        )

@@ -1,6 +1,7 @@
 """``saflex``: driven with arguments in a clean directory."""
 
 import os
+import re
 import sys
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,12 @@ from lightning.pytorch.cli import LightningCLI
 import saflex_lightning
 from saflex_lightning.cli import find_config, main
 
+CONFIGS = Path(str(resources.files("saflex_lightning.configs")))
+# Rows of the table of methods by LightningCLI: the method, and what makes it of `saflex_robust`.
+ARGUMENTS = dict(
+    re.findall(r"^\| `(\w+)` \| `(--.*)` \|$", (CONFIGS / "README.md").read_text(), re.M)
+)
+SHORTLY = ("gates_only", "small_loss")
 SHIPPED = "configs/lightning_cli/blood_randaugment.yaml"
 RUN = Path("outputs/blood_randaugment")
 SHORT = (
@@ -165,12 +172,38 @@ def test_same_objects_as_a_job_of_hydra(tmp_path, monkeypatch, file, on_cpu, ove
         assert getattr(cli.trainer, name) == getattr(trainer, name), name
 
 
+@pytest.mark.parametrize(
+    ("method", "experiment"),
+    [
+        pytest.param(*case, marks=() if short else pytest.mark.slow)
+        for *case, short in (
+            *((method, "tabular_mlp", method in SHORTLY) for method in ARGUMENTS),
+            *((method, "blood_generated", False) for method in ARGUMENTS),
+            *((method, "medmnist_randaugment", False) for method in ARGUMENTS),
+        )
+    ],
+)
+def test_methods_of_the_readme_are_those_of_hydra(tmp_path, monkeypatch, method, experiment):
+    monkeypatch.setattr(sys, "argv", ["saflex"])
+    file = find_config(f"configs/lightning_cli/{experiment}.yaml")
+    arguments = ["--config", file, "--trainer.accelerator=cpu", *ARGUMENTS[method].split()]
+    cli = LightningCLI(args=arguments, run=False, auto_configure_optimizers=False)
+    with initialize_config_module(config_module="saflex_lightning.configs", version_base="1.3"):
+        overrides = [f"experiment={experiment}", f"method={method}", f"output_dir={tmp_path}"]
+        cfg = compose("train", overrides=overrides)
+    data, model = instantiate(cfg.data), instantiate(cfg.model)
+    assert plain(cli.datamodule) == plain(data)
+    assert cli.datamodule.augmentation_settings == data.augmentation_settings
+    assert {key: cli.model.hparams[key] for key in model.hparams} == dict(model.hparams)
+    expected = [instantiate(cfg.callbacks.saflex)] if "saflex" in cfg.callbacks else []
+    found = [c for c in cli.trainer.callbacks if isinstance(c, saflex_lightning.SAflexCallback)]
+    assert [plain(callback) for callback in found] == [plain(callback) for callback in expected]
+    assert [callback.preset for callback in found] == [callback.preset for callback in expected]
+    assert cli.trainer.limit_val_batches == cfg.trainer.get("limit_val_batches", 1.0)
+
+
 class TestFindConfig:
-    packaged = str(
-        Path(str(resources.files("saflex_lightning.configs")))
-        / "lightning_cli"
-        / "blood_randaugment.yaml"
-    )
+    packaged = str(CONFIGS / "lightning_cli" / "blood_randaugment.yaml")
 
     @pytest.mark.parametrize("name", [SHIPPED, f".{os.sep}{SHIPPED}", SHIPPED[len("configs/") :]])
     def test_shipped_file_is_found_from_anywhere(self, name):

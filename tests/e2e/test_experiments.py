@@ -64,6 +64,27 @@ def test_fast_run_on_a_standin(tmp_path, standin, experiment):
         assert own in tables
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "gates_only",
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in (
+                *("label_smoothing", "learning_to_reweight", "no_aug", "saflex_gates"),
+                *("small_loss", "soft_augmentation", "soft_labels", "train_plus_val", "upstream"),
+            )
+        ),
+    ],
+)
+def test_methods_on_a_pool_of_generated_images(tmp_path, standin, method):
+    no_rows = ["trainer.limit_val_batches=0"] if method == "train_plus_val" else []
+    cfg = compose_config(tmp_path, *standin("blood_generated"), f"method={method}", *no_rows)
+    assert train(cfg)["steps"] == 2
+    pooled = method not in {"no_aug", "soft_augmentation"}
+    assert (cfg.data.augmentation == "generated") == pooled
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_method_composes_and_instantiates(tmp_path, standin, experiment):
     paper = compose_config(tmp_path, *standin(experiment)).paper

@@ -6,6 +6,7 @@ import torch
 from helpers.configs import CONFIGS, compose_config
 from helpers.tables import COLOURS, SHARED, make_table, write_csv, write_npz
 from helpers.training import assert_same_state, state_of
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from saflex_lightning.recipes.tabular import sets as tabular_sets
@@ -56,11 +57,24 @@ def test_the_perceptron_learns_qsar(tmp_path):
     assert run(tmp_path, *settings)["test_auroc"] > 0.85
 
 
-@pytest.mark.parametrize("method", ["uniform", "saflex_gates", "train_plus_val"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("uniform", "saflex_gates", "train_plus_val", "small_loss", "soft_labels", "gates_only"),
+        pytest.param("label_smoothing", marks=pytest.mark.slow),
+        pytest.param("learning_to_reweight", marks=pytest.mark.slow),
+    ],
+)
 def test_other_methods_train_the_perceptron(tmp_path, method):
     limit = ["trainer.limit_val_batches=0"] if method == "train_plus_val" else []
     result = run(tmp_path, f"method={method}", "augmentation=tabular_cutmix_columns", *limit)
     assert 0.0 <= result["test_auroc"] <= 1.0
+
+
+def test_soft_augmentation_of_a_table_is_refused(tmp_path):
+    message = r"`augmentation` to be one of .*'cutmix_columns', 'none'\], but got 'soft_crop'"
+    with pytest.raises(InstantiationException, match=message):
+        run(tmp_path, "method=soft_augmentation")
 
 
 @pytest.mark.parametrize("engine", ["forward_mode", "head"])

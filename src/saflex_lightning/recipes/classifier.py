@@ -15,8 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
-from saflex_lightning import AugmentedBatch, SAflexMixin
+from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
 from saflex_lightning.recipes.options import check_choice
+from saflex_lightning.recipes.small_loss import small_loss
 
 __all__ = ["Classifier", "balanced_class_weight", "learning_rate_factor", "make_optimizer"]
 
@@ -109,6 +110,9 @@ class Classifier(SAflexMixin, L.LightningModule):
         class_weight: Weight of each class in the loss; ``"balanced"`` asks the datamodule's
             ``class_counts()`` and weighs by `balanced_class_weight`; None weighs all alike.
         label_smoothing: In [0, 1).
+        dropped_share: Share of the augmented rows of a batch that the small-loss filter drops, see
+            `small_loss_weights`; a rival to `SAflexCallback` and not to be used beside it. 0 drops
+            none.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -128,6 +132,7 @@ class Classifier(SAflexMixin, L.LightningModule):
         schedule: Schedule = "cosine",
         class_weight: list[float] | Literal["balanced"] | None = None,
         label_smoothing: float = 0.0,
+        dropped_share: float = 0.0,
     ) -> None:
         super().__init__()
         check_choice("optimizer", optimizer, get_args(OptimizerName))
@@ -137,6 +142,11 @@ class Classifier(SAflexMixin, L.LightningModule):
             raise ValueError(
                 f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}. Pass 0.0 "
                 "to train on the labels as they are."
+            )
+        if not 0.0 <= dropped_share < 1.0:
+            raise ValueError(
+                f"Expected `dropped_share` to be in [0, 1), but got {dropped_share}. Pass 0.0 to "
+                "train on all rows."
             )
         self.save_hyperparameters(ignore=["network"])
         self.network = network
@@ -148,6 +158,7 @@ class Classifier(SAflexMixin, L.LightningModule):
         self.schedule: Schedule = schedule
         self.balanced = class_weight == "balanced"
         self.label_smoothing = label_smoothing
+        self.dropped_share = dropped_share
         # Not in checkpoints: the settings and the datamodule make it anew.
         self.register_buffer("class_weight", given, persistent=False)
         self.val_metrics = _make_metrics(num_classes)
@@ -157,9 +168,18 @@ class Classifier(SAflexMixin, L.LightningModule):
         """Ask the datamodule for the class counts, where the class weights follow from them.
 
         Raises:
-            MisconfigurationException: If the datamodule has no ``class_counts()``.
+            MisconfigurationException: If the datamodule has no ``class_counts()``, or both the
+                small-loss filter and `SAflexCallback` would weigh the rows.
         """
-        if stage != "fit" or not self.balanced:
+        if stage != "fit":
+            return
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.dropped_share and any(isinstance(each, SAflexCallback) for each in callbacks):
+            raise MisconfigurationException(
+                f"Expected `dropped_share` to be 0 beside `SAflexCallback`, but got "
+                f"{self.dropped_share}: both would weigh the rows. Leave one of them out."
+            )
+        if not self.balanced:
             return
         count = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
         if count is None:
@@ -179,15 +199,19 @@ class Classifier(SAflexMixin, L.LightningModule):
         return _as_tuple(batch[0]), batch[1]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the SAFLEX loss, or plain cross-entropy without the callback."""
-        inputs, target = batch[:2]
-        logits = self.saflex_forward(*_as_tuple(inputs))
-        loss = self.saflex_loss(
-            logits,
-            target,
-            class_weight=self.class_weight,
-            label_smoothing=self.label_smoothing,
-        )
+        """Return the SAFLEX loss; without the callback cross-entropy, filtered where asked for."""
+        inputs, target = _as_tuple(batch[0]), batch[1]
+        options: Any = {
+            "class_weight": self.class_weight,
+            "label_smoothing": self.label_smoothing,
+        }
+        if self.dropped_share:
+            every = torch.ones(len(target), dtype=torch.bool, device=target.device)
+            mask = batch.augmented if isinstance(batch, AugmentedBatch) else every
+            share = self.dropped_share
+            loss = small_loss(self(*inputs), target, mask, dropped_share=share, **options)
+        else:
+            loss = self.saflex_loss(self.saflex_forward(*inputs), target, **options)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -87,7 +87,7 @@ def test_a_step_that_returns_none_ends_every_rank(ranks):
 
 @pytest.mark.slow
 def test_a_step_that_returns_none_after_the_loss_ends_every_rank():
-    check_skip(run_in_processes(skip, 2, 2, False, timeout=60))
+    check_skip(run_in_processes(skip, 2, 2, False))
 
 
 @pytest.mark.slow

@@ -4,20 +4,23 @@ import os
 import socket
 import tempfile
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
 
+HANG_SECONDS = 240  # far above the longest run on a busy machine
 
-def run_in_processes(function, world_size, *args, timeout=240):
+
+def run_in_processes(function, world_size, *args):
     """Return ``[function(rank, *args) for rank]``, each computed in its own process.
 
     The processes look to Lightning like ones that torchrun started, so a Trainer inside them with
     ``devices=world_size, strategy="ddp"`` joins the group and starts no processes of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
-        codes, errors = _run(function, world_size, args, folder, timeout)
+        codes, errors = _run(function, world_size, args, folder)
         assert None not in codes, f"exit codes {codes}, None for hung\n" + "\n".join(errors)
         assert not errors, "\n".join(errors)
         assert not any(codes), "a process died early"
@@ -27,30 +30,39 @@ def run_in_processes(function, world_size, *args, timeout=240):
         ]
 
 
-def exit_codes(function, world_size, *args, timeout=60):
+def exit_codes(function, world_size, *args):
     """Return the exit code of each process, as above; None for one that hung."""
     with tempfile.TemporaryDirectory() as folder:
-        return _run(function, world_size, args, folder, timeout)[0]
+        return _run(function, world_size, args, folder)[0]
 
 
-def _run(function, world_size, args, folder, timeout):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _run(function, world_size, args, folder):
     context = mp.get_context("forkserver")  # fresh processes that need not import torch again
     context.set_forkserver_preload(["lightning.pytorch", "torchmetrics.classification"])
-    processes = [
-        context.Process(target=_child, args=(function, rank, world_size, port, folder, args))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
+    with _held_port() as port:
+        processes = [
+            context.Process(target=_child, args=(function, rank, world_size, port, folder, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(HANG_SECONDS)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
     return codes, [path.read_text() for path in sorted(Path(folder).glob("error*"))]
+
+
+@contextmanager
+def _held_port():
+    """Yield a port that nothing else is given meanwhile; rank 0's store can still listen on it."""
+    with socket.socket() as holder:
+        # Two sockets that both say so may be bound to one port as long as only one listens.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def _child(function, rank, world_size, port, folder, args):

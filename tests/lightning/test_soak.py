@@ -14,7 +14,7 @@ def test_run_with_faults_ends_with_the_parameters_of_the_run_without(tmp_path, s
     assert skipped == counted > 0  # steps whose own validation batch holds NaN
     starts, end = 0, tmp_path / "end"
     while not end.exists():
-        exit_codes(soak, 1, seed, tmp_path, timeout=120)
+        exit_codes(soak, 1, seed, tmp_path)
         starts += 1
         assert starts <= len(FAULTS) + 1
     assert starts == len(FAULTS) + 1

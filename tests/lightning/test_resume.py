@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from helpers.folders import make_image_folders, make_pool
 from helpers.interrupted import train, train_as
 from helpers.processes import exit_codes, run_in_processes
 from helpers.training import (
@@ -22,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from saflex_lightning import SAflexCallback, SAflexMixin, SAflexWarning
-from saflex_lightning.recipes import MedMNISTDataModule
+from saflex_lightning.recipes import GeneratedDataModule, MedMNISTDataModule
 from saflex_lightning.recipes.medmnist import read_medmnist
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -42,9 +43,9 @@ class Failing(pl.Callback):
 
 
 class Linear(SAflexMixin, pl.LightningModule):
-    def __init__(self):
+    def __init__(self, size, num_classes):
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(2352, 8))
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * size**2, num_classes))
 
     def forward(self, images):
         return self.net(images)
@@ -69,18 +70,28 @@ def write_images(path):
     return str(path)
 
 
-def fit_medmnist(module, *callbacks, path, num_workers, max_steps, gates, ckpt_path=None):
-    """Take a few steps on images that are augmented at random; an epoch has three."""
+def fit_images(module, data, *callbacks, gates, ckpt_path=None):
+    """Take eight steps; an epoch has three."""
     pl.seed_everything(1, verbose=False)
     trainer = make_trainer(
         SAflexCallback(gates=gates),
         *callbacks,
         max_epochs=-1,
-        max_steps=max_steps,
+        max_steps=8,
         enable_checkpointing=True,
     )
-    data = MedMNISTDataModule(path=path, batch_size=32, num_workers=num_workers)
     trainer.fit(module, data, ckpt_path=ckpt_path)
+
+
+def check_that_a_stopped_run_goes_on(folder, make_module, make_data, *, gates):
+    """Stop in the last step, resume from the middle of the second epoch, compare."""
+    through, stopped, resumed = (seeded(make_module) for _ in range(3))
+    fit_images(through, make_data(), gates=gates)
+    keeper = ModelCheckpoint(folder, "latest", every_n_train_steps=5)
+    with pytest.raises(Planted):
+        fit_images(stopped, make_data(), keeper, Failing(7), gates=gates)
+    fit_images(resumed, make_data(), keeper, gates=gates, ckpt_path=folder / "latest.ckpt")
+    assert_same_state(state_of(through), state_of(resumed))
 
 
 def messages(caught):
@@ -134,15 +145,33 @@ def test_run_ended_by_sigterm_saves_between_two_steps_and_resumes_exactly(tmp_pa
     ("num_workers", "gates"), [(0, False), (0, True), pytest.param(2, True, marks=pytest.mark.slow)]
 )
 def test_medmnist_run_goes_on_in_the_middle_of_an_epoch(tmp_path, num_workers, gates):
-    through, stopped, resumed = (seeded(Linear) for _ in range(3))
     path = write_images(tmp_path / "images.npz")
-    options = {"path": path, "num_workers": num_workers, "max_steps": 8, "gates": gates}
-    fit_medmnist(through, **options)
-    keeper = ModelCheckpoint(tmp_path, "latest", every_n_train_steps=5)
-    with pytest.raises(Planted):
-        fit_medmnist(stopped, keeper, Failing(7), **options)
-    fit_medmnist(resumed, keeper, **options, ckpt_path=tmp_path / "latest.ckpt")
-    assert_same_state(state_of(through), state_of(resumed))
+    check_that_a_stopped_run_goes_on(
+        tmp_path,
+        lambda: Linear(28, 8),
+        lambda: MedMNISTDataModule(path=path, batch_size=32, num_workers=num_workers),
+        gates=gates,
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_run_on_a_generated_pool_goes_on_in_the_middle_of_an_epoch(tmp_path, num_workers):
+    make_image_folders(tmp_path / "real")
+    make_pool(tmp_path / "pool")
+    check_that_a_stopped_run_goes_on(
+        tmp_path,
+        lambda: Linear(8, 3),
+        lambda: GeneratedDataModule(
+            *(str(tmp_path / "real"), str(tmp_path / "pool")),
+            image_size=None,
+            batch_size=4,
+            per_class="real",
+            generated_per_real=0.5,
+            redraw=True,
+            num_workers=num_workers,
+        ),
+        gates=True,
+    )
 
 
 @pytest.mark.distributed

@@ -43,6 +43,7 @@ from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.options import check_choice
 from saflex_lightning.recipes.paired import MixedImages, PairedBatches
 from saflex_lightning.recipes.pool import Pool, read_pool
+from saflex_lightning.recipes.resumable import ResumableLoader
 
 __all__ = ["GeneratedDataModule"]
 
@@ -261,7 +262,8 @@ class GeneratedDataModule(L.LightningDataModule):
             )
             mixed = MixedImages(self._real, self._pool, self.image_size)
             # An item of the sampler is a list of rows, and an item of the dataset their batch.
-            return self._make_loader(mixed, None, sampler=batches)
+            options = loader_options(self.num_workers, self.seed)
+            return ResumableLoader(mixed, None, sampler=batches, **options)
         dataset = AugmentedImages(
             self._make_split(self._real, self._rows), self._augment, self.seed
         )
@@ -306,8 +308,5 @@ class GeneratedDataModule(L.LightningDataModule):
         """Return the loader of the test folder."""
         return self._make_loader(self._test, self.eval_batch_size)
 
-    def _make_loader(
-        self, dataset: Dataset[Any], size: int | None, **kwargs: Any
-    ) -> DataLoader[Any]:
-        options = loader_options(self.num_workers, self.seed)
-        return DataLoader(dataset, batch_size=size, **options, **kwargs)
+    def _make_loader(self, dataset: Dataset[Any], size: int) -> DataLoader[Any]:
+        return DataLoader(dataset, size, **loader_options(self.num_workers, self.seed))

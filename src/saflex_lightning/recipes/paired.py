@@ -6,13 +6,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.batches import normalize
 from saflex_lightning.recipes.folders import ClassFolders, FileImages
 from saflex_lightning.recipes.loaders import mix_seeds
 from saflex_lightning.recipes.pool import Pool, draw_pool
+from saflex_lightning.recipes.resumable import ResumableSampler
 
 __all__ = ["MixedImages", "PairedBatches"]
 
@@ -54,11 +55,12 @@ class MixedImages(Dataset[AugmentedBatch]):
         )
 
 
-class PairedBatches(DistributedSampler[list[int]]):
+class PairedBatches(ResumableSampler):
     """Rows of training batches: shuffled clean rows, and behind them generated ones.
 
     A generated row is in the batch of the clean row it was made from; those without a source are
-    shared out evenly. So the number of batches is that of the clean rows alone.
+    shared out evenly. So the number of batches is that of the clean rows alone. A pass can begin at
+    any of its batches.
 
     Args:
         rows: Numbers of the training images in use.
@@ -107,11 +109,12 @@ class PairedBatches(DistributedSampler[list[int]]):
         return self.num_samples // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        places = cast("Iterator[int]", super().__iter__())
-        rows = [self.rows[place] for place in places]
+        """Yield the batches of one pass but the first `start`, which counts for this pass only."""
+        start, self.start = self.start, 0
+        rows = [self.rows[place] for place in super().__iter__()]
         pairs, free = self._share_out()
         steps = len(self)
-        for step in range(steps):
+        for step in range(start, steps):
             clean = rows[step * self.batch_size : (step + 1) * self.batch_size]
             made = [generated for row in clean for generated in pairs.get(row, ())]
             made += free[step * len(free) // steps : (step + 1) * len(free) // steps]

@@ -34,13 +34,18 @@ class ResumableLoader(DataLoader[Any]):
 
     Args:
         dataset: Rows.
-        batch_size: Rows per batch and process.
-        sampler: The order of the rows.
+        batch_size: Rows per batch and process; None where an item of the dataset is a whole batch.
+        sampler: The order of the rows, or of the batches.
         **kwargs: As for `DataLoader`.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, *, sampler: ResumableSampler, **kwargs: Any
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None,
+        *,
+        sampler: ResumableSampler,
+        **kwargs: Any,
     ) -> None:
         super().__init__(dataset, batch_size, sampler=sampler, **kwargs)
         self._place = (0, 0)  # epoch, and batches of it that were taken

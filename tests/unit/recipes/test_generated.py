@@ -124,6 +124,16 @@ class TestBatches:
         assert joined(data, "augmented").sum() == 6
         assert (joined(data, "source") == -1).all()
 
+    @pytest.mark.parametrize("has_sources", [True, False])
+    def test_a_pass_can_begin_at_any_batch(self, folders, has_sources):
+        data = set_up(folders, has_sources=has_sources, per_class="real", redraw=True)
+        sampler = data.train_dataloader().sampler
+        sampler.set_epoch(2)
+        whole = list(sampler)
+        sampler.start = 1
+        assert list(sampler) == whole[1:]
+        assert list(sampler) == whole  # the pass after it begins at its beginning
+
     def test_images_are_resized(self, folders):
         batch = batches(set_up(folders, image_size=12))[0]
         assert batch.inputs.shape == (20, 3, 12, 12)

@@ -239,8 +239,7 @@ def test_contrastive_scores_are_two_tasks_with_the_diagonal_as_target(engine):
 def test_contrastive_loss_with_plain_weights_is_info_nce():
     module = seeded(Contrastive)
     callback = SAflexCallback(make_loader(64, 8, seed=7), weight_rule="ones", label_rule="keep")
-    with pytest.warns(UserWarning, match="more matched parameters than unknowns"):
-        fit(module, callback)
+    fit(module, callback)  # few parameters, but no rows are told apart: no warning of that
     loss, plain, _ = module.last
     assert loss == pytest.approx(plain, rel=1e-5)
 

@@ -4,135 +4,92 @@
     python benchmarks/accuracy.py run --benches qsar_mlp --methods upstream robust --jobs 2
     python benchmarks/accuracy.py table                            # from the results alone
 
-A run is one job of `saflex-train` in a process of its own; its ``result.json`` is kept under
-``outputs/accuracy/BENCH/METHOD/SEED`` and never computed twice, so an interrupted sweep goes on
-where it stopped. Runs of one bench and seed see the same rows in the same order, whatever the
-method, so differences are paired by seed.
-
-Benches are named here before anything is measured. A setting of the library may be chosen on
-`SELECTION` benches; a claim is made on `CONFIRMATION` benches alone, and no bench changes sides.
+`registry.py` names the benches, the methods and which benches may decide what. A run is one job of
+`saflex-train`; its ``result.json`` is kept under ``outputs/accuracy/BENCH/METHOD/SEED`` and never
+computed twice, so an interrupted sweep goes on where it stopped. Runs of one bench and seed see the
+same rows in the same order, whatever the method, so differences are paired by seed. A bench whose
+data are not there is named, with the way to get them, and left out.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
 
+import torch
+from hydra import compose, initialize_config_module
+from registry import BENCHES, DEFAULT, METHODS
 from scipy.stats import t as student
 
-DEFAULT = "robust"
-RIVALS = ("upstream", "no_aug", "uniform", "train_plus_val")
+from saflex_lightning.train import train
 
-
-@dataclass(frozen=True)
-class Bench:
-    """One data set with its upstream augmentation, model and budget.
-
-    Attributes:
-        overrides: Hydra overrides, as for ``saflex-train``.
-        metric: Key of ``result.json`` that is compared; a fraction.
-        role: Whether settings may be chosen here, or claims confirmed.
-        tier: ``"cpu"``: minutes on two cores; ``"gpu"``: the paper's scale.
-        minutes: Budget of one run of one method.
-        strength: Further overrides, for methods that augment.
-    """
-
-    overrides: tuple[str, ...]
-    metric: Literal["test_accuracy", "test_auroc"]
-    role: Literal["selection", "confirmation"]
-    tier: Literal["cpu", "gpu"]
-    minutes: float
-    strength: tuple[str, ...] = ()
-
-
-def blood(augmentation: str, role: Literal["selection", "confirmation"]) -> Bench:
-    """Return a bench on the shipped BloodMNIST subset: 1,200 training images, 10 epochs.
-
-    Args:
-        augmentation: A choice of the Hydra group of this name.
-        role: See `Bench`.
-    """
-    return Bench((f"augmentation={augmentation}",), "test_accuracy", role, "cpu", 5.0)
-
-
-def tabular(
-    model: Literal["mlp", "saint"],
-    data: str,
-    probability: float,
-    metric: Literal["test_accuracy", "test_auroc"],
-    role: Literal["selection", "confirmation"],
-) -> Bench:
-    """Return a tabular bench: the paper's network and epochs under CutMix.
-
-    Args:
-        model: Network.
-        data: A choice of the Hydra group of this name.
-        probability: Of a cell to be replaced.
-        metric: See `Bench`.
-        role: See `Bench`.
-    """
-    overrides = (f"experiment=tabular_{model}", f"data={data}")
-    strength = (f"data.augmentation_settings.probability={probability}",)
-    return Bench(overrides, metric, role, "cpu", 2.0 if model == "mlp" else 10.0, strength)
-
-
-BENCHES = {
-    "blood_randaugment": blood("randaugment", "selection"),
-    "blood_trivialaugment": blood("trivialaugment", "confirmation"),
-    "blood_mixup": blood("mixup", "confirmation"),
-    "blood_crop": blood("crop", "confirmation"),
-    "qsar_mlp": tabular("mlp", "qsar", 0.1, "test_auroc", "selection"),
-    "qsar_mlp_strong": tabular("mlp", "qsar", 0.3, "test_auroc", "confirmation"),
-    "arrhythmia_mlp": tabular("mlp", "arrhythmia", 0.1, "test_auroc", "confirmation"),
-    "arrhythmia_mlp_strong": tabular("mlp", "arrhythmia", 0.3, "test_auroc", "confirmation"),
-    "qsar_saint": tabular("saint", "qsar", 0.1, "test_auroc", "confirmation"),
-    "arrhythmia_saint": tabular("saint", "arrhythmia", 0.1, "test_auroc", "confirmation"),
-}
-METHODS = {
-    "no_aug": ("method=no_aug",),
-    "upstream": ("method=upstream",),
-    "uniform": ("method=uniform",),
-    "train_plus_val": ("method=train_plus_val",),
-    "label_smoothing": ("method=uniform", "model.label_smoothing=0.1"),
-    "learning_to_reweight": ("method=learning_to_reweight",),
-    "paper": ("method=saflex_paper",),
-    "paper, replaced": ("method=saflex_paper", "batch=replace"),
-    "robust": ("method=saflex_robust",),
-    "robust, steered by train": ("method=saflex_robust", "data.steering=train"),
-    "robust, labels kept": ("method=saflex_robust", "+callbacks.saflex.label_rule=keep"),
-    "gates": ("method=saflex_gates",),
-}
+BEST = "max(no_aug, upstream)"  # the better one on validation rows, per seed
+PAIRS = (  # what is compared, and with which rival
+    (DEFAULT, "upstream"),
+    (DEFAULT, "no_aug"),
+    (DEFAULT, BEST),
+    (DEFAULT, "uniform"),
+    (DEFAULT, "paper"),
+    ("gates", "upstream"),
+    ("gates", BEST),
+    ("gates", "uniform"),
+    ("gates + robust", "gates"),
+    (f"{DEFAULT}, nothing held out", "uniform, train + val"),
+    (f"{DEFAULT}, nothing held out", "upstream, train + val"),
+    (f"{DEFAULT}, nothing held out", "no_aug, train + val"),
+    ("gates, nothing held out", "uniform, train + val"),
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One method on one bench with one seed, and where its result is kept."""
+    """One method on one bench with one seed, where its result is kept and where its data lie."""
 
     bench: str
     method: str
     seed: int
     root: Path
+    data: Path = Path("outputs/accuracy_data")
 
     @property
     def folder(self) -> Path:
         """Folder of the finished run; it does not exist before."""
-        return (
-            self.root
-            / self.bench
-            / self.method.replace(", ", "_").replace(" ", "_")
-            / str(self.seed)
-        )
+        method = self.method.replace(",", "").replace("+", "and").replace(" ", "_")
+        return self.root / self.bench / method / str(self.seed)
 
     @property
     def name(self) -> str:
         """What the progress lines call it."""
         return f"{self.bench} / {self.method} / seed {self.seed}"
+
+    def fill(self, text: str) -> str:
+        """Return a text of the registry for this job's data and seed."""
+        return text.replace("{data}", str(self.data)).replace("{seed}", str(self.seed))
+
+    def overrides(self) -> list[str]:
+        """Return what is added to the main job of `saflex-train`."""
+        bench, method = BENCHES[self.bench], METHODS[self.method]
+        strength = bench.strength if method.augments else ()
+        return [
+            *(self.fill(item) for item in (*bench.overrides, *strength, *method.overrides)),
+            f"seed={self.seed}",
+            "trainer.enable_progress_bar=false",
+        ]
+
+    def missing(self) -> str | None:
+        """Return what the bench needs and lacks, and how to get it; None if all is there."""
+        bench = BENCHES[self.bench]
+        if bench.needs is None or Path(self.fill(bench.needs)).exists():
+            return None
+        return f"{self.bench} needs {self.fill(bench.needs)}: {self.fill(bench.recipe)}"
 
     def result(self) -> dict | None:
         """Return what the run wrote, or None before it has run."""
@@ -140,26 +97,34 @@ class Job:
         return json.loads(file.read_text()) if file.is_file() else None
 
     def run(self) -> bool:
-        """Run the job in a process of its own, unless its result is there.
+        """Run the job, unless its result is there.
 
         Returns:
             Whether there is a result now.
         """
         if self.result() is not None:
             return True
-        partial = self.folder.with_name(f"{self.folder.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "saflex_lightning.train"]
-        command += [*BENCHES[self.bench].overrides, *METHODS[self.method], f"seed={self.seed}"]
-        command += BENCHES[self.bench].strength if self.method != "no_aug" else ()
-        command += [f"hydra.run.dir='{partial}'", "trainer.enable_progress_bar=false"]
-        with (partial / "log.txt").open("w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-        if code or not (partial / "result.json").is_file():
-            print(f"failed: {self.name}; see {partial / 'log.txt'}", flush=True)
+        partial_folder = self.folder.with_name(f"{self.folder.name}.partial")
+        partial_folder.mkdir(parents=True, exist_ok=True)
+        log = partial_folder / "log.txt"
+        with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            done = self._train(partial_folder)
+        if not done:
+            print(f"failed: {self.name}; see {log}", flush=True)
             return False
-        partial.rename(self.folder)  # a folder of this name always holds a finished run
+        partial_folder.rename(self.folder)  # a folder of this name always holds a finished run
         print(f"done: {self.name}", flush=True)
+        return True
+
+    def _train(self, output_dir: Path) -> bool:
+        """Train in this process; an error goes to the log and ends this job alone."""
+        try:
+            with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
+                cfg = compose("train", [*self.overrides(), f"output_dir='{output_dir}'"])
+            train(cfg)
+        except Exception:
+            traceback.print_exc()
+            return False
         return True
 
 
@@ -170,11 +135,13 @@ class Difference:
     Attributes:
         mean: In percentage points.
         half_width: None for a single pair.
+        standard_error: Of the mean; None for a single pair.
         pairs: How many.
     """
 
     mean: float
     half_width: float | None
+    standard_error: float | None
     pairs: int
 
     @classmethod
@@ -184,11 +151,15 @@ class Difference:
         Args:
             values: One difference per pair, in points; at least one.
         """
-        half = None
+        half = error = None
         if len(values) > 1:
             error = statistics.stdev(values) / len(values) ** 0.5
             half = float(student.ppf(0.975, len(values) - 1)) * error
-        return cls(statistics.mean(values), half, len(values))
+        return cls(statistics.mean(values), half, error, len(values))
+
+    def is_below(self) -> bool:
+        """Return whether the mean is below zero by more than its standard error."""
+        return self.mean < -(self.standard_error or 0.0)
 
     def __str__(self) -> str:
         width = "" if self.half_width is None else f" ± {self.half_width:.2f}"
@@ -250,19 +221,21 @@ def chosen_by_validation(methods: dict[str, dict[int, dict]], metric: str) -> di
     }
 
 
-def make_rivals(methods: dict[str, dict[int, dict]], metric: str) -> dict[str, dict[int, float]]:
-    """Return the points of everything the default is compared with.
+def read_points(methods: dict[str, dict[int, dict]], name: str, metric: str) -> dict[int, float]:
+    """Return the points of a method, or of the rival that is chosen by validation.
 
     Args:
         methods: Results of one bench by method and seed.
+        name: A method or `BEST`.
         metric: Key of ``result.json``.
     """
-    rivals = {name: points(methods.get(name, {}), metric) for name in RIVALS}
-    return rivals | {"max(no_aug, upstream)": chosen_by_validation(methods, metric)}
+    if name == BEST:
+        return chosen_by_validation(methods, metric)
+    return points(methods.get(name, {}), metric)
 
 
-def format_tables(scores: Scores) -> str:
-    """Return Markdown: each bench's methods, then the default's differences over benches.
+def format_methods(scores: Scores) -> list[str]:
+    """Return a Markdown table: every method on every bench that has a result.
 
     Args:
         scores: What `read_scores` returns.
@@ -271,10 +244,12 @@ def format_tables(scores: Scores) -> str:
     lines.append("|" + "---|" * 6)
     for bench, methods in scores.items():
         metric = BENCHES[bench].metric
-        upstream = points(methods.get("upstream", {}), metric)
-        for method in METHODS:
+        upstream = read_points(methods, "upstream", metric)
+        for method, settings in METHODS.items():
+            if BENCHES[bench].kind not in settings.kinds:
+                continue
             row = f"| {bench} | {BENCHES[bench].role} | {metric} | {method} |"
-            values = points(methods.get(method, {}), metric)
+            values = read_points(methods, method, metric)
             if not values:
                 lines.append(f"{row} not measured | |")
                 continue
@@ -282,27 +257,63 @@ def format_tables(scores: Scores) -> str:
             mean = statistics.mean(values.values())
             difference = compare(values, upstream) if method != "upstream" else None
             lines.append(f"{row} {mean:.2f}{spread} ({len(values)}) | {difference or ''} |")
-    lines += ["", f"`{DEFAULT}` against its rivals, paired by seed:", ""]
-    names = [*RIVALS, "max(no_aug, upstream)"]
-    lines += ["| bench | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    return lines
+
+
+def format_pairs(scores: Scores) -> list[str]:
+    """Return Markdown tables of paired differences over benches, one for each role.
+
+    Args:
+        scores: What `read_scores` returns.
+    """
+    lines = []
     for role in ("selection", "confirmation"):
-        means: dict[str, list[float]] = {name: [] for name in names}
-        for bench, methods in scores.items():
-            metric = BENCHES[bench].metric
-            values = points(methods.get(DEFAULT, {}), metric)
-            if BENCHES[bench].role != role or not values:
-                continue
+        lines += ["", f"Over {role} benches:", ""]
+        lines += ["| method | rival | mean ± 95 % (benches) | worst bench | below by > 1 s.e. |"]
+        lines += ["|" + "---|" * 5]
+        benches = [bench for bench in scores if BENCHES[bench].role == role]
+        for method, rival in PAIRS:
             found = {
-                name: compare(values, rival) for name, rival in make_rivals(methods, metric).items()
+                bench: difference
+                for bench in benches
+                if (difference := compare_on(bench, scores[bench], method, rival))
             }
-            for name, difference in found.items():
-                if difference:
-                    means[name].append(difference.mean)
-            cells = [str(found[name] or "not measured") for name in names]
-            lines.append(f"| {bench} ({role}) | " + " | ".join(cells) + " |")
-        cells = [str(Difference.of(means[name])) if means[name] else "" for name in names]
-        lines.append(f"| **mean over {role} benches** | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            if not found:
+                lines.append(f"| {method} | {rival} | not measured | | |")
+                continue
+            mean = Difference.of([difference.mean for difference in found.values()])
+            worst = min(found, key=lambda bench: found[bench].mean)
+            below = [bench for bench, difference in found.items() if difference.is_below()]
+            lines.append(
+                f"| {method} | {rival} | {mean} | {worst} {found[worst]} "
+                f"| {', '.join(below) or 'none'} |"
+            )
+    return lines
+
+
+def compare_on(
+    bench: str, methods: dict[str, dict[int, dict]], method: str, rival: str
+) -> Difference | None:
+    """Return the paired difference of two methods on one bench; None without a common seed.
+
+    Args:
+        bench: Name of the bench.
+        methods: Its results by method and seed.
+        method: Name of the first.
+        rival: Name of the second, or `BEST`.
+    """
+    metric = BENCHES[bench].metric
+    first, second = (read_points(methods, name, metric) for name in (method, rival))
+    return compare(first, second)
+
+
+def format_tables(scores: Scores) -> str:
+    """Return Markdown: differences over benches, then each bench's methods.
+
+    Args:
+        scores: What `read_scores` returns.
+    """
+    return "\n".join([*format_pairs(scores), "", *format_methods(scores)]).strip()
 
 
 def run_missing(args: argparse.Namespace) -> bool:
@@ -316,17 +327,23 @@ def run_missing(args: argparse.Namespace) -> bool:
     """
     benches = args.benches or [n for n, bench in BENCHES.items() if bench.tier == args.tier]
     jobs = [
-        Job(bench, method, seed, args.root)
+        Job(bench, method, seed, args.root, args.data)
         for seed in args.seeds  # complete one seed everywhere before the next
         for bench in benches
         for method in args.methods
+        if BENCHES[bench].kind in METHODS[method].kinds
     ]
-    minutes = sum(BENCHES[job.bench].minutes for job in jobs if job.result() is None)
-    print(f"{len(jobs)} jobs, at most {minutes:.0f} minutes of one process", flush=True)
-    if args.jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        return all(list(pool.map(Job.run, jobs)))
+    missing = sorted({text for job in jobs if (text := job.missing())})
+    for text in missing:
+        print(f"left out: {text}", flush=True)
+    jobs = [job for job in jobs if not job.missing() and job.result() is None]
+    minutes = sum(BENCHES[job.bench].minutes for job in jobs)
+    print(f"{len(jobs)} jobs, at most {minutes:.0f} minutes of one core", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    limit = partial(torch.set_num_threads, threads)
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), limit) as pool:
+        done = list(pool.map(Job.run, jobs))
+    return all(done) and not missing
 
 
 def main() -> None:
@@ -339,9 +356,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--root", type=Path, default=Path("outputs/accuracy"), help="of all runs")
+    parser.add_argument(
+        "--data", type=Path, default=Path("outputs/accuracy_data"), help="folder of data files"
+    )
     parser.add_argument("--save", type=Path, help="write the tables (.md) and all results (.json)")
     args = parser.parse_args()
-    args.root = args.root.resolve()
+    args.root, args.data = args.root.resolve(), args.data.resolve()
     complete = run_missing(args) if args.what == "run" else True
     scores = read_scores(args.root)
     tables = format_tables(scores)

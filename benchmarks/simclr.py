@@ -17,10 +17,10 @@ from saflex_lightning.recipes.contrastive import fit_linear_probe
 from saflex_lightning.recipes.contrastive.simclr import (
     SimCLR,
     TwoViewsDataModule,
-    make_small_encoder,
 )
 from saflex_lightning.recipes.medmnist import read_medmnist
 from saflex_lightning.recipes.quiet import silence_hints
+from saflex_lightning.recipes.small_cnn import make_small_encoder
 
 ROWS = {
     "random features": None,

@@ -1,23 +1,27 @@
 """The accuracy benchmark: its arithmetic, its tables, and one real run that is not repeated."""
 
-import importlib.util
+import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers.configs import compose_config
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "accuracy.py"
+from saflex_lightning.recipes.medmnist import read_medmnist
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def accuracy():
-    spec = importlib.util.spec_from_file_location("accuracy_benchmark", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("accuracy")
+        for name in ("accuracy", "registry"):
+            patch.delitem(sys.modules, name)
 
 
 def result(test, val=0.5):
@@ -47,33 +51,95 @@ def test_rival_is_chosen_on_validation_rows_even_where_it_tests_worse(accuracy):
     assert accuracy.chosen_by_validation(methods, "test_accuracy") == {1: 60.0, 2: 80.0}
 
 
+def make_bench(*overrides, role="selection", **settings):
+    bench = sys.modules["registry"].Bench
+    return bench(overrides, "test_accuracy", role, 1.0, **settings)
+
+
 def test_tables_keep_selection_and_confirmation_apart_and_name_what_is_missing(
     accuracy, monkeypatch
 ):
-    bench = accuracy.Bench((), "test_accuracy", "selection", "cpu", 1.0)
-    other = accuracy.Bench((), "test_accuracy", "confirmation", "cpu", 1.0)
+    bench, other = make_bench(), make_bench(role="confirmation")
     monkeypatch.setattr(accuracy, "BENCHES", {"chosen": bench, "first": other, "second": other})
     scores = {
         "chosen": {"robust": {1: result(0.9)}, "upstream": {1: result(0.1)}},
-        "first": {"robust": {1: result(0.82)}, "upstream": {1: result(0.80)}},
+        "first": {
+            "robust": {1: result(0.82)},
+            "upstream": {1: result(0.80)},
+            "no_aug": {1: result(0.83)},
+        },
         "second": {"robust": {1: result(0.84)}, "upstream": {1: result(0.80)}},
     }
     tables = accuracy.format_tables(scores)
     assert "| first | confirmation | test_accuracy | robust | 82.00 (1) | +2.00 (1) |" in tables
-    assert "| first | confirmation | test_accuracy | no_aug | not measured | |" in tables
+    assert "| second | confirmation | test_accuracy | no_aug | not measured | |" in tables
+    selection, confirmation = tables.split("Over confirmation benches:")
+    assert "| robust | upstream | +80.00 (1) | chosen +80.00 (1) | none |" in selection
     # Two benches, +2 and +4: t with 1 degree of freedom is 12.706, the standard error 1.
-    assert "| **mean over confirmation benches** | +3.00 ± 12.71 (2) |" in tables
-    assert "| **mean over selection benches** | +80.00 (1) |" in tables
+    assert "| robust | upstream | +3.00 ± 12.71 (2) | first +2.00 (1) | none |" in confirmation
+    assert "| robust | no_aug | -1.00 (1) | first -1.00 (1) | first |" in confirmation
+    assert "| robust | paper | not measured | | |" in confirmation
 
 
-def test_every_choice_named_in_the_registry_exists(accuracy):
-    configs = Path(FILE).parents[1] / "src/saflex_lightning/configs"
-    overrides = [*(b.overrides for b in accuracy.BENCHES.values()), *accuracy.METHODS.values()]
-    chosen = [item.split("=") for items in overrides for item in items]
-    groups = [(group, name) for group, name in chosen if (configs / group).is_dir()]
-    assert {group for group, _ in groups} >= {"method", "augmentation"}
-    for group, name in groups:
-        assert (configs / group / f"{name}.yaml").is_file(), f"{group}={name}"
+def test_a_bench_is_below_where_the_mean_is_by_more_than_its_standard_error(accuracy):
+    assert not accuracy.Difference.of([-3.0, 1.0]).is_below()  # -1 ± 2
+    assert accuracy.Difference.of([-3.0, -1.0]).is_below()  # -2 ± 1
+
+
+def all_jobs(accuracy, folder):
+    return [
+        (accuracy.Job(name, method, 1, folder, folder), bench)
+        for name, bench in accuracy.BENCHES.items()
+        for method, settings in accuracy.METHODS.items()
+        if bench.kind in settings.kinds
+    ]
+
+
+def test_every_method_composes_on_every_bench_that_it_serves(accuracy, tmp_path):
+    jobs = all_jobs(accuracy, tmp_path)
+    assert {job.bench for job, _ in jobs} == set(accuracy.BENCHES)
+    assert {job.method for job, _ in jobs} == set(accuracy.METHODS)
+    # A method is composed by the same groups whatever the bench, and the other way round.
+    firsts = {key: job for job, bench in reversed(jobs) for key in ((job.method, bench.kind),)}
+    firsts |= {job.bench: job for job, _ in jobs if job.method == "robust"}
+    for job in firsts.values():
+        assert compose_config(tmp_path, *job.overrides()).seed == 1
+
+
+def test_what_a_bench_lacks_is_named_with_the_way_to_get_it(accuracy, tmp_path):
+    job = accuracy.Job("fashion_few_crop", "robust", 3, tmp_path, tmp_path)
+    message = job.missing()
+    assert message.startswith(f"fashion_few_crop needs {tmp_path}/few_shot/fashion_3.npz: python")
+    assert f"{tmp_path}/few_shot/fashion --seeds 3" in message
+    Path(job.fill(accuracy.BENCHES[job.bench].needs)).parent.mkdir()
+    Path(job.fill(accuracy.BENCHES[job.bench].needs)).touch()
+    assert job.missing() is None
+
+
+def test_few_images_of_each_class_are_drawn_from_the_split_of_their_name(tmp_path):
+    rng = np.random.default_rng(0)
+    source = {}
+    for split, first in (("train", 0), ("val", 100), ("test", 200)):
+        source[f"{split}_labels"] = rng.permutation(np.repeat(np.arange(3), 20))[:, None]
+        pixels = first + np.arange(60, dtype=np.uint8)
+        source[f"{split}_images"] = np.broadcast_to(pixels[:, None, None, None], (60, 28, 28, 3))
+    np.savez(tmp_path / "source.npz", **source)
+    command = [sys.executable, str(BENCHMARKS / "make_few_shot.py"), str(tmp_path / "source.npz")]
+    sizes = ["--train", "5", "--val", "2", "--test", "4", "--seeds", "1", "2"]
+    subprocess.run([*command, str(tmp_path / "few"), *sizes], check=True, capture_output=True)
+    drawn = []
+    for seed in (1, 2):
+        splits = read_medmnist(tmp_path / f"few_{seed}.npz", num_classes=3)
+        for name, per_class in (("train", 5), ("val", 2), ("test", 4)):
+            images, target = splits[name]
+            assert target.bincount().tolist() == [per_class] * 3
+            first = {"train": 0, "val": 100, "test": 200}[name]
+            rows = images[:, 0, 0, 0].long() - first  # a pixel says which row it is
+            assert len(rows.unique()) == len(rows)
+            assert (source[f"{name}_labels"].ravel()[rows] == target.numpy()).all()
+            drawn.append(rows.tolist())
+    assert drawn[0] != drawn[3]  # training rows of another seed
+    assert drawn[2] == drawn[5]  # the same test rows
 
 
 def test_a_finished_run_is_not_repeated(accuracy, monkeypatch, tmp_path):
@@ -83,8 +149,7 @@ def test_a_finished_run_is_not_repeated(accuracy, monkeypatch, tmp_path):
         "model.schedule=constant",
     )
     overrides += ("+trainer.limit_test_batches=1", "+trainer.limit_val_batches=1")
-    bench = accuracy.Bench(overrides, "test_accuracy", "selection", "cpu", 1.0)
-    monkeypatch.setattr(accuracy, "BENCHES", {"tiny": bench})
+    monkeypatch.setattr(accuracy, "BENCHES", {"tiny": make_bench(*overrides)})
     job = accuracy.Job("tiny", "upstream", 1, tmp_path)
     assert job.result() is None
     assert job.run()
@@ -99,8 +164,7 @@ def test_a_finished_run_is_not_repeated(accuracy, monkeypatch, tmp_path):
 
 
 def test_a_failed_run_leaves_its_log_and_no_result(accuracy, monkeypatch, tmp_path, capsys):
-    bench = accuracy.Bench(("no_such_key=1",), "test_accuracy", "selection", "cpu", 1.0)
-    monkeypatch.setattr(accuracy, "BENCHES", {"broken": bench})
+    monkeypatch.setattr(accuracy, "BENCHES", {"broken": make_bench("no_such_key=1")})
     job = accuracy.Job("broken", "upstream", 1, tmp_path)
     assert not job.run()
     assert job.result() is None

@@ -5,6 +5,7 @@ from saflex_lightning.recipes.data import MedMNISTDataModule
 from saflex_lightning.recipes.generated import GeneratedDataModule
 from saflex_lightning.recipes.resnet import ResNet18
 from saflex_lightning.recipes.resnet50 import ResNet50
+from saflex_lightning.recipes.small_cnn import SmallCNN
 from saflex_lightning.recipes.tabular import SAINT, TabularDataModule, TabularMLP
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MedMNISTDataModule",
     "ResNet18",
     "ResNet50",
+    "SmallCNN",
     "TabularDataModule",
     "TabularMLP",
 ]

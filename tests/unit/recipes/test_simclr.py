@@ -11,9 +11,9 @@ from saflex_lightning.recipes.contrastive import fit_linear_probe
 from saflex_lightning.recipes.contrastive.simclr import (
     SimCLR,
     TwoViewsDataModule,
-    make_small_encoder,
 )
 from saflex_lightning.recipes.medmnist import read_medmnist
+from saflex_lightning.recipes.small_cnn import make_small_encoder
 
 
 @pytest.fixture(scope="module")

@@ -16,22 +16,9 @@ from saflex_lightning.recipes.batches import EpochSampler, normalize
 from saflex_lightning.recipes.medmnist import read_medmnist
 from saflex_lightning.recipes.resumable import ResumableLoader
 
-__all__ = ["SimCLR", "TwoViewsDataModule", "make_small_encoder"]
+__all__ = ["SimCLR", "TwoViewsDataModule"]
 
 Views = tuple[Tensor, Tensor]
-
-
-def make_small_encoder(width: int = 32) -> nn.Sequential:
-    """Return a small convolutional encoder for colour images of about 28 pixels.
-
-    Args:
-        width: Channels of the first of three convolutions; features are four times as many.
-    """
-    layers: list[nn.Module] = []
-    for before, after in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class SimCLR(SAflexMixin, L.LightningModule):

@@ -145,7 +145,7 @@ def test_shipped_four_gpu_file_runs_on_two_cpu_processes(python, strategy, tmp_p
     assert "saflex/effective_fraction" in written.read_text()
     assert "val/auroc" in written.read_text()
     checkpoints = {path.name for path in written.parents[1].glob("checkpoints/*")}
-    assert checkpoints == {"epoch=0-step=2.ckpt", "last.ckpt"}
+    assert checkpoints == {"best.ckpt", "last.ckpt"}
 
 
 def write_program(path, text):

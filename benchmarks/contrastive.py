@@ -128,16 +128,16 @@ def make_trainer(epochs, *callbacks):
     )
 
 
-def run(row, seed, epochs, target, steering_loss):
+def run(row, seed, given):
     """Train one row; return test metrics before, after, and with ensembled weights."""
     augmentation, batch, saflex = ROWS[row]
     L.seed_everything(seed, verbose=False)
-    settings = {"lr": 1e-3, "weight_decay": 0.2, "warmup_steps": 18}
+    settings = {"lr": given.lr, "weight_decay": 0.2, "warmup_steps": 18}
     if row == "LP-FT":
         model = TowerClassifier(PackagedEncoders(), len(NAMES), **settings)
         callbacks = [FitHeadFirst()]
     else:
-        settings.update(target=target, steering_loss=steering_loss)
+        settings.update(target=given.target, steering_loss=given.steering_loss)
         model = ContrastiveTuner(PackagedEncoders(), NAMES, TEMPLATES, **settings)
         callbacks = [] if saflex is None else [SAflexCallback(**saflex)]
     data = MedMNISTDataModule(augmentation=augmentation, batch=batch, seed=seed)
@@ -145,7 +145,7 @@ def run(row, seed, epochs, target, steering_loss):
     evaluation = make_trainer(1)
     before = evaluation.test(model, data, verbose=False)[0]
     begun = time.perf_counter()
-    trainer = make_trainer(epochs, *callbacks, trained, ensembling)
+    trainer = make_trainer(given.epochs, *callbacks, trained, ensembling)
     trainer.fit(model, datamodule=data)
     mixed = evaluation.test(model, data, verbose=False)[0]
     model.load_state_dict(trained.state)
@@ -176,18 +176,19 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--target", choices=["diagonal", "same_class"], default="diagonal")
     parser.add_argument("--steering-loss", choices=["classes", "pairs"], default="classes")
-    settings = parser.parse_args()
+    parser.add_argument("--lr", type=float, default=1e-3)
+    given = parser.parse_args()
     silence_hints()
     results = []
-    for seed in settings.seeds:
-        for row in settings.rows:
-            result = run(row, seed, settings.epochs, settings.target, settings.steering_loss)
+    for seed in given.seeds:
+        for row in given.rows:
+            result = run(row, seed, given)
             print(json.dumps(result), flush=True)
             results.append(result)
     print(
         "\n| row | test macro F1 | ensembled | alpha | seconds of training |\n|---|---|---|---|---|"
     )
-    for row in settings.rows:
+    for row in given.rows:
         mine = [result for result in results if result["row"] == row]
         cells = [
             ", ".join(f"{100 * result['f1']:.1f}" for result in mine),

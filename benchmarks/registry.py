@@ -238,7 +238,6 @@ NOTHING_HELD_OUT = (
     "+trainer.limit_val_batches=0",
 )
 KEPT = "+callbacks.saflex.label_rule=keep"
-ONES = "+callbacks.saflex.weight_rule=ones"
 DEFAULT = "robust"
 METHODS = {
     "no_aug": Method(("method=no_aug",), augments=False),
@@ -246,7 +245,7 @@ METHODS = {
     "uniform": Method(("method=uniform",)),
     "robust": Method(("method=saflex_robust",)),
     "paper": Method(("method=saflex_paper",)),
-    "gates": Method(("method=saflex_gates", ONES, KEPT)),
+    "gates": Method(("method=gates_only",)),
     "gates + robust": Method(("method=saflex_gates",)),
     "uniform, train + val": Method(("method=train_plus_val",)),
     "robust, nothing held out": Method(("method=saflex_robust", *NOTHING_HELD_OUT)),
@@ -254,12 +253,13 @@ METHODS = {
     "no_aug, train + val": Method(
         ("method=no_aug", "data.merge_val=true", "+trainer.limit_val_batches=0"), augments=False
     ),
-    "gates, nothing held out": Method(("method=saflex_gates", ONES, KEPT, *NOTHING_HELD_OUT)),
+    "gates, nothing held out": Method(("method=gates_only", *NOTHING_HELD_OUT)),
     "robust, steered by train": Method(("method=saflex_robust", "data.steering=train")),
     "robust, labels kept": Method(("method=saflex_robust", KEPT)),
-    "soft labels": Method(("method=saflex_robust", ONES, "+callbacks.saflex.label_rule=softmax")),
+    "soft labels": Method(("method=soft_labels",)),
     "paper, replaced": Method(("method=saflex_paper", "batch=replace")),
-    "label smoothing": Method(("method=uniform", "model.label_smoothing=0.1")),
+    "label smoothing": Method(("method=label_smoothing",)),
+    "small loss": Method(("method=small_loss",)),
     "learning to reweight": Method(("method=learning_to_reweight",)),
     "soft augmentation": Method(("method=soft_augmentation",), kinds=("images",)),
 }

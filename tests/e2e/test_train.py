@@ -20,10 +20,14 @@ from saflex_lightning.recipes.sweep import main as print_sweeps
 from saflex_lightning.recipes.sweep import make_sweep_table, read_results
 from saflex_lightning.train import train
 
-# Choices for tables, not for the images of the main job; see test_tabular.py.
-TABULAR = ("saint", "tabular_cutmix", "tabular_cutmix_columns", "tabular_mlp")
+# Choices for tables and for CLIP, not for the images of the main job; see test_tabular.py and
+# test_clip_configs.py.
+ELSEWHERE = (
+    *("saint", "tabular_cutmix", "tabular_cutmix_columns", "tabular_mlp"),
+    *("clip_vit_b16", "clip_vit_b16_linear", "lp_ft", "zero_shot"),
+)
 GROUPS = {
-    folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in TABULAR)
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in ELSEWHERE)
     for folder in sorted(CONFIGS.iterdir())
     if folder.is_dir() and folder.name not in {"experiment", "lightning_cli", "__pycache__"}
 }
@@ -93,7 +97,7 @@ def test_groups_and_defaults_are_the_ones_the_tests_know(tmp_path):
         and group != "data"
         and choice != "soft_crop_weighted"
         # Weights that are a download, and image folders; tests/e2e/test_experiments.py has these.
-        and choice not in {"clip_vit_b16", "generated", "resnet50"}
+        and choice not in {"generated", "resnet50"}
         and not choice.startswith("ddp_")  # tests/distributed/test_launchers.py has these
     ],
 )

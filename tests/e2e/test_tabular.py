@@ -151,6 +151,22 @@ def test_a_file_of_ones_own(tmp_path):
     assert result["steps"] == 4
 
 
+def targets_that_steer(cfg):
+    """Labels of every validation batch that steers a run."""
+    seen = []
+    model, data = instantiate(cfg.model), instantiate(cfg.data)
+    read = model.saflex_val_batch
+
+    def watch(batch):
+        seen.append(batch[1])
+        return read(batch)
+
+    model.saflex_val_batch = watch
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    instantiate(cfg.trainer, callbacks=callbacks, logger=False).fit(model, datamodule=data)
+    return seen
+
+
 def test_rare_positives_reach_every_steering_batch(tmp_path, monkeypatch):
     path = write_npz(tmp_path / "appetency.npz", make_table(2000, positives=20))
     monkeypatch.setattr(tabular_sets, "_check_facts", lambda *_: None)
@@ -161,18 +177,26 @@ def test_rare_positives_reach_every_steering_batch(tmp_path, monkeypatch):
         *("data.num_numeric=2", "data.cardinalities=[5,4]", "data.steering_batch_size=16"),
         "engine.refresh_every_n_steps=1",
     )
-    seen = []
-    model, data = instantiate(cfg.model), instantiate(cfg.data)
-    read = model.saflex_val_batch
-
-    def watch(batch):
-        seen.append(int(batch[1].sum()))
-        return read(batch)
-
-    model.saflex_val_batch = watch
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    instantiate(cfg.trainer, callbacks=callbacks, logger=False).fit(model, datamodule=data)
+    seen = [int(target.sum()) for target in targets_that_steer(cfg)]
     assert seen == [1] * 10  # of 3 positives in 300 rows: most plain batches of 16 have none
+
+
+def test_all_rows_steer_at_every_refresh(tmp_path):
+    settings = ("engine.refresh_every_n_steps=2", "+callbacks.saflex.val_batch_size=158")
+    cfg = compose_config(tmp_path, "experiment=tabular_mlp", *SHORT, *settings)
+    data = instantiate(cfg.data)
+    data.setup("fit")
+    counts = data.val_dataloader().dataset.target.bincount()
+    seen = targets_that_steer(cfg)
+    assert len(seen) == 2  # of 4 steps
+    assert all(target.bincount().equal(counts) for target in seen)
+
+
+@pytest.mark.slow
+def test_balanced_images_steer(tmp_path):
+    settings = ("data.steering_draw=balanced", "data.steering_batch_size=16", "engine=head")
+    cfg = compose_config(tmp_path, *settings, "data.batch_size=4", "debug=fast")
+    assert [target.bincount().tolist() for target in targets_that_steer(cfg)] == [[2] * 8]
 
 
 def test_a_resumed_run_draws_the_steering_batches_of_an_uninterrupted_one(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.training import Classifier, fit, make_loader, make_rows, make_trainer, seeded
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 from saflex_lightning import SAflexCallback, SAflexWarning
@@ -136,6 +137,36 @@ def test_order_of_sources():
     callback = SAflexCallback()
     make_trainer(callback).fit(seeded(Hooked), Data(hook=False))
     assert steering_rows(callback) is given.dataset
+
+
+def test_a_batch_of_all_rows_is_the_whole_set_once_per_refresh():
+    """The gradient that steers is then that of the mean loss over the whole validation set."""
+    seen, norms, expected = [], [], []
+
+    class Watched(Classifier):
+        def saflex_val_batch(self, batch):
+            seen.append(batch[0][:, 0].sort().values)
+            return batch
+
+        def training_step(self, batch, batch_idx):
+            loss = cross_entropy(self.net(rows[0]), rows[1])
+            gradient = torch.autograd.grad(loss, list(self.net.parameters()))
+            expected.append(torch.cat([part.flatten() for part in gradient]).norm())
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            norms.append(self.trainer.callback_metrics["saflex/val_gradient_norm"])
+
+    data = Data()
+    data.rows = TensorDataset(*make_rows(40, seed=11, dtype=torch.float64))
+    data.train_dataloader = lambda: make_loader(shuffle=True, dtype=torch.float64)
+    rows = data.rows.tensors
+    callback = SAflexCallback(preset="paper", val_batch_size=40, refresh_every_n_steps=2)
+    module = seeded(lambda: Watched(plain=True, dtype=torch.float64))
+    make_trainer(callback, limit_val_batches=0).fit(module, data)
+    assert len(seen) == 4  # of 8 steps
+    assert all(values.equal(rows[0][:, 0].sort().values) for values in seen)
+    torch.testing.assert_close(torch.stack(norms[::2]), torch.stack(expected[::2]))
 
 
 def test_falling_back_on_the_trainers_rows_warns_once():

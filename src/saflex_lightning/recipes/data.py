@@ -21,10 +21,12 @@ from saflex_lightning.recipes.batches import (
     collate_rows,
 )
 from saflex_lightning.recipes.loaders import (
+    SteeringDraw,
     check_shares,
     check_sizes,
     check_steering,
     loader_options,
+    make_steering_loader,
     make_train_loader,
 )
 from saflex_lightning.recipes.medmnist import Split, read_medmnist
@@ -90,11 +92,15 @@ class MedMNISTDataModule(L.LightningDataModule):
             augmented rows only.
         batch_size: Clean images per step and process; a union batch has twice as many rows. The
             number of steps per epoch does not depend on ``batch``.
-        eval_batch_size: Images per validation, test or steering batch and process.
+        eval_batch_size: Images per validation, test or plain steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` the official validation split, ``"split"`` a
             stratified part of the training split, which is then not trained on, ``"train"`` the
             clean training rows.
         steering_fraction: Share of the training split that ``"split"`` takes, in (0, 1).
+        steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
+            every batch has rows of every class, in shares like those of the data but at least one;
+            ``"balanced"``: as many of each class.
+        steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
         merge_val: Train on the validation split too. Then there are no validation rows: nothing
             can be selected on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
         seed: Seed of the order of the rows, of the augmentation and of the split.
@@ -129,6 +135,8 @@ class MedMNISTDataModule(L.LightningDataModule):
         eval_batch_size: int = 256,
         steering: Literal["val", "split", "train"] = "val",
         steering_fraction: float = 0.2,
+        steering_draw: SteeringDraw = "plain",
+        steering_batch_size: int = 32,
         merge_val: bool = False,
         seed: int = 0,
         num_workers: int = 0,
@@ -136,7 +144,12 @@ class MedMNISTDataModule(L.LightningDataModule):
         super().__init__()
         check_choice("dataset", dataset, get_args(SetName))
         check_choice("augmentation", augmentation, get_args(AugmentationName))
-        check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
+        check_sizes(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            steering_batch_size=steering_batch_size,
+        )
         check_shares(steering_fraction=steering_fraction)
         facts = MEDMNIST_SETS[dataset.removesuffix("_subset")]
         self.dataset = dataset
@@ -153,6 +166,8 @@ class MedMNISTDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.steering = steering
         self.steering_fraction = steering_fraction
+        self.steering_draw: SteeringDraw = steering_draw
+        self.steering_batch_size = steering_batch_size
         self.merge_val = merge_val
         self.seed = seed
         self.num_workers = num_workers
@@ -219,7 +234,16 @@ class MedMNISTDataModule(L.LightningDataModule):
             MisconfigurationException: If those are validation rows that are trained on.
         """
         check_steering(self.steering, merge_val=self.merge_val)
-        return self._make_loader(self._steering, self.eval_batch_size)
+        return make_steering_loader(
+            self._steering,
+            self._steering.rows.target,
+            draw=self.steering_draw,
+            batch_size=self.steering_batch_size,
+            plain_batch_size=self.eval_batch_size,
+            trainer=self.trainer,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for."""
@@ -229,11 +253,12 @@ class MedMNISTDataModule(L.LightningDataModule):
         """Return the loader of the official validation split; none where it is trained on."""
         if self.merge_val:
             return []
-        return self._make_loader(self._val, self.eval_batch_size)
+        return self._make_loader(self._val)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of the official test split."""
-        return self._make_loader(self._test, self.eval_batch_size)
+        return self._make_loader(self._test)
 
-    def _make_loader(self, dataset: Dataset[Any], size: int) -> DataLoader[Any]:
-        return DataLoader(dataset, size, **loader_options(self.num_workers, self.seed))
+    def _make_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        options = loader_options(self.num_workers, self.seed)
+        return DataLoader(dataset, self.eval_batch_size, **options)

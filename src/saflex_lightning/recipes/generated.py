@@ -30,11 +30,13 @@ from saflex_lightning.recipes.folders import (
     read_class_folders,
 )
 from saflex_lightning.recipes.loaders import (
+    SteeringDraw,
     check_batch_size,
     check_shares,
     check_sizes,
     check_steering,
     loader_options,
+    make_steering_loader,
     make_train_loader,
     mix_seeds,
     process_share,
@@ -73,11 +75,15 @@ class GeneratedDataModule(L.LightningDataModule):
             these in place of those they were made from.
         batch_size: Clean images per step and process; augmented ones come on top in a union. The
             number of steps per epoch does not depend on the augmentation.
-        eval_batch_size: Images per validation, test or steering batch and process.
+        eval_batch_size: Images per validation, test or plain steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` the validation folder, ``"split"`` a stratified
             part of the training images, which neither they nor what was generated from them are
             then trained on, ``"train"`` the clean training images.
         steering_fraction: Share of the training images that ``"split"`` takes, in (0, 1).
+        steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
+            every batch has rows of every class, in shares like those of the data but at least one;
+            ``"balanced"``: as many of each class.
+        steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
         merge_val: Train on the validation images too. Then there are no validation rows: nothing
             can be selected on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
         seed: Seed of the order of the rows, of the draws and of the split.
@@ -106,12 +112,18 @@ class GeneratedDataModule(L.LightningDataModule):
         eval_batch_size: int = 256,
         steering: Literal["val", "split", "train"] = "val",
         steering_fraction: float = 0.2,
+        steering_draw: SteeringDraw = "plain",
+        steering_batch_size: int = 64,
         merge_val: bool = False,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_sizes(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            steering_batch_size=steering_batch_size,
+        )
         check_shares(steering_fraction=steering_fraction)
         for name, value, choices in (
             ("augmentation", augmentation, ("generated", *get_args(AugmentationName))),
@@ -119,6 +131,7 @@ class GeneratedDataModule(L.LightningDataModule):
             ("group_by", group_by, ("prompt", "generator")),
             ("per_class", per_class, ("all", "extra", "real")),
             ("steering", steering, ("val", "split", "train")),
+            ("steering_draw", steering_draw, get_args(SteeringDraw)),
         ):
             check_choice(name, value, choices)
         if generated_per_real <= 0.0:
@@ -152,6 +165,8 @@ class GeneratedDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.steering = steering
         self.steering_fraction = steering_fraction
+        self.steering_draw: SteeringDraw = steering_draw
+        self.steering_batch_size = steering_batch_size
         self.merge_val = merge_val
         self.seed = seed
         self.num_workers = num_workers
@@ -290,7 +305,16 @@ class GeneratedDataModule(L.LightningDataModule):
             MisconfigurationException: If those are validation rows that are trained on.
         """
         check_steering(self.steering, merge_val=self.merge_val)
-        return self._make_loader(self._steering, self.eval_batch_size)
+        return make_steering_loader(
+            self._steering,
+            self._steering.rows.target,
+            draw=self.steering_draw,
+            batch_size=self.steering_batch_size,
+            plain_batch_size=self.eval_batch_size,
+            trainer=self.trainer,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for; needs `setup`."""
@@ -302,11 +326,12 @@ class GeneratedDataModule(L.LightningDataModule):
         """Return the loader of the validation folder; none where it is trained on."""
         if self.merge_val:
             return []
-        return self._make_loader(self._val, self.eval_batch_size)
+        return self._make_loader(self._val)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of the test folder."""
-        return self._make_loader(self._test, self.eval_batch_size)
+        return self._make_loader(self._test)
 
-    def _make_loader(self, dataset: Dataset[Any], size: int) -> DataLoader[Any]:
-        return DataLoader(dataset, size, **loader_options(self.num_workers, self.seed))
+    def _make_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        options = loader_options(self.num_workers, self.seed)
+        return DataLoader(dataset, self.eval_batch_size, **options)

@@ -1,27 +1,33 @@
 """The loaders of the datamodules, and the checks of the settings that they share."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from saflex_lightning.recipes.batches import EpochSampler
 from saflex_lightning.recipes.resumable import ResumableLoader
+from saflex_lightning.recipes.sampling import ClassBatchSampler
 
 __all__ = [
+    "SteeringDraw",
     "check_batch_size",
     "check_shares",
     "check_sizes",
     "check_steering",
     "loader_options",
+    "make_steering_loader",
     "make_train_loader",
     "mix_seeds",
     "process_share",
 ]
+
+SteeringDraw = Literal["plain", "stratified", "balanced"]
 
 
 def process_share(trainer: L.Trainer | None) -> dict[str, int]:
@@ -102,6 +108,53 @@ def make_train_loader(
         drop_last=True,
         **loader_options(num_workers, seed),
     )
+
+
+def make_steering_loader(
+    dataset: Dataset[Any],
+    target: Tensor,
+    *,
+    draw: SteeringDraw,
+    batch_size: int,
+    plain_batch_size: int,
+    trainer: L.Trainer | None,
+    seed: int,
+    num_workers: int,
+) -> DataLoader[Any]:
+    """Return a loader of the rows that steer SAFLEX.
+
+    The callback draws from a plain loader in batches of its own size and order. The others are
+    repeated as they are.
+
+    Args:
+        dataset: The rows.
+        target: Their labels, ``(n,)`` int64.
+        draw: ``"plain"``: in shuffled passes; ``"stratified"``: every batch has rows of every
+            class, in shares like those of the data but at least one; ``"balanced"``: as many of
+            each.
+        batch_size: Rows of a stratified or balanced batch, per process.
+        plain_batch_size: Rows of a plain one.
+        trainer: As for `process_share`.
+        seed: Seed of the order.
+        num_workers: Loader processes.
+
+    Raises:
+        ValueError: If a stratified or balanced batch has fewer rows than there are classes, or a
+            class has no row.
+    """
+    options = loader_options(num_workers, seed)
+    if draw == "plain":
+        return DataLoader(dataset, plain_batch_size, **options)
+    share = process_share(trainer)
+    sampler = ClassBatchSampler(
+        target,
+        batch_size,
+        balanced=draw == "balanced",
+        seed=seed,
+        rank=share["rank"],
+        world_size=share["num_replicas"],
+    )
+    return DataLoader(dataset, batch_sampler=sampler, **options)
 
 
 def check_batch_size(batch_size: int, num_rows: int) -> None:

@@ -190,6 +190,37 @@ class TestSteering:
         assert len(steering) == 299  # a quarter of each class, rounded
         assert not steering & trained
 
+    def test_balanced_batches_hold_as_many_rows_of_each_class(self):
+        settings = {"steering_draw": "balanced", "steering_batch_size": 20}
+        data = set_up(**settings)
+        loader = data.saflex_dataloader()
+        assert loader.dataset is data.val_dataloader().dataset
+        targets = [target for _, target in loader]
+        assert len(targets) == 400 // 20
+        counts = torch.stack([target.bincount(minlength=8) for target in targets])
+        assert counts.eq(counts[0]).all()
+        assert sorted(counts[0].tolist()) == [2] * 4 + [3] * 4
+        # Two processes draw other rows, the same on every run.
+        ranks = []
+        for rank in range(2):
+            data = set_up(**settings)
+            share = {"num_replicas": 2, "rank": rank}
+            data.trainer = SimpleNamespace(distributed_sampler_kwargs=share)
+            ranks.append(data.saflex_dataloader().batch_sampler.rows(0))
+        assert not set(ranks[0]) & set(ranks[1])
+        assert set_up(**settings).saflex_dataloader().batch_sampler.rows(
+            1
+        ) == loader.batch_sampler.rows(1)
+
+    def test_stratified_batches_miss_no_class(self):
+        loader = set_up(steering_draw="stratified", steering_batch_size=10).saflex_dataloader()
+        assert all(target.unique().tolist() == list(range(8)) for _, target in loader)
+
+    def test_batches_smaller_than_the_number_of_classes_are_refused(self):
+        data = set_up(steering_draw="balanced", steering_batch_size=7)
+        with pytest.raises(ValueError, match="`batch_size` to be at least the number of classes"):
+            data.saflex_dataloader()
+
     def test_split_is_stratified_and_follows_its_seed(self):
         target = torch.tensor([0] * 40 + [1] * 10 + [2])
         kept, carved = split_stratified(target, 0.2, seed=0)
@@ -275,6 +306,8 @@ class TestFiles:
         ({"dataset": "chest"}, r"`dataset` to be one of \['blood', .* but got 'chest'"),
         ({"augmentation": "blur"}, r"`augmentation` to be one of \['augmix', .* but got 'blur'"),
         ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
+        ({"steering_batch_size": 0}, "`steering_batch_size` to be at least 1"),
+        ({"steering_draw": "even"}, r"`steering_draw` to be one of \['balanced', .* got 'even'"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -215,6 +215,11 @@ class TestSteering:
         assert len(images) == NUM_REAL
         assert target.bincount().tolist() == [6, 4, 2]
 
+    def test_balanced_batches_hold_as_many_images_of_each_class(self, folders):
+        settings = {"steering": "train", "steering_draw": "balanced", "steering_batch_size": 6}
+        loader = set_up(folders, **settings).saflex_dataloader()
+        assert [target.bincount().tolist() for _, target in loader] == [[2, 2, 2]] * 2
+
     def test_split_takes_images_and_what_was_made_from_them_out_of_training(self, folders):
         data = set_up(folders, steering="split", steering_fraction=0.5, batch_size=6)
         assert data.class_counts().tolist() == [3, 2, 1]

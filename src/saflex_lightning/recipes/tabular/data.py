@@ -1,6 +1,6 @@
 """A tabular set as a Lightning datamodule: training batches and the rows that steer."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -10,13 +10,15 @@ from torch.utils.data import DataLoader, Dataset
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.data import split_stratified
 from saflex_lightning.recipes.loaders import (
+    SteeringDraw,
     check_shares,
     check_sizes,
     check_steering,
     loader_options,
+    make_steering_loader,
     make_train_loader,
-    process_share,
 )
+from saflex_lightning.recipes.options import check_choice
 from saflex_lightning.recipes.tabular.batches import (
     AugmentationName,
     CleanTable,
@@ -26,7 +28,6 @@ from saflex_lightning.recipes.tabular.batches import (
 )
 from saflex_lightning.recipes.tabular.csv_file import Roles
 from saflex_lightning.recipes.tabular.preprocessing import Preprocessing
-from saflex_lightning.recipes.tabular.sampling import ClassBatchSampler
 from saflex_lightning.recipes.tabular.sets import SetName, read_table
 from saflex_lightning.recipes.tabular.table import (
     Table,
@@ -117,7 +118,7 @@ class TabularDataModule(L.LightningDataModule):
         eval_batch_size: int = 1024,
         steering: Literal["val", "split", "train"] = "val",
         steering_fraction: float = 0.2,
-        steering_draw: Literal["plain", "stratified", "balanced"] = "plain",
+        steering_draw: SteeringDraw = "plain",
         steering_batch_size: int = 128,
         merge_val: bool = False,
         seed: int = 0,
@@ -130,6 +131,7 @@ class TabularDataModule(L.LightningDataModule):
             steering_batch_size=steering_batch_size,
         )
         check_shares(steering_fraction=steering_fraction)
+        check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
         self.dataset: SetName | None = dataset
         self.path = path
         self.roles = None
@@ -148,7 +150,7 @@ class TabularDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.steering = steering
         self.steering_fraction = steering_fraction
-        self.steering_draw = steering_draw
+        self.steering_draw: SteeringDraw = steering_draw
         self.steering_batch_size = steering_batch_size
         self.merge_val = merge_val
         self.seed = seed
@@ -218,31 +220,30 @@ class TabularDataModule(L.LightningDataModule):
             MisconfigurationException: If those are validation rows that are trained on.
         """
         check_steering(self.steering, merge_val=self.merge_val)
-        if self.steering_draw == "plain":
-            return self._make_loader(self._steering, batch_size=self.eval_batch_size)
-        share = process_share(self.trainer)
-        sampler = ClassBatchSampler(
+        return make_steering_loader(
+            self._steering,
             self._steering.target,
-            self.steering_batch_size,
-            balanced=self.steering_draw == "balanced",
+            draw=self.steering_draw,
+            batch_size=self.steering_batch_size,
+            plain_batch_size=self.eval_batch_size,
+            trainer=self.trainer,
             seed=self.seed,
-            rank=share["rank"],
-            world_size=share["num_replicas"],
+            num_workers=self.num_workers,
         )
-        return self._make_loader(self._steering, batch_sampler=sampler)
 
     def val_dataloader(self) -> CleanLoader | list[Any]:
         """Return the loader of the validation rows; none where they are trained on."""
         if self.merge_val:
             return []
-        return self._make_loader(self._val, batch_size=self.eval_batch_size)
+        return self._make_loader(self._val)
 
     def test_dataloader(self) -> CleanLoader:
         """Return the loader of the test rows."""
-        return self._make_loader(self._test, batch_size=self.eval_batch_size)
+        return self._make_loader(self._test)
 
-    def _make_loader(self, dataset: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
-        return DataLoader(dataset, **loader_options(self.num_workers, self.seed), **kwargs)
+    def _make_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        options = loader_options(self.num_workers, self.seed)
+        return DataLoader(dataset, self.eval_batch_size, **options)
 
     def _check_model(self, table: Table) -> None:
         found = {

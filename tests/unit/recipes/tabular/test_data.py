@@ -263,6 +263,7 @@ def cutmix(name="cutmix", **settings):
         ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
         ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1"),
         ({"steering_batch_size": 0}, "`steering_batch_size` to be at least 1"),
+        ({"steering_draw": "even"}, r"`steering_draw` to be one of \['balanced', .* got 'even'"),
         (cutmix(num_groups=0), "`num_groups` to be at least 1"),
         ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
         (cutmix(probability=0.0), r"`probability` to be in \(0, 1\], but got 0.0"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from saflex_lightning.recipes.tabular.sampling import ClassBatchSampler, rows_per_class
+from saflex_lightning.recipes.sampling import ClassBatchSampler, rows_per_class
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.standins import write_iwildcam
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from saflex_lightning.recipes.contrastive import IWildCamDataModule
 
@@ -37,6 +38,16 @@ def test_splits_names_and_batches(root):
     assert data.saflex_dataloader().dataset is data.val_dataloader().dataset
     steering = set_up(root, steering="train").saflex_dataloader().dataset
     assert {file.name[:5] for file in steering.rows.images.files} == {"train"}
+
+
+def test_validation_rows_may_be_trained_on(root):
+    data = set_up(root, merge_val=True, steering="train")
+    rows = data.train_dataloader().dataset
+    assert len(rows) == 16
+    assert data.saflex_dataloader().dataset.rows.images.files == rows.rows.images.files
+    assert data.val_dataloader() == []
+    with pytest.raises(MisconfigurationException, match="`steering` to be 'train' or 'split' with"):
+        set_up(root, merge_val=True).saflex_dataloader()
 
 
 def test_labels_without_a_name_are_numbered(root):
@@ -75,6 +86,19 @@ def test_broken_table_is_refused(root, text, message):
     (root / "metadata.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         set_up(root)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"batch": "both"}, r"`batch` to be one of \['replace', 'union'\]"),
+        ({"steering": "split"}, r"`steering` to be one of \['train', 'val'\]"),
+        ({"image_size": 0}, "`image_size` to be at least 1, but got 0"),
+    ],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        IWildCamDataModule("nowhere", **setting)
 
 
 def test_augmentations_that_mix_labels_are_refused():

@@ -19,7 +19,12 @@ from saflex_lightning.recipes.augment import (
 )
 from saflex_lightning.recipes.batches import AugmentedImages, CleanImages, collate_rows
 from saflex_lightning.recipes.folders import FileImages
-from saflex_lightning.recipes.loaders import loader_options, make_train_loader
+from saflex_lightning.recipes.loaders import (
+    check_sizes,
+    check_steering,
+    loader_options,
+    make_train_loader,
+)
 from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.options import check_choice
 
@@ -49,11 +54,13 @@ class IWildCamDataModule(L.LightningDataModule):
         batch_size: Clean images per step and process; a union batch has twice as many rows.
         eval_batch_size: Images per validation, test or steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` or ``"train"`` (clean training rows).
+        merge_val: Train on the validation rows too. Then there are none: nothing can be selected
+            on them, and SAFLEX needs ``steering`` ``"train"``.
         seed: Seed of the order of the rows and of the augmentation.
         num_workers: Loader processes.
 
     Raises:
-        ValueError: If a setting is not one of its choices.
+        ValueError: If a setting is out of its range.
     """
 
     def __init__(
@@ -68,12 +75,15 @@ class IWildCamDataModule(L.LightningDataModule):
         batch_size: int = 256,
         eval_batch_size: int = 256,
         steering: Literal["val", "train"] = "val",
+        merge_val: bool = False,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         check_choice("augmentation", augmentation, get_args(AugmentationName))
+        check_choice("batch", batch, ("union", "replace"))
         check_choice("steering", steering, ("train", "val"))
+        check_sizes(image_size=image_size, batch_size=batch_size, eval_batch_size=eval_batch_size)
         settings = dict(augmentation_settings or {})
         if augmentation == "soft_crop" or make_mixing(augmentation, 2, settings) is not None:
             raise ValueError(
@@ -88,6 +98,7 @@ class IWildCamDataModule(L.LightningDataModule):
         self.batch: Literal["union", "replace"] = batch
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.steering = steering
+        self.merge_val = merge_val
         self.seed = seed
         self.num_workers = num_workers
         self._is_set_up = False
@@ -99,6 +110,8 @@ class IWildCamDataModule(L.LightningDataModule):
         root = Path(self.root).expanduser()
         self._names = _read_categories(root / "categories.csv", self.num_classes)
         rows = _read_rows(root / "metadata.csv", len(self._names))
+        if self.merge_val:
+            rows["train"] += rows["id_val"]
         self._rows = {name: self._make_split(root / "train", rows[name]) for name in SPLITS}
         self._val = CleanImages(self._rows["id_val"])
         self._tests = [CleanImages(self._rows[name]) for name in ("id_test", "test")]
@@ -138,15 +151,22 @@ class IWildCamDataModule(L.LightningDataModule):
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the loader of the rows that steer SAFLEX, without augmentation."""
+        """Return the loader of the rows that steer SAFLEX, without augmentation.
+
+        Raises:
+            MisconfigurationException: If those are validation rows that are trained on.
+        """
+        check_steering(self.steering, merge_val=self.merge_val)
         return self._make_loader(self._steering)
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for."""
         return augmentation_group_names(self.augmentation, self.augmentation_settings)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the loader of validation rows in distribution."""
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+        """Return the loader of validation rows in distribution; none where it is trained on."""
+        if self.merge_val:
+            return []
         return self._make_loader(self._val)
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:

@@ -41,11 +41,16 @@ PAIRS = (  # what is compared, and with which rival
     ("gates", "upstream"),
     ("gates", BEST),
     ("gates", "uniform"),
+    ("gates + robust", "upstream"),
+    ("gates + robust", BEST),
+    ("gates + robust", "uniform"),
     ("gates + robust", "gates"),
+    *((method, DEFAULT) for method, settings in METHODS.items() if settings.is_ablation),
     (f"{DEFAULT}, nothing held out", "uniform, train + val"),
     (f"{DEFAULT}, nothing held out", "upstream, train + val"),
     (f"{DEFAULT}, nothing held out", "no_aug, train + val"),
     ("gates, nothing held out", "uniform, train + val"),
+    ("gates + robust, nothing held out", "uniform, train + val"),
 )
 
 
@@ -72,7 +77,10 @@ class Job:
 
     def fill(self, text: str) -> str:
         """Return a text of the registry for this job's data and seed."""
-        return text.replace("{data}", str(self.data)).replace("{seed}", str(self.seed))
+        known = {"data": self.data, "seed": self.seed, "val_rows": BENCHES[self.bench].val_rows}
+        for name, value in known.items():
+            text = text.replace(f"{{{name}}}", str(value))
+        return text
 
     def overrides(self) -> list[str]:
         """Return what is added to the main job of `saflex-train`."""
@@ -246,7 +254,7 @@ def format_methods(scores: Scores) -> list[str]:
         metric = BENCHES[bench].metric
         upstream = read_points(methods, "upstream", metric)
         for method, settings in METHODS.items():
-            if BENCHES[bench].kind not in settings.kinds:
+            if not settings.serves(BENCHES[bench]):
                 continue
             row = f"| {bench} | {BENCHES[bench].role} | {metric} | {method} |"
             values = read_points(methods, method, metric)
@@ -331,7 +339,7 @@ def run_missing(args: argparse.Namespace) -> bool:
         for seed in args.seeds  # complete one seed everywhere before the next
         for bench in benches
         for method in args.methods
-        if BENCHES[bench].kind in METHODS[method].kinds
+        if METHODS[method].serves(BENCHES[bench])
     ]
     missing = sorted({text for job in jobs if (text := job.missing())})
     for text in missing:
@@ -339,7 +347,7 @@ def run_missing(args: argparse.Namespace) -> bool:
     jobs = [job for job in jobs if not job.missing() and job.result() is None]
     minutes = sum(BENCHES[job.bench].minutes for job in jobs)
     print(f"{len(jobs)} jobs, at most {minutes:.0f} minutes of one core", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // args.jobs)))
     limit = partial(torch.set_num_threads, threads)
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), limit) as pool:
         done = list(pool.map(Job.run, jobs))

@@ -2,7 +2,7 @@
 
 A setting of the library may be chosen on *selection* benches; a claim is made on *confirmation*
 benches alone, and no bench changes sides. In overrides, ``{data}`` stands for the folder of data
-files and ``{seed}`` for the seed of the run.
+files, ``{seed}`` for the seed of the run and ``{val_rows}`` for the number of validation rows.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ class Bench:
         strength: Further overrides, for methods that augment.
         needs: File or folder that must be there; None for data that ships with the package.
         recipe: How to get it.
+        val_rows: Validation rows, for what steers by all of them; selection benches tell.
     """
 
     overrides: tuple[str, ...]
@@ -47,6 +48,7 @@ class Bench:
     strength: tuple[str, ...] = ()
     needs: str | None = None
     recipe: str = ""
+    val_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,32 @@ class Method:
         overrides: Hydra overrides, after those of the bench.
         kinds: Kinds of benches it serves.
         augments: Whether the bench's strength applies.
+        is_ablation: Whether it only helps to choose the default; it runs on the selection benches
+            that tell their `Bench.val_rows`.
     """
 
     overrides: tuple[str, ...]
     kinds: tuple[Kind, ...] = ("images", "table", "pool")
     augments: bool = True
+    is_ablation: bool = False
+
+    def serves(self, bench: Bench) -> bool:
+        """Return whether the method runs on a bench.
+
+        Args:
+            bench: The bench.
+        """
+        chooses = bench.role == "selection" and bench.val_rows is not None
+        return bench.kind in self.kinds and (chooses or not self.is_ablation)
+
+
+def ablation(*overrides: str) -> Method:
+    """Return the default with something changed.
+
+    Args:
+        overrides: What is changed.
+    """
+    return Method(("method=saflex_robust", *overrides), kinds=("images", "table"), is_ablation=True)
 
 
 def blood(augmentation: str, role: Role) -> Bench:
@@ -96,7 +119,8 @@ def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -
     )
     source = "{data}/bloodmnist.npz" if name == "blood" else "/usr/share/datasets/fashion-mnist"
     recipe = FEW_SHOT.replace("{source}", source).replace("{name}", name)
-    return Bench(overrides, "test_accuracy", role, 0.7, needs=file, recipe=recipe)
+    rows = 25 * sizes[0]
+    return Bench(overrides, "test_accuracy", role, 0.7, needs=file, recipe=recipe, val_rows=rows)
 
 
 def tabular(
@@ -110,6 +134,7 @@ def tabular(
     batch_size: int | None = None,
     file: str | None = None,
     minutes: float = 0.5,
+    val_rows: int | None = None,
 ) -> Bench:
     """Return a tabular bench under SAINT's CutMix; the last epoch is tested.
 
@@ -123,6 +148,7 @@ def tabular(
         batch_size: Clean rows per step, instead of 256.
         file: Name in the folder of data files; None for sets that ship with the package.
         minutes: See `Bench`.
+        val_rows: See `Bench`.
     """
     overrides = [f"experiment=tabular_{model}", f"data={data}"]
     overrides += [f"trainer.max_epochs={epochs}"] if epochs else []
@@ -143,6 +169,7 @@ def tabular(
         strength=strength,
         needs=needs,
         recipe=TABLE,
+        val_rows=val_rows,
     )
 
 
@@ -199,7 +226,7 @@ BENCHES = {
     "fashion_few_mixup": few_shot("fashion", "mixup", S),
     "fashion_few_crop": few_shot("fashion", "crop", C),
     # Tables, perceptron.
-    "qsar_mlp": tabular("mlp", "qsar", S),
+    "qsar_mlp": tabular("mlp", "qsar", S, val_rows=158),
     "qsar_mlp_strong": tabular("mlp", "qsar", C, probability=0.3),
     "arrhythmia_mlp": tabular("mlp", "arrhythmia", C),
     "arrhythmia_mlp_strong": tabular("mlp", "arrhythmia", C, probability=0.3),
@@ -208,7 +235,7 @@ BENCHES = {
         "mlp", "shrutime", C, probability=0.3, epochs=30, lr=0.001, file=CHURN
     ),
     "kdd_mlp": tabular("mlp", "appetency", C, epochs=3, lr=0.001, file=KDD),
-    "letter_mlp": tabular("mlp", "letter", S, epochs=25, lr=0.001, file=LETTER),
+    "letter_mlp": tabular("mlp", "letter", S, epochs=25, lr=0.001, file=LETTER, val_rows=2800),
     "letter_mlp_strong": tabular(
         "mlp", "letter", C, probability=0.3, epochs=25, lr=0.001, file=LETTER
     ),
@@ -262,4 +289,12 @@ METHODS = {
     "small loss": Method(("method=small_loss",)),
     "learning to reweight": Method(("method=learning_to_reweight",)),
     "soft augmentation": Method(("method=soft_augmentation",), kinds=("images",)),
+    "gates + robust, nothing held out": Method(("method=saflex_gates", *NOTHING_HELD_OUT)),
+    "robust, whole validation": ablation("+callbacks.saflex.val_batch_size={val_rows}"),
+    "robust, balanced validation": ablation("data.steering_draw=balanced"),
+    "robust, new gradient each step": ablation("engine.refresh_every_n_steps=1"),
+    "robust, no average": ablation("+callbacks.saflex.gradient_decay=0"),
+    "robust, no preconditioner": ablation("+callbacks.saflex.precondition=false"),
+    "robust, not normalized": ablation("+callbacks.saflex.normalize=false"),
+    "robust, head": ablation("engine=head"),
 }

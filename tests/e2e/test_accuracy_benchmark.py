@@ -91,7 +91,7 @@ def all_jobs(accuracy, folder):
         (accuracy.Job(name, method, 1, folder, folder), bench)
         for name, bench in accuracy.BENCHES.items()
         for method, settings in accuracy.METHODS.items()
-        if bench.kind in settings.kinds
+        if settings.serves(bench)
     ]
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
 from saflex_lightning import SAflexCallback, SAflexMixin
+from saflex_lightning.recipes.label_noise import plant_wrong_labels
 from saflex_lightning.row_evidence import RowAverages
 
 CLASSES, POOL, STEER = 10, 1000, 200
@@ -72,9 +73,8 @@ def run(method, seed, noise):
     inputs, target = torch.tensor(inputs).float()[order] / 16, torch.tensor(target)[order]
     parts = [POOL, STEER, len(target) - POOL - STEER]
     (pool, steer, test), (label, steer_label, test_label) = inputs.split(parts), target.split(parts)
-    wrong = torch.rand(POOL, generator=generator) < noise
-    shift = torch.randint(1, CLASSES, (POOL,), generator=generator)
-    given = torch.where(wrong, (label + shift) % CLASSES, label)
+    given = plant_wrong_labels(label, CLASSES, noise, generator)
+    wrong = given != label
     rows = ~wrong if method == "oracle" else torch.ones(POOL, dtype=torch.bool)
 
     pl.seed_everything(seed, verbose=False)
@@ -97,13 +97,14 @@ def run(method, seed, noise):
         accuracy = (module.eval()(test).argmax(1) == test_label).float().mean().item()
     found = {"accuracy": accuracy}
     if method != "oracle":
-        averages = {"inner product": module.inner_products, "probability": module.probabilities}
-        weighing = callback.state_dict()["gathered"]["pool"]
-        if weighing is not None:
-            averages["its own"] = RowAverages()
-            averages["its own"].load_state_dict(weighing)
+        averages = {
+            "inner product": module.inner_products.read(),
+            "probability": module.probabilities.read(),
+            "its own": callback.read_row_evidence(),
+        }
         for name, average in averages.items():
-            found[name] = binary_auroc(average.read().float(), (~wrong).long()).item()
+            if average is not None:
+                found[name] = binary_auroc(average.float(), (~wrong).long()).item()
     return {name: 100 * value for name, value in found.items()}
 
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from .checks import (
     check_fit,
@@ -289,6 +290,19 @@ class SAflexCallback(pl.Callback):
                 "Return the loss that `saflex_loss` computes from the logits of `saflex_forward`."
             )
         self._armed_steps = self._loss_calls = 0
+
+    # Reading what was gathered
+
+    def read_row_evidence(self) -> Tensor | None:
+        """Return how well the label of each row of the pool fits, averaged over the row's visits.
+
+        Returns:
+            ``(largest index + 1,)`` float64 in [0, 1] by `AugmentedBatch.index`, low where the
+            label looks wrong and NaN for rows that were never seen as augmented ones; None
+            without ``row_evidence``.
+        """
+        pool = self._steering.gathered.pool
+        return None if pool is None else pool.read()
 
     # Logging
 

@@ -75,6 +75,14 @@ class PoolRows:
         )
         return torch.where(averages.isfinite(), averages, 1)
 
+    def read(self) -> Tensor:
+        """Return the average of every index.
+
+        Returns:
+            ``(largest index + 1,)`` float64; NaN for rows that were never seen as augmented ones.
+        """
+        return self._averages.read()
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs, equal on every rank.
 

@@ -19,6 +19,7 @@ from helpers.standins import STANDINS
 from hydra.utils import instantiate
 
 from saflex_lightning.recipes.paper import make_paper_tables, paper_cell
+from saflex_lightning.recipes.report import make_run_table
 from saflex_lightning.recipes.sweep import read_results
 from saflex_lightning.train import train
 
@@ -72,7 +73,14 @@ def test_fast_run_on_a_standin(tmp_path, standin, experiment):
             pytest.param(method, marks=pytest.mark.slow)
             for method in (
                 *("label_smoothing", "learning_to_reweight", "no_aug", "saflex_gates"),
-                *("small_loss", "soft_augmentation", "soft_labels", "train_plus_val", "upstream"),
+                *(
+                    "row_evidence",
+                    "small_loss",
+                    "soft_augmentation",
+                    "soft_labels",
+                    "train_plus_val",
+                    "upstream",
+                ),
             )
         ),
     ],
@@ -83,6 +91,22 @@ def test_methods_on_a_pool_of_generated_images(tmp_path, standin, method):
     assert train(cfg)["steps"] == 2
     pooled = method not in {"no_aug", "soft_augmentation"}
     assert (cfg.data.augmentation == "generated") == pooled
+
+
+@pytest.mark.parametrize(
+    "row_evidence",
+    ["discriminant", pytest.param("label_probability", marks=pytest.mark.slow)],
+)
+def test_planted_labels_of_a_pool_are_scored(tmp_path, standin, row_evidence):
+    cfg = compose_config(
+        tmp_path,
+        *standin("blood_generated"),
+        *("method=row_evidence", "data.label_noise=0.4", "++trainer.limit_train_batches=3"),
+        f"callbacks.saflex.row_evidence={row_evidence}",
+    )
+    result = train(cfg)
+    assert 0.0 < result["wrong_label_auroc"] < 1.0
+    assert "AUROC of planted wrong labels" in render(make_run_table(result))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

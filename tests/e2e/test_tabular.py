@@ -61,6 +61,7 @@ def test_the_perceptron_learns_qsar(tmp_path):
     "method",
     [
         *("uniform", "saflex_gates", "train_plus_val", "small_loss", "soft_labels", "gates_only"),
+        pytest.param("row_evidence", marks=pytest.mark.slow),
         pytest.param("label_smoothing", marks=pytest.mark.slow),
         pytest.param("learning_to_reweight", marks=pytest.mark.slow),
     ],

@@ -36,6 +36,7 @@ METHODS = (
     "label_smoothing",
     "learning_to_reweight",
     "no_aug",
+    "row_evidence",
     "saflex_gates",
     "saflex_paper",
     "saflex_robust",
@@ -180,6 +181,7 @@ def test_combinations_compose_and_instantiate(tmp_path, method, augmentation):
         ("soft_labels", "randaugment", "union", "robust"),
         ("saflex_gates", "randaugment", "union", "robust"),
         ("gates_only", "randaugment", "union", "robust"),
+        ("row_evidence", "randaugment", "union", "robust"),
         ("saflex_robust", "randaugment", "union", "robust"),
     ],
 )

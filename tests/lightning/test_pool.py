@@ -86,12 +86,15 @@ def train(module, row_evidence, loader=None, **kwargs):
 )
 def test_wrong_labels_lose_weight(row_evidence, least):
     module = seeded(lambda: Recording(plain=True))
-    train(module, row_evidence)
+    _, callback = train(module, row_evidence)
     made = torch.arange(ROWS) >= ROWS // 4
     assert module.weights[~made].eq(1).all()
     auroc = binary_auroc(module.weights[made], (~WRONG[made]).long()).item()
     assert auroc > least
     assert module.weights[made & WRONG].mean() < 0.6 * module.weights[made & ~WRONG].mean()
+    evidence = callback.read_row_evidence()
+    assert evidence.isnan().equal(~made)
+    assert binary_auroc(evidence[made].float(), (~WRONG[made]).long()).item() > least
 
 
 @pytest.mark.parametrize("row_evidence", ["label_probability", "discriminant"])

@@ -29,6 +29,7 @@ from saflex_lightning.recipes.folders import (
     check_images,
     read_class_folders,
 )
+from saflex_lightning.recipes.label_noise import plant_wrong_labels
 from saflex_lightning.recipes.loaders import (
     SteeringDraw,
     check_batch_size,
@@ -49,6 +50,8 @@ from saflex_lightning.recipes.resumable import ResumableLoader
 
 __all__ = ["GeneratedDataModule"]
 
+_NOISE = 1  # keeps the draw of wrong labels apart from the others of the same seed
+
 
 class GeneratedDataModule(L.LightningDataModule):
     """Image folders with a pool of generated images as the upstream augmentation.
@@ -68,6 +71,9 @@ class GeneratedDataModule(L.LightningDataModule):
             ``generated_per_real`` for each training image (``"real"``).
         generated_per_real: For ``per_class="real"``: generated images per training image.
         redraw: Draw them anew in each epoch; otherwise they are the same in all.
+        label_noise: Share of the generated images that get a wrong label on purpose, in [0, 1), to
+            measure how well it is found; see `plant_wrong_labels`.
+        drop_wrong: Leave those out, as a perfect filter would.
         augmentation: ``"generated"``, or an upstream augmentation that needs no pool.
         augmentation_settings: Keyword values of the transform of that one; None keeps its
             defaults.
@@ -105,6 +111,8 @@ class GeneratedDataModule(L.LightningDataModule):
         per_class: Literal["all", "extra", "real"] = "all",
         generated_per_real: float = 1.0,
         redraw: bool = False,
+        label_noise: float = 0.0,
+        drop_wrong: bool = False,
         augmentation: Literal["generated"] | AugmentationName = "generated",
         augmentation_settings: dict[str, Any] | None = None,
         batch: Literal["union", "replace"] = "union",
@@ -139,6 +147,11 @@ class GeneratedDataModule(L.LightningDataModule):
                 f"Expected `generated_per_real` to be positive, but got {generated_per_real}. Set "
                 "`augmentation` to none to train without generated images."
             )
+        if not 0.0 <= label_noise < 1.0:
+            raise ValueError(
+                f"Expected `label_noise` to be in [0, 1), but got {label_noise}. Pass 0.0 to keep "
+                "the labels of the pool."
+            )
         if augmentation == "generated" and generated is None:
             raise ValueError(
                 "Expected `generated` to name the folder of generated images, but got None. Make "
@@ -158,6 +171,8 @@ class GeneratedDataModule(L.LightningDataModule):
         self.per_class = per_class
         self.generated_per_real = generated_per_real
         self.redraw = redraw
+        self.label_noise = label_noise
+        self.drop_wrong = drop_wrong
         self.augmentation: Literal["generated"] | AugmentationName = augmentation
         self.augmentation_settings = dict(augmentation_settings or {})
         self.batch: Literal["union", "replace"] = batch
@@ -213,16 +228,20 @@ class GeneratedDataModule(L.LightningDataModule):
 
     def _read_pool(self, real: ClassFolders) -> Pool:
         assert self.generated is not None
-        return read_pool(
+        pool = read_pool(
             Path(self.generated).expanduser(),
             real,
             has_sources=self.has_sources,
             group_by=self.group_by,
         )
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, _NOISE))
+        given = plant_wrong_labels(pool.target, len(real.classes), self.label_noise, generator)
+        self._wrong = given != pool.target
+        return pool._replace(target=given)
 
     def _count_wanted(self) -> Tensor:
         classes = self._real.classes
-        found = self._pool.target.bincount(minlength=len(classes))
+        found = self._pool.target[self._usable()].bincount(minlength=len(classes))
         if self.per_class == "all":
             return found
         if self.per_class == "extra":
@@ -250,6 +269,19 @@ class GeneratedDataModule(L.LightningDataModule):
         images = cast("Tensor", FileImages(files, self.image_size))
         return Split(images, folders.target[rows])
 
+    def _usable(self) -> Tensor:
+        return ~self._wrong if self.drop_wrong else torch.ones_like(self._wrong)
+
+    def wrong_rows(self) -> Tensor | None:
+        """Return which rows carry a planted label, by ``AugmentedBatch.index``; needs `setup`.
+
+        Returns:
+            ``(rows,)`` bool; None where no label was planted.
+        """
+        if self.augmentation != "generated" or not self.label_noise:
+            return None
+        return torch.cat([torch.zeros(len(self._real.files), dtype=torch.bool), self._wrong])
+
     def class_counts(self) -> Tensor:
         """Return the number of real training rows of each class, ``(classes,)`` int64."""
         return self._real.target[self._rows].bincount(minlength=len(self._real.classes))
@@ -268,6 +300,7 @@ class GeneratedDataModule(L.LightningDataModule):
                 len(self._real.files),
                 self._pool,
                 self._wanted,
+                usable=self._usable(),
                 redraw=self.redraw,
                 batch=self.batch,
                 batch_size=self.batch_size,

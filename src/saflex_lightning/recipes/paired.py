@@ -67,6 +67,7 @@ class PairedBatches(ResumableSampler):
         num_real: Number of all training images, where the numbers of generated ones begin.
         pool: Generated images.
         wanted: See `draw_pool`.
+        usable: See `draw_pool`; images whose source is not in use are left out too.
         redraw: Draw from the pool in each epoch anew.
         batch: ``"union"`` keeps the clean rows; ``"replace"`` leaves out those that a generated
             row was made from.
@@ -82,6 +83,7 @@ class PairedBatches(ResumableSampler):
         pool: Pool,
         wanted: Tensor,
         *,
+        usable: Tensor,
         redraw: bool,
         batch: Literal["union", "replace"],
         batch_size: int,
@@ -103,7 +105,8 @@ class PairedBatches(ResumableSampler):
         self.batch_size = batch_size
         used = set(rows)
         sources = pool.source.tolist()
-        self.usable = torch.tensor([source < 0 or source in used for source in sources])
+        known = torch.tensor([source < 0 or source in used for source in sources])
+        self.usable = usable & known
 
     def __len__(self) -> int:
         return self.num_samples // self.batch_size

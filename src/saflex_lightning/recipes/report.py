@@ -9,6 +9,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from saflex_lightning.recipes.label_noise import detection_auroc
+
 __all__ = ["RunReport", "make_run_table", "read_report"]
 
 # Metrics that `SAflexCallback` logs at every step; without the callback there are none.
@@ -76,8 +78,10 @@ class RunReport(L.Callback):
         means = {name: float(torch.as_tensor(total)) / steps for name, total in self._sums.items()}
         step_seconds = self._step_seconds / steps
         solve_seconds = means.pop(SOLVE_SECONDS, 0.0)
+        auroc = detection_auroc(trainer)
         return {
             **means,
+            **({} if auroc is None else {"wrong_label_auroc": auroc}),
             "steps": float(trainer.global_step),
             "step_seconds": step_seconds,
             "step_seconds_without_solve": step_seconds - solve_seconds,
@@ -94,8 +98,8 @@ def read_report(metrics: Mapping[str, Tensor]) -> dict[str, Any]:
         metrics: The Trainer's ``callback_metrics`` after the fit.
 
     Returns:
-        Number of optimizer steps, means over the steps of the last epoch and seconds; None for
-        what SAFLEX did not log.
+        Number of optimizer steps, means over the steps of the last epoch, seconds, and
+        `detection_auroc` where labels were planted; None for what SAFLEX did not log.
     """
     logged = {
         name.removeprefix(PREFIX): value.item()
@@ -119,6 +123,7 @@ def make_run_table(result: dict[str, Any]) -> Table:
         "test AUROC (macro, one against the rest)": ("test_auroc", "{:.4f}"),
         "test F1 (macro)": ("test_f1", "{:.4f}"),
         "test F1 (macro), out of distribution": ("test_ood_f1", "{:.4f}"),
+        "AUROC of planted wrong labels": ("wrong_label_auroc", "{:.4f}"),
         "kept fraction (last epoch)": ("kept_fraction", "{:.3f}"),
         "relabelled fraction (last epoch)": ("relabelled_fraction", "{:.3f}"),
         "effective fraction (last epoch)": ("effective_fraction", "{:.3f}"),

@@ -204,6 +204,40 @@ class TestDraws:
         assert len(generated_rows(data)) == NUM_GENERATED
 
 
+class TestLabelNoise:
+    def test_labels_alone_change_and_the_changed_rows_are_told(self, folders):
+        plain, data = set_up(folders), set_up(folders, label_noise=0.4)
+        assert plain.wrong_rows() is None
+        wrong = data.wrong_rows()
+        assert wrong.shape == (NUM_REAL + NUM_GENERATED,)
+        assert not wrong[:NUM_REAL].any()
+        assert 10 < wrong.sum() < 30
+        for one, other in zip(batches(plain), batches(data), strict=True):
+            assert one.inputs.equal(other.inputs)
+            assert one.target.ne(other.target).equal(wrong[other.index])
+            for name in ("augmented", "group", "index", "source"):
+                assert getattr(one, name).equal(getattr(other, name)), name
+        assert data.class_counts().equal(plain.class_counts())
+
+    def test_draw_follows_the_seed(self, folders):
+        rows = [set_up(folders, label_noise=0.4, seed=seed).wrong_rows() for seed in (0, 0, 1)]
+        assert rows[0].equal(rows[1])
+        assert not rows[0].equal(rows[2])
+
+    def test_dropped_rows_are_the_wrong_ones(self, folders):
+        data = set_up(folders, label_noise=0.4, drop_wrong=True)
+        wrong = data.wrong_rows()
+        kept = (~wrong).nonzero().flatten().tolist()
+        assert generated_rows(data) == [row for row in kept if row >= NUM_REAL]
+        # A ratio is drawn among the right ones alone.
+        settings = {"per_class": "real", "generated_per_real": 1.0, "redraw": True}
+        data = set_up(folders, label_noise=0.4, drop_wrong=True, **settings)
+        for epoch in range(3):
+            drawn = generated_rows(data, epoch)
+            assert len(drawn) == NUM_REAL
+            assert not wrong[drawn].any()
+
+
 class TestSteering:
     def test_val_gives_the_dataset_that_validates(self, folders):
         data = set_up(folders)
@@ -415,6 +449,7 @@ def test_truncated_image_is_named_when_it_is_read(own_folders):
         ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
         ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1, but got 0"),
         ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
+        ({"label_noise": 1.0}, r"`label_noise` to be in \[0, 1\), but got 1\.0"),
         ({"generated_per_real": 0.0}, "`generated_per_real` to be positive, but got 0.0"),
         ({"augmentation": "rain"}, r"`augmentation` to be one of \['augmix'.*, but got 'rain'"),
         ({"per_class": "few"}, r"`per_class` to be one of \['all', 'extra', 'real'\]"),

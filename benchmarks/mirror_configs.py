@@ -22,8 +22,11 @@ HEAD = """\
 # experiment={name} of saflex-train for LightningCLI: same classes, same settings.
 # Made by benchmarks/mirror_configs.py; change configs/experiment/{name}.yaml instead.
 #
-#   saflex fit --config configs/lightning_cli/{name}.yaml
+#   saflex fit --config configs/lightning_cli/{name}.yaml{keep}
+#   saflex test --config configs/lightning_cli/{name}.yaml --trainer.logger=false \\
+#     --ckpt_path {weights}
 """
+KEEP = " --trainer.enable_checkpointing=true"
 
 Place = tuple[str, ...]
 
@@ -103,6 +106,15 @@ def write_lines(value: Any, comments: dict[Place, str], place: Place, indent: st
             yield f"{indent}{key}: {text.removesuffix('...').strip()}{comment}"
 
 
+def find_weights(callbacks: dict[str, Any]) -> str | None:
+    """Return the checkpoint that an experiment tests at its end; None where it keeps none."""
+    if "ensembling" in callbacks:
+        return callbacks["ensembling"]["filepath"]
+    if "best" in callbacks:
+        return f"{callbacks['best']['dirpath']}/{callbacks['best']['filename']}.ckpt"
+    return None
+
+
 def make_mirror(experiment: str) -> str:
     """Return the text of an experiment's file for LightningCLI."""
     with initialize_config_module(config_module="saflex_lightning.configs", version_base="1.3"):
@@ -122,7 +134,9 @@ def make_mirror(experiment: str) -> str:
         "data": to_classes(config["data"]),
     }
     lines = write_lines(mirror, comments, (), "")
-    return HEAD.format(name=experiment) + "\n".join(lines) + "\n"
+    weights = find_weights(config["callbacks"])
+    head = HEAD.format(name=experiment, keep="" if weights else KEEP, weights=weights or "FILE")
+    return head + "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -35,13 +35,14 @@ def test_states_are_mixed_entry_by_entry():
     assert mix_states(start, end, 1.0)["w"] is end["w"]
 
 
-def test_the_mixture_with_the_best_validation_score_is_kept():
+def test_the_mixture_with_the_best_validation_score_is_kept(tmp_path):
     class Watched(WeightEnsembling):
         def on_train_end(self, trainer, pl_module):
             self.end = state_of(pl_module)
             super().on_train_end(trainer, pl_module)
 
-    module, ensembling = make_tuner(lr=3e-3), Watched(intervals=4)
+    file = tmp_path / "new" / "mixed.ckpt"
+    module, ensembling = make_tuner(lr=3e-3), Watched(intervals=4, filepath=str(file))
     start = state_of(module)
     fit(module, ensembling, train=union_batches(), val_dataloaders=val_loader(), max_epochs=3)
     images, labels = make_images(24, seed=7)
@@ -58,6 +59,7 @@ def test_the_mixture_with_the_best_validation_score_is_kept():
     best = max(by_hand.values())
     assert ensembling.alpha == min(alpha for alpha, score in by_hand.items() if score == best)
     assert_same_state(kept, mix_states(start, ensembling.end, ensembling.alpha))
+    assert_same_state(kept, torch.load(file, weights_only=False)["state_dict"])
 
 
 def test_a_resumed_run_mixes_with_the_weights_of_the_first_start(tmp_path):

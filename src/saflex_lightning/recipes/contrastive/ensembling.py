@@ -51,6 +51,8 @@ class WeightEnsembling(L.Callback):
 
     Args:
         intervals: The mixtures tried are 0, 1/intervals, ..., 1.
+        filepath: Checkpoint to write with the picked weights, so that another command can test
+            them; None writes none.
 
     Attributes:
         alpha: What was picked; the smallest of equally good ones. None before.
@@ -60,13 +62,14 @@ class WeightEnsembling(L.Callback):
         ValueError: If ``intervals`` is not positive.
     """
 
-    def __init__(self, intervals: int = 10) -> None:
+    def __init__(self, intervals: int = 10, *, filepath: str | None = None) -> None:
         if intervals < 1:
             raise ValueError(
                 f"Expected `intervals` to be at least 1, but got {intervals}. Pass 10 for steps of "
                 "a tenth."
             )
         self.intervals = intervals
+        self.filepath = filepath
         self.alpha: float | None = None
         self.scores: dict[float, float] = {}
         self._start: dict[str, Tensor] = {}
@@ -97,7 +100,7 @@ class WeightEnsembling(L.Callback):
         self._start = self._start or _copy_state(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score every mixture and load the best."""
+        """Score every mixture, load the best and write it down where that was asked for."""
         if trainer.val_dataloaders is None:  # no epoch was validated
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
@@ -109,6 +112,8 @@ class WeightEnsembling(L.Callback):
             self.scores[alpha] = _score(trainer, pl_module)
         self.alpha = max(self.scores, key=lambda alpha: self.scores[alpha])
         pl_module.load_state_dict(mix_states(self._start, end, self.alpha))
+        if self.filepath is not None:
+            trainer.save_checkpoint(self.filepath, weights_only=True)
         rank_zero_info(
             f"Weight ensembling: alpha {self.alpha:g} of the fine-tuned weights, validation macro "
             f"F1 {self.scores[self.alpha]:.4f} (fine-tuned alone: {self.scores[1.0]:.4f})."

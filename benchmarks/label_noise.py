@@ -5,7 +5,8 @@
 
 Scikit-learn's digits: 1,000 rows whose labels are partly wrong, 200 clean rows that steer, 597 that
 test; a perceptron, Adam, 30 epochs of 16 steps. Every row of the pool counts as augmented. Methods
-differ in the weights alone; ``oracle`` leaves the wrong rows out.
+differ in weights and labels alone; ``oracle`` leaves the wrong rows out. That `row_evidence` beside
+the default's own weights is listed at all was chosen on seeds 100 to 104, not on the default seeds.
 """
 
 import argparse
@@ -31,6 +32,8 @@ METHODS = {
     "robust": {},
     "label_probability": {**ONLY_ROWS, "row_evidence": "label_probability"},
     "discriminant": {**ONLY_ROWS, "row_evidence": "discriminant"},
+    "robust, label_probability": {"row_evidence": "label_probability"},
+    "robust, discriminant": {"row_evidence": "discriminant"},
     "oracle": ONLY_ROWS,
 }
 
@@ -113,6 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--noise", type=float, default=0.4, help="share of wrong labels")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds from 100 on chose")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -123,7 +127,8 @@ def main():
     )
     print("|---|---|---|---|---|")
     for method in METHODS:
-        results = [run(method, seed, args.noise) for seed in range(args.seeds)]
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        results = [run(method, seed, args.noise) for seed in seeds]
         cells = []
         for column in columns:
             values = [result[column] for result in results if column in result]

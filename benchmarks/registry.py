@@ -248,6 +248,8 @@ BENCHES = {
     "arrhythmia_saint": tabular("saint", "arrhythmia", C, minutes=10.0),
     # Pools of generated images, small CNN.
     "blood_pool": pool(C),
+    "blood_pool_noise_20": pool(C, "data.label_noise=0.2"),
+    "blood_pool_noise_40": pool(C, "data.label_noise=0.4"),
     # ResNet-18.
     "blood_randaugment": blood("randaugment", S),
     "blood_trivialaugment": blood("trivialaugment", C),
@@ -289,6 +291,11 @@ METHODS = {
     "small loss": Method(("method=small_loss",)),
     "learning to reweight": Method(("method=learning_to_reweight",)),
     "soft augmentation": Method(("method=soft_augmentation",), kinds=("images",)),
+    "row evidence": Method(("method=row_evidence",), kinds=("pool",)),
+    "robust + row evidence": Method(
+        ("method=saflex_robust", "+callbacks.saflex.row_evidence=discriminant"), kinds=("pool",)
+    ),
+    "oracle filter": Method(("method=uniform", "data.drop_wrong=true"), kinds=("pool",)),
     "gates + robust, nothing held out": Method(("method=saflex_gates", *NOTHING_HELD_OUT)),
     "robust, whole validation": ablation("+callbacks.saflex.val_batch_size={val_rows}"),
     "robust, balanced validation": ablation("data.steering_draw=balanced"),

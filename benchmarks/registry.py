@@ -151,7 +151,8 @@ def tabular(
         val_rows: See `Bench`.
     """
     overrides = [f"experiment=tabular_{model}", f"data={data}"]
-    overrides += [f"trainer.max_epochs={epochs}"] if epochs else []
+    if epochs:  # validation rows are looked at after the last epoch, whatever their number
+        overrides += [f"trainer.max_epochs={epochs}", f"trainer.check_val_every_n_epoch={epochs}"]
     overrides += [f"model.lr={lr}"] if lr else []
     overrides += [f"data.batch_size={batch_size}"] if batch_size else []
     if model == "saint" and data == "arrhythmia":

@@ -9,6 +9,7 @@ Then run ``python benchmarks/mirror_configs.py``, which writes the experiment fo
 """
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from helpers.configs import CONFIGS, compose_config, render
 from helpers.standins import STANDINS
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
 from saflex_lightning.recipes.paper import make_paper_tables, paper_cell
@@ -128,6 +130,29 @@ def test_file_is_a_short_diff_with_its_command_on_top(experiment):
     head = "\n".join(lines[: lines.index("defaults:")])
     assert f"experiment={experiment}" in head
     assert "Table " in head or "Figure " in head
+
+
+def read_commands(experiment):
+    """Yield the overrides of each command on top of an experiment, as its first job has them."""
+    text = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
+    for command in re.findall(r"#   saflex-train (.+)", text.replace("\\\n#", "")):
+        overrides = OverridesParser.create().parse_overrides(command.removeprefix("-m ").split())
+        yield [
+            f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+            if override.is_sweep_override()
+            else override.input_line
+            for override in overrides
+            if not override.key_or_group.startswith("hydra.")
+        ]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_commands_on_top_compose(tmp_path, experiment):
+    commands = list(read_commands(experiment))
+    assert commands
+    for overrides in commands:
+        assert f"experiment={experiment}" in overrides
+        compose_config(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

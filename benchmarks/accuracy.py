@@ -166,8 +166,11 @@ class Difference:
         return cls(statistics.mean(values), half, error, len(values))
 
     def is_below(self) -> bool:
-        """Return whether the mean is below zero by more than its standard error."""
-        return self.mean < -(self.standard_error or 0.0)
+        """Return whether the mean is below zero by more than its standard error.
+
+        A single pair has none, so it cannot tell.
+        """
+        return self.standard_error is not None and self.mean < -self.standard_error
 
     def __str__(self) -> str:
         width = "" if self.half_width is None else f" ± {self.half_width:.2f}"
@@ -324,6 +327,28 @@ def format_tables(scores: Scores) -> str:
     return "\n".join([*format_pairs(scores), "", *format_methods(scores)]).strip()
 
 
+def format_json(scores: Scores) -> str:
+    """Return the metrics of every run, a line for each method of a bench.
+
+    Args:
+        scores: What `read_scores` returns.
+    """
+    kept = ("test_", "val_", "steps", "step_seconds", "wrong_label_auroc")
+    lines = []
+    for bench, methods in scores.items():
+        for method, results in methods.items():
+            seeds = {
+                seed: {
+                    key: round(value, 5)
+                    for key, value in result.items()
+                    if key.startswith(kept) and value is not None
+                }
+                for seed, result in results.items()
+            }
+            lines.append(json.dumps({"bench": bench, "method": method, "seeds": seeds}))
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
 def run_missing(args: argparse.Namespace) -> bool:
     """Run every job that has no result yet, several at a time.
 
@@ -376,7 +401,7 @@ def main() -> None:
     print(tables)
     if args.save:
         args.save.with_suffix(".md").write_text(f"{tables}\n")
-        args.save.with_suffix(".json").write_text(json.dumps(scores, indent=1) + "\n")
+        args.save.with_suffix(".json").write_text(format_json(scores))
     sys.exit(0 if complete else 1)
 
 

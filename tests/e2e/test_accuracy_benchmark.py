@@ -77,13 +77,22 @@ def test_tables_keep_selection_and_confirmation_apart_and_name_what_is_missing(
     assert "| robust | upstream | +80.00 (1) | chosen +80.00 (1) | none |" in selection
     # Two benches, +2 and +4: t with 1 degree of freedom is 12.706, the standard error 1.
     assert "| robust | upstream | +3.00 ± 12.71 (2) | first +2.00 (1) | none |" in confirmation
-    assert "| robust | no_aug | -1.00 (1) | first -1.00 (1) | first |" in confirmation
+    assert "| robust | no_aug | -1.00 (1) | first -1.00 (1) | none |" in confirmation
     assert "| robust | paper | not measured | | |" in confirmation
 
 
 def test_a_bench_is_below_where_the_mean_is_by_more_than_its_standard_error(accuracy):
     assert not accuracy.Difference.of([-3.0, 1.0]).is_below()  # -1 ± 2
     assert accuracy.Difference.of([-3.0, -1.0]).is_below()  # -2 ± 1
+    assert not accuracy.Difference.of([-3.0]).is_below()  # one pair cannot tell
+
+
+def test_saved_results_are_one_line_per_method_of_a_bench(accuracy):
+    run = {"name": "robust", "test_accuracy": 0.8123456, "val_auroc": None, "steps": 3, "paper": {}}
+    text = accuracy.format_json({"first": {"robust": {1: run}, "upstream": {2: run}}})
+    seeds = {"1": {"test_accuracy": 0.81235, "steps": 3}}
+    assert json.loads(text)[0] == {"bench": "first", "method": "robust", "seeds": seeds}
+    assert len(text.splitlines()) == 4
 
 
 def all_jobs(accuracy, folder):

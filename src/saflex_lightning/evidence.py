@@ -24,6 +24,7 @@ from .functional import ReduceSum, project_tangent
 __all__ = [
     "FeatureBank",
     "RunningMoments",
+    "close_groups",
     "draw_rejected",
     "group_evidence",
     "keep_probabilities",
@@ -39,6 +40,7 @@ _RIDGE = 0.1  # rho, in units of the covariance's mean diagonal
 _RATE = 0.15  # change of log w for evidence 1 of a group of average size
 _MOST_SHARE = 2.0  # a group counts at most as so many groups of average size
 _LOG_RANGE = (-6.0, 0.7)  # of log w: w is between 0.0025 and 2
+_CLOSED_BELOW = 0.5  # w under which a group may be switched off
 _LEAST_KEPT = 0.05  # probability of keeping a row of the worst group: it can still recover
 _BANK_ROWS = 8192  # most validation rows that are remembered
 _FLOOR = 1e-12  # below this, a variance or a root mean square counts as zero
@@ -346,7 +348,7 @@ def next_log_weights(log_weights: Tensor, means: Tensor, counts: Tensor) -> Tens
         counts: n of `group_evidence`.
 
     Returns:
-        ``(groups + 1,)``. Non-finite evidence changes nothing.
+        ``(groups + 1,)``. Non-finite evidence changes nothing, and a closed group stays closed.
 
     Example:
         >>> means, counts = torch.tensor([0.1, 0.1, -0.9]), torch.tensor([4.0, 2.0, 2.0])
@@ -356,16 +358,33 @@ def next_log_weights(log_weights: Tensor, means: Tensor, counts: Tensor) -> Tens
     share = counts * (len(counts) - 1) / counts[1:].sum().clamp(min=1)
     change = _RATE * share.clamp(max=_MOST_SHARE) * (means - means[0])
     known = (counts > 0) & (counts[0] > 0) & change.isfinite()
-    return (log_weights + torch.where(known, change, 0)).clamp(*_LOG_RANGE)
+    moved = (log_weights + torch.where(known, change, 0)).clamp(*_LOG_RANGE)
+    return torch.where(log_weights.isneginf(), log_weights, moved)
+
+
+def close_groups(log_weights: Tensor) -> Tensor:
+    """Switch groups with w below 0.5 off for good.
+
+    Args:
+        log_weights: log w, ``(groups + 1,)``.
+
+    Returns:
+        ``(groups + 1,)``; minus infinity, w = 0, for groups that are off.
+
+    Example:
+        >>> close_groups(torch.tensor([0.0, -0.6, -0.8]))
+        tensor([ 0.0000, -0.6000,    -inf])
+    """
+    return log_weights.masked_fill(log_weights.exp() < _CLOSED_BELOW, -torch.inf)
 
 
 def keep_probabilities(log_weights: Tensor) -> Tensor:
-    """Return the probability that a row of each group is kept, in [0.05, 1].
+    """Return the probability that a row of each group is kept, in [0.05, 1]; 0 for closed ones.
 
     Args:
         log_weights: log w, ``(groups + 1,)``.
     """
-    return log_weights.exp().clamp(_LEAST_KEPT, 1.0)
+    return log_weights.exp().clamp(_LEAST_KEPT, 1.0).masked_fill(log_weights.isneginf(), 0)
 
 
 def draw_rejected(

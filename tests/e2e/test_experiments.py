@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.configs import CONFIGS, compose_config, render
+from helpers.configs import CONFIGS, compose_config, gates_in_log, render
 from helpers.standins import STANDINS
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -27,6 +27,7 @@ from saflex_lightning.train import train
 
 MIRROR = Path(__file__).parents[2] / "benchmarks" / "mirror_configs.py"
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
+POOL_PROMPTS = ("at_night", "in_the_rain")
 QUIET = ("debug=fast", "trainer.enable_progress_bar=false")
 
 
@@ -93,6 +94,9 @@ def test_methods_on_a_pool_of_generated_images(tmp_path, standin, method):
     assert train(cfg)["steps"] == 2
     pooled = method not in {"no_aug", "soft_augmentation"}
     assert (cfg.data.augmentation == "generated") == pooled
+    if "gates" in method:  # one for each prompt
+        names = [f"pool: {prompt}/strength-0.6_guidance-7.5" for prompt in POOL_PROMPTS]
+        assert sorted(gates_in_log(tmp_path)) == names
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from helpers.configs import CONFIGS, compose_config
+from helpers.configs import CONFIGS, compose_config, gates_in_log
 from helpers.tables import COLOURS, SHARED, make_table, write_csv, write_npz
 from helpers.training import assert_same_state, state_of
 from hydra.errors import InstantiationException
@@ -70,6 +70,9 @@ def test_other_methods_train_the_perceptron(tmp_path, method):
     limit = ["trainer.limit_val_batches=0"] if method == "train_plus_val" else []
     result = run(tmp_path, f"method={method}", "augmentation=tabular_cutmix_columns", *limit)
     assert 0.0 <= result["test_auroc"] <= 1.0
+    if "gates" in method:
+        bins = ["cutmix_0_25", "cutmix_25_50", "cutmix_50_75", "cutmix_75_100"]
+        assert sorted(gates_in_log(tmp_path)) == bins
 
 
 def test_soft_augmentation_of_a_table_is_refused(tmp_path):

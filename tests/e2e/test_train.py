@@ -8,13 +8,15 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from helpers.configs import CONFIGS, compose_config, render
+from helpers.configs import CONFIGS, compose_config, gates_in_log, render
 from helpers.standins import write_medmnist
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torchvision.transforms import v2
 
 import saflex_lightning
 from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
+from saflex_lightning.recipes.operations import TagOperations, group_names_of
 from saflex_lightning.recipes.report import make_run_table
 from saflex_lightning.recipes.sweep import main as print_sweeps
 from saflex_lightning.recipes.sweep import make_sweep_table, read_results
@@ -116,6 +118,9 @@ def test_every_choice_takes_a_short_run(tmp_path, group, choice):
     assert (result["step_seconds_without_solve"] < result["step_seconds"]) == saflex
     assert "test accuracy" in render(make_run_table(result))
     assert (tmp_path / "csv" / "metrics.csv").is_file() == (choice != "none" or group != "logger")
+    if "gates" in choice:
+        operations = group_names_of(TagOperations(v2.RandAugment()))[1:]
+        assert sorted(gates_in_log(tmp_path)) == sorted(operations)
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit")

@@ -1,5 +1,6 @@
 """Composition of the shipped configs, and tables as text."""
 
+import csv
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -13,6 +14,13 @@ CONFIGS = Path(str(resources.files("saflex_lightning.configs")))
 def compose_config(output_dir, *overrides):
     with initialize_config_module(config_module="saflex_lightning.configs", version_base="1.3"):
         return compose("train", overrides=[*overrides, f"output_dir={output_dir}"])
+
+
+def gates_in_log(output_dir):
+    """Names of the groups whose gate was logged, in the order of the log."""
+    with (Path(output_dir) / "csv" / "metrics.csv").open(newline="") as stream:
+        columns = csv.DictReader(stream).fieldnames
+    return [name.removeprefix("saflex/gate/") for name in columns if "saflex/gate/" in name]
 
 
 def render(table, width=160):

@@ -1,5 +1,7 @@
 """Evidence by group against plain loops in double precision, and the rules of the gates."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.nn.functional import one_hot
 from saflex_lightning.evidence import (
     FeatureBank,
     RunningMoments,
+    close_groups,
     draw_rejected,
     group_evidence,
     keep_probabilities,
@@ -158,6 +161,20 @@ class TestLogWeights:
             weights = next_log_weights(weights, torch.tensor([0.0, 1.0, -1.0]), counts)
         torch.testing.assert_close(weights, torch.tensor([0.0, 0.7, -6.0]))
         assert keep_probabilities(weights).tolist() == pytest.approx([1.0, 1.0, 0.05])
+
+
+def test_closed_groups_stay_closed_and_keep_no_row():
+    closed = close_groups(torch.tensor([0.0, 0.7, math.log(0.501), math.log(0.499), -6.0]))
+    assert closed.isneginf().tolist() == [False, False, False, True, True]
+    better = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])  # evidence for every group, closed ones too
+    moved = next_log_weights(closed, better, torch.ones(5))
+    assert moved.isneginf().equal(closed.isneginf())
+    assert moved[2] > closed[2]
+    assert keep_probabilities(closed).tolist() == pytest.approx([1, 1, 0.501, 0, 0])
+    group = torch.arange(5).repeat(2000)
+    rejected = draw_rejected(closed, group, torch.Generator().manual_seed(0)).view(-1, 5)
+    assert rejected[:, 3:].all()
+    assert not rejected[:, :2].any()
 
 
 def test_rows_are_rejected_as_often_as_their_gate_says():

@@ -34,6 +34,7 @@ AugmentationName = Literal[
     "none",
     "randaugment",
     "trivialaugment",
+    "autoaugment",
     "augmix",
     "crop",
     "soft_crop",
@@ -128,10 +129,15 @@ def _tagged(make: Callable[..., v2.Transform]) -> Callable[..., TagOperations]:
     return lambda **settings: TagOperations(make(**settings))
 
 
+def _auto_augment(policy: Literal["imagenet", "cifar10", "svhn"] = "imagenet") -> v2.Transform:
+    return v2.AutoAugment(v2.AutoAugmentPolicy(policy))
+
+
 _TRANSFORMS: Mapping[str, Callable[..., v2.Transform | TagOperations]] = MappingProxyType(
     {
         "randaugment": _tagged(v2.RandAugment),
         "trivialaugment": _tagged(v2.TrivialAugmentWide),
+        "autoaugment": _tagged(_auto_augment),
         "augmix": v2.AugMix,
         "crop": v2.RandomCrop,
     }

@@ -4,10 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.standins import write_medmnist
+from torchvision.transforms import v2
 
 from saflex_lightning.recipes import MedMNISTDataModule
+from saflex_lightning.recipes.augment import seeded_draws
+from saflex_lightning.recipes.batches import normalize
+from saflex_lightning.recipes.operations import TagOperations, group_names_of
 
-IMAGE_AUGMENTATIONS = ("randaugment", "trivialaugment", "augmix", "crop", "soft_crop")
+IMAGE_AUGMENTATIONS = (
+    *("randaugment", "trivialaugment", "autoaugment", "augmix", "crop", "soft_crop"),
+)
 MIXINGS = ("mixup", "cutmix")
 SETTINGS = {"crop": {"size": 28, "padding": 4}}
 
@@ -93,6 +99,8 @@ def test_cutmix_mixes_labels_by_area(folder):
     labels = batch.target[:32]
     expected = share[:, None] * labels + (1 - share[:, None]) * labels.roll(1, 0)
     torch.testing.assert_close(batch.target[32:], expected, atol=1e-3, rtol=0)
+    foreign_share = 1 - share.min().item()  # one box for the whole batch
+    assert batch.group[32:].unique().tolist() == [int(foreign_share * 4) + 1]
 
 
 def test_one_row_is_mixed_with_itself(folder):
@@ -107,6 +115,22 @@ def test_settings_reach_the_transform(folder):
     weak, _ = first_batch(folder, "randaugment", augmentation_settings={"magnitude": 0})
     moved = [F.l1_loss(batch.inputs[32:], batch.inputs[:32]) for batch in (weak, strong)]
     assert moved[0] < moved[1]
+
+
+@pytest.mark.parametrize("policy", ["imagenet", "cifar10", "svhn"])
+def test_autoaugment_is_torchvisions_own_of_that_policy(folder, policy):
+    settings = {"augmentation_settings": {"policy": policy}}
+    batch, data = first_batch(folder, "autoaugment", **settings)
+    plain = v2.AutoAugment(v2.AutoAugmentPolicy(policy))
+    for row, image in zip(batch.index[:32].tolist(), batch.inputs[32:], strict=True):
+        with seeded_draws(data.seed, 0, row):
+            assert image.equal(normalize(plain(data._train.images[row])))
+    assert data.saflex_group_names() == group_names_of(TagOperations(plain))
+
+
+def test_unknown_policy_is_named():
+    with pytest.raises(ValueError, match="'food' is not a valid AutoAugmentPolicy"):
+        MedMNISTDataModule(augmentation="autoaugment", augmentation_settings={"policy": "food"})
 
 
 @pytest.mark.parametrize("augmentation", ["randaugment", "soft_crop", "mixup"])

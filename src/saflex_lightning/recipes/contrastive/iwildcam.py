@@ -88,7 +88,8 @@ class IWildCamDataModule(L.LightningDataModule):
         if augmentation == "soft_crop" or make_mixing(augmentation, 2, settings) is not None:
             raise ValueError(
                 "Expected an `augmentation` that keeps the label, since a caption names one class, "
-                f"but got '{augmentation}'. Choose randaugment, trivialaugment, augmix or crop."
+                f"but got '{augmentation}'. Choose randaugment, trivialaugment, autoaugment, "
+                "augmix or crop."
             )
         self.root = root
         self.num_classes = num_classes

@@ -49,7 +49,6 @@ def environment(**variables):
         **os.environ,
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
-        "JSONARGPARSE_DEPRECATION_WARNINGS": "off",
         **variables,
     }
 
@@ -63,7 +62,7 @@ def run(command, folder, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=480,
+        timeout=900,
         check=False,
     )
 
@@ -153,7 +152,7 @@ def write_program(path, text):
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def wait_for(condition, process, seconds=240):
+def wait_for(condition, process, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -208,6 +207,6 @@ def test_batch_script_is_requeued_and_goes_on(tmp_path):
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     epoch = torch.load(last, weights_only=False)["epoch"]
 
-    output, _ = start(f"--trainer.max_epochs={epoch + 3}").communicate(timeout=480)
+    output, _ = start(f"--trainer.max_epochs={epoch + 3}").communicate(timeout=900)
     assert "Restored all states from the checkpoint" in output, output
     assert torch.load(last, weights_only=False)["epoch"] == epoch + 2

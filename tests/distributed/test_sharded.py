@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.processes import run_in_processes
-from helpers.sharded import RUNS, train, train_all
+from helpers.sharded import RUNS, SHARDS_ON_CPU, train, train_all
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from saflex_lightning.checks import _strategy_problems
@@ -20,6 +20,7 @@ def ranks():
     return run_in_processes(train_all, 2, 2)
 
 
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason="torch 2.4 shards on CUDA devices alone")
 @pytest.mark.parametrize("name", RUNS)
 def test_sharded_run_equals_the_unsharded_one(name, ranks):
     expected = train(name, 1)

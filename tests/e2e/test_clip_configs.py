@@ -19,8 +19,6 @@ def mirror():
     return yaml.safe_load((CONFIGS / "lightning_cli" / "clip_flyp.yaml").read_text())
 
 
-# The parser's method has a newer name, which LightningCLI does not call yet.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_file_can_be_instantiated(mirror):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")

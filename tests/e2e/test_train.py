@@ -300,7 +300,7 @@ def test_sweep_prints_one_summary(tmp_path):
         env={**os.environ, "PYTHONPATH": source, "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert run.returncode == 0, run.stderr

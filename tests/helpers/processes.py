@@ -1,8 +1,10 @@
 """Run a function in several real processes that form one process group, and collect results."""
 
 import os
+import signal
 import socket
 import tempfile
+import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-HANG_SECONDS = 240  # far above the longest run on a busy machine
+HANG_SECONDS = 600  # far above the longest run on a busy machine
 
 
 def run_in_processes(function, world_size, *args):
@@ -52,7 +54,25 @@ def _run(function, world_size, args, folder):
         for process in processes:
             process.kill()
             process.join()
+    left = [process.pid for process in processes if not _group_ends(process.pid)]
+    assert not left, f"processes that {left} started are left"
     return codes, [path.read_text() for path in sorted(Path(folder).glob("error*"))]
+
+
+def _group_ends(group, seconds=30):
+    """Say whether a process group has no process left, soon at least; whatever is left is killed.
+
+    A loader's workers look for their parent every five seconds.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.05)
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 @contextmanager
@@ -66,6 +86,10 @@ def _held_port():
 
 
 def _child(function, rank, world_size, port, folder, args):
+    os.setpgrp()  # so that what it starts can be told from what others do
+    # Under forkserver, which started this process, workers are children of another process than the
+    # one that loads, and do not see its end.
+    mp.set_start_method("fork", force=True)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

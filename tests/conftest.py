@@ -10,7 +10,7 @@ import torch
 # Many small tensors: more threads only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-# LightningCLI makes calls that jsonargparse has deprecated, already when it is imported; a user does
+# LightningCLI makes calls that jsonargparse has deprecated, already on import; a user does
 # not see them.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 

@@ -1,10 +1,11 @@
-"""The augmented batch: what a data pipeline tells the solve about its rows."""
+"""What a data pipeline tells the solve about the rows of a batch."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["AugmentedBatch"]
+__all__ = ["AugmentedBatch", "row_mask", "row_numbers"]
 
 
 class AugmentedBatch(NamedTuple):
@@ -31,3 +32,66 @@ class AugmentedBatch(NamedTuple):
     group: Tensor
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  tuple.index is not used
     source: Tensor
+
+
+def row_mask(batch: Any, given: Tensor | None, size: int) -> Tensor | None:
+    """Return the mask of augmented rows, or None when all are.
+
+    Args:
+        batch: The training batch.
+        given: The caller's own mask; not beside an `AugmentedBatch`, which has one.
+        size: Rows that were scored.
+
+    Returns:
+        ``(batch,)`` bool or None.
+
+    Raises:
+        ValueError: If the mask has another length or dtype, or there are two of them.
+    """
+    if isinstance(batch, AugmentedBatch):
+        if given is not None:
+            raise ValueError(
+                "Expected `augmented` to be None beside an `AugmentedBatch`, but got a second "
+                "mask. The extra pass has measured the batch's own augmented rows; change "
+                "the mask in the batch."
+            )
+        given = batch.augmented
+    _check_rows("augmented", given, size, torch.bool)
+    return given
+
+
+def row_numbers(
+    batch: Any, name: Literal["group", "index"], given: Tensor | None, size: int
+) -> Tensor | None:
+    """Return the group or the index of every row, or None where nobody tells.
+
+    Args:
+        batch: The training batch.
+        name: Field of `AugmentedBatch`.
+        given: The caller's own; not beside an `AugmentedBatch`, which has one.
+        size: Rows that were scored.
+
+    Returns:
+        ``(batch,)`` int64 or None.
+
+    Raises:
+        ValueError: If there are two of them, or it has another length or dtype.
+    """
+    if isinstance(batch, AugmentedBatch):
+        if given is not None:
+            raise ValueError(
+                f"Expected `{name}` to be None beside an `AugmentedBatch`, but got a second "
+                "one. Change it in the batch."
+            )
+        given = getattr(batch, name)
+    _check_rows(name, given, size, torch.int64)
+    return given
+
+
+def _check_rows(name: str, given: Tensor | None, size: int, dtype: torch.dtype) -> None:
+    if given is not None and (given.shape != (size,) or given.dtype != dtype):
+        kind = "a bool" if dtype == torch.bool else "an int64"
+        raise ValueError(
+            f"Expected `{name}` to be {kind} tensor of shape ({size},), but got {given.dtype} of "
+            f"shape {tuple(given.shape)}. Pass one entry per row of the logits."
+        )

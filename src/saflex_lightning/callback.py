@@ -5,22 +5,12 @@ from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from .checks import (
-    check_fit,
-    check_rows,
-    count_batches,
-    find_group_names,
-    find_steering_loader,
-    first_loader,
-    other_roles,
-)
+from .arming import Arming
+from .checks import check_fit, count_batches, find_group_names
 from .functional import (
-    PRESETS,
     EngineName,
     LabelRule,
     PresetName,
@@ -29,17 +19,18 @@ from .functional import (
     make_preset,
 )
 from .gathered import make_gathered
+from .metrics import log_metrics
 from .mixin import SAflexMixin
+from .notices import Notices, SAflexWarning
 from .pool import RowEvidenceName
+from .settings import check_choice, check_integers, describe_settings
+from .skips import SkippedSteps, check_skippable
+from .sources import check_rows, find_steering_loader, first_loader, other_roles
 from .state import changed_settings, check_state
 from .steering import Steering
-from .step import SAflexStep, check_skippable
+from .step import SAflexStep
 
 __all__ = ["SAflexCallback", "SAflexWarning"]
-
-
-class SAflexWarning(UserWarning):
-    """Something about the data or the model makes SAFLEX's result weaker than it looks."""
 
 
 class SAflexCallback(pl.Callback):
@@ -130,26 +121,21 @@ class SAflexCallback(pl.Callback):
             engine=engine,
             refresh_every_n_steps=refresh_every_n_steps,
         )
-        _check_integers(
+        check_integers(
             every_n_steps=(every_n_steps, 1),
             start_epoch=(start_epoch, 0),
             num_workers=(num_workers, 0),
             val_batch_size=(val_batch_size, 1),
             seed=(seed, 0),
         )
+        cached, weighed = (True, False, "auto"), sorted(get_args(RowEvidenceName))
+        check_choice("cache_on_device", cache_on_device, cached, "True, False or 'auto'")
+        check_choice("gates", gates, (True, False), "True or False")
+        check_choice("row_evidence", row_evidence, (None, *weighed), f"None or one of {weighed}")
         if val_dataloader is not None and val_batch_size is not None:
             raise ValueError(
                 f"Expected `val_batch_size` to be None beside `val_dataloader`, but got "
                 f"{val_batch_size}. A loader keeps its own batch size; set it there."
-            )
-        if cache_on_device not in {True, False, "auto"}:
-            raise ValueError(
-                f"Expected `cache_on_device` to be True, False or 'auto', but got "
-                f"{cache_on_device!r}. Choose one."
-            )
-        if gates not in {True, False}:
-            raise ValueError(
-                f"Expected `gates` to be True or False, but got {gates!r}. Choose one."
             )
         if close_gates not in {False, gates}:
             raise ValueError(
@@ -162,11 +148,6 @@ class SAflexCallback(pl.Callback):
         self.params = params
         self.num_workers = num_workers
         self.cache_on_device: bool | str = cache_on_device
-        if row_evidence not in {None, *get_args(RowEvidenceName)}:
-            raise ValueError(
-                "Expected `row_evidence` to be None or one of "
-                f"{sorted(get_args(RowEvidenceName))}, but got {row_evidence!r}. Choose one."
-            )
         self.gates = gates
         self.close_gates = close_gates
         self.row_evidence: RowEvidenceName | None = row_evidence
@@ -186,13 +167,10 @@ class SAflexCallback(pl.Callback):
                 gates=self.gates, close_gates=self.close_gates, row_evidence=self.row_evidence
             ),
         )
-        self._armed: SAflexStep | None = None
-        self._armed_steps = 0
-        self._loss_calls = 0
-        self._non_finite_steps = torch.zeros((), dtype=torch.long)
-        self._other_skipped_steps = 0  # for want of memory, or before a resume
+        self._arming = Arming()
+        self._skipped = SkippedSteps()
+        self._notices = Notices()
         self._group_names: Sequence[str] = ()
-        self._warned: set[str] = set()
 
     # Once per fit
 
@@ -210,7 +188,11 @@ class SAflexCallback(pl.Callback):
             check_rows(self._loader, self.val_batch_size, trainer.world_size)
         if self.gates:
             self._group_names = find_group_names(trainer, pl_module)
-        rank_zero_info(_describe(self))
+        rank_zero_info(
+            describe_settings(
+                self.preset_name, self.preset, gates=self.gates, row_evidence=self.row_evidence
+            )
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fall back on the Trainer's validation data; warn where steering rows also select."""
@@ -219,7 +201,7 @@ class SAflexCallback(pl.Callback):
             self._loader = first_loader(trainer.val_dataloaders)
             check_rows(self._loader, self.val_batch_size, trainer.world_size)
         roles = other_roles(trainer, self._loader)
-        self._warn_same_rows({"select checkpoints", *roles} if owned else roles)
+        self._notices.say_same_rows({"select checkpoints", *roles} if owned else roles)
         self._steering.start(
             pl_module,
             self._loader,
@@ -234,7 +216,7 @@ class SAflexCallback(pl.Callback):
         """Warn where the rows that steered also test."""
         loader = self._given_loader if self._loader is None else self._loader
         if loader is not None:
-            self._warn_same_rows(other_roles(trainer, loader))
+            self._notices.say_same_rows(other_roles(trainer, loader))
 
     # Every training step
 
@@ -249,20 +231,15 @@ class SAflexCallback(pl.Callback):
         assert isinstance(pl_module, SAflexMixin)
         due = self._steering.next_batch_number() % self.every_n_steps == 0
         active = due and trainer.current_epoch >= self.start_epoch
-        if active and pl_module._saflex_step is not self._armed:
-            raise MisconfigurationException(
-                "Expected one `SAflexCallback` at work in a training step, but another one has "
-                "already armed the module. Remove one of them from the Trainer's callbacks."
-            )
+        if active:
+            self._arming.check_free(pl_module)
         step = None
         try:
             step = self._steering.arm(trainer, pl_module, batch, active=active)
         except (RuntimeError, MemoryError) as error:
             check_skippable(error, trainer.world_size)
             self._skip_without_memory(trainer, batch_idx)
-        if pl_module._saflex_step is self._armed:  # another callback's step is not ours to clear
-            pl_module._saflex_step = step
-        self._armed = step
+        self._arming.arm(pl_module, step)
 
     def on_train_batch_end(
         self,
@@ -274,33 +251,40 @@ class SAflexCallback(pl.Callback):
     ) -> None:
         """Disarm the module and log what was learned."""
         assert isinstance(pl_module, SAflexMixin)
-        step, self._armed = self._armed, None
+        step = self._arming.disarm(pl_module)
         if step is None:
             return
-        pl_module._saflex_step = None
-        self._armed_steps += 1
-        if step.options_seen is None:
-            return
-        self._loss_calls += 1
         if step.out_of_memory:
             self._skip_without_memory(trainer, batch_idx)
             return
         self._steering.end(step)
-        self._steering.use_options(step.options_seen)
         if step.solutions:
-            self._warn_if_under_parameterised(step)
+            self._notices.say_under_parameterised(step)
             self._count_skips(trainer, step, batch_idx)
-            self._log_metrics(pl_module, step)
+            log_metrics(
+                pl_module,
+                step,
+                val_gradient_norm=self._steering.gradient.norm,
+                skipped=self._skipped.total,
+            )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on when an epoch of refined steps never asked for the loss."""
-        if self._armed_steps and not self._loss_calls:
-            raise MisconfigurationException(
-                f"Expected `training_step` of {type(pl_module).__name__} to call "
-                f"`self.saflex_loss(...)`, but it was not called in {self._armed_steps} steps. "
-                "Return the loss that `saflex_loss` computes from the logits of `saflex_forward`."
-            )
-        self._armed_steps = self._loss_calls = 0
+        self._arming.end_epoch(pl_module)
+
+    def _count_skips(self, trainer: pl.Trainer, step: SAflexStep, batch_idx: int) -> None:
+        """Count solves that met non-finite numbers; look at the count now and then."""
+        self._skipped.add_unless(step.finite)
+        # Reading a number waits for the device, so on others than the CPU it is done rarely.
+        interval = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if step.finite.is_cuda and batch_idx % interval:
+            return
+        if self._skipped.non_finite.item():
+            self._notices.say_non_finite(trainer, batch_idx)
+
+    def _skip_without_memory(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        self._skipped.add()
+        self._notices.say_out_of_memory(trainer, batch_idx)
 
     # Reading what was gathered
 
@@ -315,80 +299,6 @@ class SAflexCallback(pl.Callback):
         pool = self._steering.gathered.pool
         return None if pool is None else pool.read()
 
-    # Logging
-
-    def _log_metrics(self, pl_module: pl.LightningModule, step: SAflexStep) -> None:
-        values: dict[str, Any] = dict(step.metrics)
-        if step.gathered.gates is not None:
-            values.update(step.gathered.gates.metrics())
-        values["val_gradient_norm"] = self._steering.gradient.norm
-        values["solve_seconds"] = step.seconds
-        values["skipped_steps"] = (self._non_finite_steps + self._other_skipped_steps).float()
-        shown = {
-            "kept_fraction": self.preset.weight_rule in {"expected", "sum", "positive"},
-            "relabelled_fraction": self.preset.label_rule != "keep",
-            "effective_fraction": self.preset.weight_rule != "ones",
-        }
-        for name, value in values.items():
-            pl_module.log(
-                f"saflex/{name}",
-                value,
-                prog_bar=shown.get(name, False),
-                on_step=True,
-                on_epoch=False,
-                batch_size=step.batch_size,
-            )
-
-    def _count_skips(self, trainer: pl.Trainer, step: SAflexStep, batch_idx: int) -> None:
-        """Count solves that met non-finite numbers; look at the count now and then."""
-        skipped = (~step.finite).long()
-        self._non_finite_steps = self._non_finite_steps.to(skipped.device) + skipped
-        # Reading a number waits for the device, so on others than the CPU it is done rarely.
-        interval = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if skipped.is_cuda and batch_idx % interval:
-            return
-        if self._non_finite_steps.item():
-            self._warn_once(
-                "Expected finite gradients and scores, but SAFLEX met a non-finite number in the "
-                f"solve at or before batch {batch_idx} of epoch {trainer.current_epoch}. Such "
-                "steps are trained with weights 1 and upstream labels; this is said once. Look "
-                "at the validation rows, the learning rate and the loss."
-            )
-
-    def _skip_without_memory(self, trainer: pl.Trainer, batch_idx: int) -> None:
-        self._other_skipped_steps += 1
-        self._warn_once(
-            f"Expected memory for the solve, but it ran out at batch {batch_idx} of epoch "
-            f"{trainer.current_epoch}. Such steps are trained plainly; this is said once. Lower "
-            "`val_batch_size` or the training batch, or pass engine='head'."
-        )
-
-    def _warn_if_under_parameterised(self, step: SAflexStep) -> None:
-        if self.preset.weight_rule == "ones" and self.preset.label_rule == "keep":
-            return  # the solve tells no rows apart
-        matched = sum(parameter.numel() for parameter in step.engine.params)
-        unknowns = step.world_size * step.solutions[0].soft_labels.numel()
-        if unknowns > matched:
-            self._warn_once(
-                "Expected more matched parameters than unknowns, but there are "
-                f"{matched} against {unknowns} (rows times classes). In this under-parameterised "
-                "regime rows are told apart poorly; use smaller batches or match more parameters."
-            )
-
-    def _warn_same_rows(self, roles: Iterable[str]) -> None:
-        for role in roles:
-            self._warn_once(
-                f"Expected rows that {role} not to steer SAFLEX, but the same rows also {role}. "
-                "Their score is then too good; give SAFLEX other rows with `val_dataloader` or "
-                "`saflex_dataloader()`."
-            )
-
-    def _warn_once(self, message: str) -> None:
-        subject = message.split(",")[0]
-        if subject not in self._warned:
-            self._warned.add(subject)
-            rank_zero_warn(message, category=SAflexWarning)
-
     # Checkpoints
 
     @property
@@ -401,7 +311,7 @@ class SAflexCallback(pl.Callback):
         return {
             **self._steering.state_dict(),
             "settings": self._settings(),
-            "skipped_steps": int(self._non_finite_steps) + self._other_skipped_steps,
+            "skipped_steps": int(self._skipped.total),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -409,17 +319,9 @@ class SAflexCallback(pl.Callback):
         check_state(state_dict)
         saved, settings = state_dict["settings"], self._settings()
         changed = changed_settings(saved, settings)
-        if changed:
-            self._warn_once(
-                "Expected the settings that the checkpoint was written with, but "
-                + ", ".join(
-                    f"`{name}` was {saved.get(name)!r} and is now {settings.get(name)!r}"
-                    for name in changed
-                )
-                + ". The run goes on with those of now and will not equal an uninterrupted one."
-            )
+        self._notices.say_changed_settings(changed, saved, settings)
         self._steering.load_state_dict(state_dict, changed)
-        self._other_skipped_steps = state_dict["skipped_steps"]
+        self._skipped = SkippedSteps(before=state_dict["skipped_steps"])
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -477,38 +379,3 @@ class SAflexCallback(pl.Callback):
         self._steering.close()
         if isinstance(pl_module, SAflexMixin):
             pl_module._saflex_step = None
-
-
-def _describe(callback: SAflexCallback) -> str:
-    preset = callback.preset
-    learned = [
-        what
-        for what, is_learned in (
-            ("sample weights", preset.weight_rule != "ones"),
-            ("soft labels", preset.label_rule != "keep"),
-            ("gates", callback.gates),
-            ("weights of pool rows", callback.row_evidence is not None),
-        )
-        if is_learned
-    ]
-    letter = (
-        "This is Algorithm 1 of the paper."
-        if preset == PRESETS["paper"]
-        else "Algorithm 1 to the letter: SAflexCallback(preset='paper')."
-    )
-    interval = preset.refresh_every_n_steps
-    return (
-        f"SAFLEX: preset '{callback.preset_name}' learns {' and '.join(learned) or 'nothing'} "
-        f"with engine '{preset.engine}' and a validation gradient "
-        f"{'every' if interval == 1 else f'every {interval}'} training "
-        f"{'batch' if interval == 1 else 'batches'}. {letter}"
-    )
-
-
-def _check_integers(**settings: tuple[int | None, int]) -> None:
-    for name, (value, least) in settings.items():
-        if value is not None and (type(value) is not int or value < least):
-            raise ValueError(
-                f"Expected `{name}` to be an integer of at least {least}, but got {value!r}. "
-                f"Change `{name}`."
-            )

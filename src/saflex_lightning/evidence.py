@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import ReduceSum, project_tangent
+from .functional import ReduceSum, project_tangent, sum_over_ranks
 
 __all__ = [
     "FeatureBank",
@@ -195,7 +195,7 @@ def share_rows(
     """
     shared = rows.new_zeros(world_size, room, rows.shape[1])
     shared[rank, : len(rows)] = rows[:room]
-    return (reduce_sum or _identity)(shared).flatten(0, 1)
+    return sum_over_ranks(shared, reduce_sum).flatten(0, 1)
 
 
 class RunningMoments:
@@ -219,12 +219,12 @@ class RunningMoments:
             Mean ``(features,)`` and covariance ``(features, features)``. A batch without usable
             rows changes nothing; the first one starts the averages.
         """
-        reduce_sum = reduce_sum or _identity
-        sums = reduce_sum(torch.cat([usable @ features, usable.sum().unsqueeze(0)]))
+        sums = torch.cat([usable @ features, usable.sum().unsqueeze(0)])
+        sums = sum_over_ranks(sums, reduce_sum)
         count = sums[-1].clamp(min=1)
         mean = sums[:-1] / count
         centred = (features - mean) * usable.unsqueeze(1)
-        covariance = reduce_sum(centred.T @ centred) / count
+        covariance = sum_over_ranks(centred.T @ centred, reduce_sum) / count
         if self.mean is None or self.covariance is None:
             self.mean, self.covariance = mean, covariance
         else:
@@ -328,7 +328,7 @@ def group_evidence(
     squares = products.square().mean(-1) * usable
     sums = products.new_zeros(3, num_groups + 1)
     sums = sums.index_add(1, group, torch.stack([given, usable, squares]))
-    totals, counts, squares = (reduce_sum or _identity)(sums)
+    totals, counts, squares = sum_over_ranks(sums, reduce_sum)
     rms = (squares.sum() / counts.sum().clamp(min=1)).sqrt()
     return totals / (counts.clamp(min=1) * rms.clamp(min=_FLOOR)), counts
 
@@ -421,10 +421,6 @@ def rescale_weights(
     """
     raised = torch.where(augmented, weights * factors, 0)
     before = torch.where(augmented, weights, 0).sum()
-    sums = (reduce_sum or _identity)(torch.stack([before, raised.sum()]))
+    sums = sum_over_ranks(torch.stack([before, raised.sum()]), reduce_sum)
     scale = sums[0] / torch.where(sums[1] > 0, sums[1], 1)
     return torch.where(augmented, raised * scale, weights)
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from .batch import AugmentedBatch
 from .engines import Scores
 from .functional import SAflexSolution
-from .step import LossOptions, SAflexStep, mean_cross_entropy, read_batch
+from .plain_loss import LossOptions, mean_cross_entropy
+from .step import SAflexStep
+from .val_batch import read_batch
 
 __all__ = ["SAflexMixin"]
 

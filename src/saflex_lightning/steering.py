@@ -14,8 +14,10 @@ from .engines import Engine, RowSubset, Scores, adam_second_moments, evaluate, m
 from .functional import Preset, ReduceSum, check_target
 from .gathered import Gathered
 from .mixin import SAflexMixin
+from .plain_loss import LossOptions, mean_cross_entropy
 from .state import STATE_VERSION, check_gradient
-from .step import LossOptions, SAflexStep, call_scores, mean_cross_entropy
+from .step import SAflexStep
+from .val_batch import call_scores
 from .validation import ValidationGradient, ValidationStream, count_rows, is_plain, mix_seed
 
 __all__ = ["Steering"]
@@ -194,6 +196,9 @@ class Steering:
     def end(self, step: SAflexStep) -> None:
         """Take in what a training batch has shown, once its loss is known.
 
+        Later validation gradients are made with the class weights and the label smoothing of that
+        loss.
+
         Args:
             step: What `arm` returned.
         """
@@ -201,6 +206,13 @@ class Steering:
             started = time.perf_counter()
             self.gathered.gates.end(self._batches - 1, step.reduce_sum)
             step.seconds += time.perf_counter() - started
+        if step.options_seen is None:
+            return
+        if not self._options.same_kind(step.options_seen):
+            self.gradient = ValidationGradient(self.preset)
+            if self.gathered.watch is not None:
+                self.gathered.watch.bank.clear()  # its residuals are those of the other loss
+        self._options = step.options_seen
 
     def next_batch_number(self) -> int:
         """Return how many training batches were seen.
@@ -209,18 +221,6 @@ class Steering:
             The number of the next one, from 0.
         """
         return self._batches
-
-    def use_options(self, options: LossOptions) -> None:
-        """Make later validation gradients with the options that the training loss has.
-
-        Args:
-            options: Class weights and label smoothing of the last training loss.
-        """
-        if not self._options.same_kind(options):
-            self.gradient = ValidationGradient(self.preset)
-            if self.gathered.watch is not None:
-                self.gathered.watch.bank.clear()  # its residuals are those of the other loss
-        self._options = options
 
     def close(self) -> None:
         """Let go of the validation loader; its worker processes end."""

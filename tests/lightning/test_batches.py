@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
 from saflex_lightning.functional import contrastive_scores, info_nce, make_preset
-from saflex_lightning.step import LossOptions, SAflexStep
+from saflex_lightning.plain_loss import LossOptions
+from saflex_lightning.step import SAflexStep
 
 
 @dataclass

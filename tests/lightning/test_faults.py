@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import SAflexCallback, SAflexWarning
-from saflex_lightning.step import check_skippable
+from saflex_lightning.skips import check_skippable
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{said}")  # Lightning, where on_exception.ckpt may be there

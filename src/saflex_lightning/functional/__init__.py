@@ -19,17 +19,10 @@ from .presets import (
     WeightRule,
     make_preset,
 )
-from .solution import (
-    ReduceSum,
-    SAflexSolution,
-    inner_products,
-    learned_labels,
-    learned_weights,
-    loss_inner_products,
-    project_tangent,
-    solution_metrics,
-    solve,
-)
+from .products import inner_products, loss_inner_products, project_tangent
+from .reduction import ReduceSum, sum_over_ranks
+from .rules import learned_labels, learned_weights
+from .solution import SAflexSolution, solution_metrics, solve
 
 __all__ = [
     "PRESETS",
@@ -57,6 +50,7 @@ __all__ = [
     "soft_cross_entropy",
     "solution_metrics",
     "solve",
+    "sum_over_ranks",
     "weighted_mean",
     "widen",
 ]

@@ -216,8 +216,8 @@ class RunningMoments:
             reduce_sum: Adds a tensor over ranks.
 
         Returns:
-            Mean ``(features,)`` and covariance ``(features, features)``. A batch without usable
-            rows changes nothing; the first one starts the averages.
+            Mean ``(features,)`` and covariance ``(features, features)``. The first batch that has
+            usable rows starts the averages (both are 0 until then); one without changes nothing.
         """
         sums = torch.cat([usable @ features, usable.sum().unsqueeze(0)])
         sums = sum_over_ranks(sums, reduce_sum)
@@ -226,6 +226,8 @@ class RunningMoments:
         centred = (features - mean) * usable.unsqueeze(1)
         covariance = sum_over_ranks(centred.T @ centred, reduce_sum) / count
         if self.mean is None or self.covariance is None:
+            if not sums[-1] > 0:  # waits for the device, until there are averages
+                return mean, covariance
             self.mean, self.covariance = mean, covariance
         else:
             rate = (1 - _MOMENTS_DECAY) * (sums[-1] > 0).to(mean.dtype)

@@ -218,6 +218,13 @@ class TestMoments:
         before = moments.update(torch.randn(4, 2), torch.ones(4))
         assert all(map(torch.equal, moments.update(torch.randn(4, 2), torch.zeros(4)), before))
 
+    def test_the_first_batch_with_usable_rows_starts_the_averages(self):
+        rows = torch.randn(4, 2)
+        late, first = RunningMoments(), RunningMoments()
+        assert all(part.eq(0).all() for part in late.update(rows, torch.zeros(4)))
+        found, expected = late.update(rows, torch.ones(4)), first.update(rows, torch.ones(4))
+        assert all(map(torch.equal, found, expected))
+
 
 class TestBank:
     def rows(self, first, size):

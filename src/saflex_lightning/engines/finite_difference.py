@@ -136,8 +136,9 @@ class FiniteDifferenceEngine:
         """
         tasks = [training] if isinstance(training, Tensor) else training
         repeats = [extra] if isinstance(extra, Tensor) else extra
-        spread = min(scores.std(correction=0).item() for scores in tasks)
-        error = max((a - b).abs().max().item() for a, b in zip(tasks, repeats, strict=True))
+        spread = torch.stack([scores.std(correction=0) for scores in tasks]).min().item()
+        errors = [(a - b).abs().max() for a, b in zip(tasks, repeats, strict=True)]
+        error = torch.stack(errors).max().item()
         if not (0 < spread < math.inf and error < math.inf):
             return None  # a head that starts at zero, or scores that are not finite
         if error <= _EQUAL * spread:

@@ -36,7 +36,7 @@ from saflex_lightning.functional import (
     solve,
     weighted_mean,
 )
-from saflex_lightning.validation import ValidationGradient
+from saflex_lightning.val_gradient import ValidationGradient
 
 ENGINES = ("head", "finite_difference", "forward_mode")
 SETTINGS = {

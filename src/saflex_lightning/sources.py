@@ -1,13 +1,20 @@
 """Where the rows that steer come from, whether they suffice, and what else they do in a run."""
 
+from collections.abc import Sized
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import Subset
 
-from .validation import count_rows, same_rows
-
-__all__ = ["check_rows", "find_steering_loader", "first_loader", "other_roles"]
+__all__ = [
+    "check_rows",
+    "count_rows",
+    "find_steering_loader",
+    "first_loader",
+    "other_roles",
+    "same_rows",
+]
 
 
 def find_steering_loader(trainer: pl.Trainer, module: pl.LightningModule, given: Any) -> Any:
@@ -112,3 +119,36 @@ def other_roles(trainer: pl.Trainer, loader: Any) -> list[str]:
     if shared(trainer.test_dataloaders):
         roles.append("test")
     return roles
+
+
+def count_rows(loader: object) -> int | None:
+    """Return how many rows a loader's dataset has.
+
+    Args:
+        loader: A dataloader or another iterable.
+
+    Returns:
+        The number, or None where only iterating could tell.
+    """
+    dataset = getattr(loader, "dataset", loader if isinstance(loader, (list, tuple)) else None)
+    return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def same_rows(first: object, second: object) -> bool:
+    """Say whether two datasets hold the same rows: one object, or subsets of it that overlap.
+
+    Args:
+        first: A dataset.
+        second: Another.
+
+    Returns:
+        True if at least one row is known to be in both.
+    """
+    if isinstance(first, Subset) and isinstance(second, Subset):
+        shared = set(first.indices) & set(second.indices)
+        return bool(shared) and same_rows(first.dataset, second.dataset)
+    if isinstance(first, Subset):
+        return same_rows(first.dataset, second)
+    if isinstance(second, Subset):
+        return same_rows(first, second.dataset)
+    return first is second

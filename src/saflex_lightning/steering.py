@@ -6,19 +6,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from .draws import mix_seed
 from .engines import Engine, RowSubset, Scores, adam_second_moments, evaluate, make_engine
 from .functional import Preset, ReduceSum, check_target
 from .gathered import Gathered
 from .mixin import SAflexMixin
 from .plain_loss import LossOptions, mean_cross_entropy
+from .sources import count_rows
 from .state import STATE_VERSION, check_gradient
 from .step import SAflexStep
+from .strategy_calls import largest_batch, make_reduce_sum, transfer
 from .val_batch import call_scores
-from .validation import ValidationGradient, ValidationStream, count_rows, is_plain, mix_seed
+from .val_gradient import ValidationGradient
+from .val_stream import ValidationStream, is_plain
 
 __all__ = ["Steering"]
 
@@ -124,7 +126,7 @@ class Steering:
             return None
         assert isinstance(module, SAflexMixin)
         started = time.perf_counter()
-        reduce_sum = _make_reduce_sum(trainer)
+        reduce_sum = make_reduce_sum(trainer)
         if self._stream is None:
             self._stream = self._open(trainer, module, batch)
         seed = mix_seed(self._seed or 0, number, trainer.global_rank)
@@ -277,11 +279,15 @@ class Steering:
             self._seed = int(trainer.strategy.broadcast(torch.initial_seed() % 2**63))
         if self._batch_size is None and is_plain(self._loader):
             rows = count_rows(self._loader) or 1
-            wanted = self._loader.batch_size if self._keep_size else self._share(trainer, batch)
+            if self._keep_size:
+                wanted = self._loader.batch_size
+            else:
+                share = self.preset.val_batch_ratio * largest_batch(trainer, batch)
+                wanted = max(1, round(share))
             self._batch_size = min(wanted, rows // trainer.world_size)
         return ValidationStream(
             self._loader,
-            lambda val_batch: _transfer(trainer, module, val_batch),
+            lambda val_batch: transfer(trainer, module, val_batch),
             batch_size=self._batch_size,
             seed=self._seed,
             rank=trainer.global_rank,
@@ -292,13 +298,6 @@ class Steering:
             device=module.device,
         )
 
-    def _share(self, trainer: pl.Trainer, batch: Any) -> int:
-        """Return the preset's share of the training batch, the largest over the ranks."""
-        size = torch.tensor(float(extract_batch_size(batch)), device=trainer.strategy.root_device)
-        largest = trainer.strategy.reduce(size, reduce_op="max")
-        assert isinstance(largest, Tensor)
-        return max(1, round(self.preset.val_batch_ratio * largest.item()))
-
     def _loss(self, scores: Scores, target: Tensor | None) -> Tensor:
         """Return the mean validation loss with the options of the training loss."""
         first = scores if isinstance(scores, Tensor) else scores[0]
@@ -308,28 +307,3 @@ class Steering:
             check_target(target, first, values=target.device.type == "cpu" or not self._labels_seen)
             self._labels_seen = True
         return mean_cross_entropy(scores, target, self._options)
-
-
-def _make_reduce_sum(trainer: pl.Trainer) -> ReduceSum | None:
-    if trainer.world_size == 1:
-        return None
-
-    def reduce_sum(tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)  # the strategy's own reduce waits at a barrier first
-        return total
-
-    return reduce_sum
-
-
-def _transfer(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-    """Move a validation batch as the Trainer moves one, in the validating stage."""
-    trainer.validating = True
-    try:
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        hook = "on_before_batch_transfer"
-        owner = datamodule if datamodule and is_overridden(hook, datamodule) else module
-        batch = owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    finally:
-        trainer.training = True

@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 from saflex_lightning import SAflexCallback, SAflexWarning
-from saflex_lightning.validation import EndlessBatchSampler, ValidationStream, same_rows
+from saflex_lightning.draws import EndlessBatchSampler
+from saflex_lightning.sources import same_rows
+from saflex_lightning.val_stream import ValidationStream
 
 
 def numbered(num_rows=20, batch_size=4, **kwargs):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saflex_lightning.functional import make_preset
-from saflex_lightning.validation import ValidationGradient
+from saflex_lightning.val_gradient import ValidationGradient
 
 SHAPES = ((4, 3), (4,))
 

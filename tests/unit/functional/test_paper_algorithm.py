@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import SAflexCallback, SAflexMixin
+from saflex_lightning.draws import mix_seed
 from saflex_lightning.engines import make_engine, make_tangent
 from saflex_lightning.functional import (
     dense_target,
@@ -20,7 +21,6 @@ from saflex_lightning.functional import (
     solve,
     weighted_mean,
 )
-from saflex_lightning.validation import mix_seed
 
 STEPS, ROWS, LEARNING_RATE = 5, 6, 0.3
 SOLVE_FIELDS = (

@@ -13,6 +13,7 @@ import re
 import runpy
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
 from helpers.configs import CONFIGS, compose_config, gates_in_log, render
@@ -97,6 +98,26 @@ def test_methods_on_a_pool_of_generated_images(tmp_path, standin, method):
     if "gates" in method:  # one for each prompt
         names = [f"pool: {prompt}/strength-0.6_guidance-7.5" for prompt in POOL_PROMPTS]
         assert sorted(gates_in_log(tmp_path)) == names
+
+
+def test_overfitting_batches_of_a_pool_repeats_them(tmp_path, standin):
+    seen = []
+
+    class Recorder(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((batch_idx, batch.index.tolist(), batch.augmented.sum().item()))
+
+    cfg = compose_config(
+        tmp_path,
+        *standin("blood_generated"),
+        *("++trainer.max_epochs=2", "~trainer.limit_train_batches", "+trainer.overfit_batches=2"),
+    )
+    trainer = instantiate(cfg.trainer, callbacks=[Recorder()], logger=False)
+    trainer.fit(instantiate(cfg.model), instantiate(cfg.data))
+    assert [step[0] for step in seen] == [0, 1, 0, 1]
+    assert seen[:2] == seen[2:]
+    assert seen[0][1] != seen[1][1]
+    assert all(augmented > 0 for _, _, augmented in seen)
 
 
 @pytest.mark.parametrize(

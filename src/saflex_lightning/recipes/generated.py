@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from saflex_lightning import AugmentedBatch, SAflexWarning
 from saflex_lightning.recipes.augment import (
@@ -311,6 +311,10 @@ class GeneratedDataModule(L.LightningDataModule):
             mixed = MixedImages(self._real, self._pool, self.image_size)
             # An item of the sampler is a list of rows, and an item of the dataset their batch.
             options = loader_options(self.num_workers, self.seed)
+            if self.trainer is not None and self.trainer.overfit_batches:
+                # Lightning then takes items 0, 1, ... of every epoch: let those be the first batches.
+                first = cast("list[int]", list(batches))
+                return DataLoader(Subset(mixed, first), None, **options)
             return ResumableLoader(mixed, None, sampler=batches, **options)
         dataset = AugmentedImages(
             self._make_split(self._real, self._rows), self._augment, self.seed

@@ -67,8 +67,6 @@ class SAflexCallback(pl.Callback):
             replace rows of harmful groups by the clean rows they were made from. The rows are
             written in the batch's own tensors, so a loader must not yield the same tensors twice;
             its length must be known, and the groups named by ``saflex_group_names()``.
-        close_gates: With ``gates``: from half of the training on, switch groups whose w is below
-            0.5 off for good.
         row_evidence: Weigh the augmented rows of a fixed pool (`AugmentedBatch.index`) by how well
             their labels fit, averaged over epochs: ``"label_probability"`` by the model's own
             probability of the label, ``"discriminant"`` by its posterior in a Gaussian
@@ -103,7 +101,6 @@ class SAflexCallback(pl.Callback):
         num_workers: int = 0,
         cache_on_device: bool | Literal["auto"] = "auto",
         gates: bool = False,
-        close_gates: bool = False,
         row_evidence: RowEvidenceName | None = None,
         seed: int | None = None,
     ) -> None:
@@ -137,11 +134,6 @@ class SAflexCallback(pl.Callback):
                 f"Expected `val_batch_size` to be None beside `val_dataloader`, but got "
                 f"{val_batch_size}. A loader keeps its own batch size; set it there."
             )
-        if close_gates not in {False, gates}:
-            raise ValueError(
-                f"Expected `close_gates` to be False or, with `gates=True`, True, but got "
-                f"{close_gates!r} and `gates={gates!r}`. Pass `gates=True` too."
-            )
         self.preset_name = preset
         self.every_n_steps = every_n_steps
         self.start_epoch = start_epoch
@@ -149,7 +141,6 @@ class SAflexCallback(pl.Callback):
         self.num_workers = num_workers
         self.cache_on_device: bool | str = cache_on_device
         self.gates = gates
-        self.close_gates = close_gates
         self.row_evidence: RowEvidenceName | None = row_evidence
         self.seed = seed
         self.val_batch_size = val_batch_size
@@ -163,9 +154,7 @@ class SAflexCallback(pl.Callback):
             seed=self.seed,
             batch_size=self.val_batch_size,
             cache=self.cache_on_device,
-            gathered=make_gathered(
-                gates=self.gates, close_gates=self.close_gates, row_evidence=self.row_evidence
-            ),
+            gathered=make_gathered(gates=self.gates, row_evidence=self.row_evidence),
         )
         self._arming = Arming()
         self._skipped = SkippedSteps()
@@ -354,7 +343,6 @@ class SAflexCallback(pl.Callback):
             "start_epoch": self.start_epoch,
             "params": self.params,
             "gates": self.gates,
-            "close_gates": self.close_gates,
             "row_evidence": self.row_evidence,
             "seed": self.seed,
         }

@@ -50,14 +50,11 @@ class Gathered:
             self.pool.load_state_dict(state["pool"])
 
 
-def make_gathered(
-    *, gates: bool, close_gates: bool, row_evidence: RowEvidenceName | None
-) -> Gathered:
+def make_gathered(*, gates: bool, row_evidence: RowEvidenceName | None) -> Gathered:
     """Return the parts that settings of the callback switch on.
 
     Args:
         gates: Whether to gather evidence by group.
-        close_gates: Whether harmful groups are switched off for good half-way.
         row_evidence: What to gather about each row of a pool; None gathers nothing.
 
     Returns:
@@ -67,6 +64,6 @@ def make_gathered(
     watch = FeatureWatch(wanted_by) if gates or row_evidence == "discriminant" else None
     return Gathered(
         watch,
-        Gates(watch, close=close_gates) if gates and watch is not None else None,
+        Gates(watch) if gates and watch is not None else None,
         None if row_evidence is None else PoolRows(watch, row_evidence),
     )

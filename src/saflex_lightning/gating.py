@@ -8,10 +8,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from .bank import RunningMoments
 from .batch import AugmentedBatch
 from .evidence import (
-    RunningMoments,
-    close_groups,
     draw_rejected,
     group_evidence,
     last_layer_products,
@@ -24,7 +23,6 @@ from .watch import FeatureWatch
 __all__ = ["Gates", "swap_rows"]
 
 _WARM_UP = 0.1  # share of training during which the gates watch and do not move
-_HALF = 0.5  # share of training after which groups may be closed
 _WITHOUT = "Pass `gates=False` to train without."
 
 
@@ -62,12 +60,10 @@ class Gates:
 
     Args:
         watch: Sees one validation batch and the training batch of every refined step.
-        close: From half of the training on, switch groups that are below 0.5 off for good.
     """
 
-    def __init__(self, watch: FeatureWatch, *, close: bool = False) -> None:
+    def __init__(self, watch: FeatureWatch) -> None:
         self._watch = watch
-        self._close = close
         self.names: tuple[str, ...] = ()
         self.log_weights = torch.zeros(0)
         self._moments = RunningMoments()
@@ -95,7 +91,7 @@ class Gates:
                 f"belong to {list(self.names)}. Resume with the augmentation of that run, or pass "
                 "`gates=False`."
             )
-        self._first_move, self._first_close = _WARM_UP * num_batches, _HALF * num_batches
+        self._first_move = _WARM_UP * num_batches
         if not self.names:
             self.names = tuple(names)
             self.log_weights = torch.zeros(len(names))
@@ -223,14 +219,12 @@ class Gates:
         )
         if number >= self._first_move:
             self.log_weights = next_log_weights(self.log_weights, means, counts)
-        if self._close and number >= self._first_close:
-            self.log_weights = close_groups(self.log_weights)
 
     def metrics(self) -> dict[str, Tensor]:
         """Return each group's w by its name.
 
         Returns:
-            Scalars, on the device; 0 for a closed group.
+            Scalars, on the device.
         """
         weights = self.log_weights.exp()
         return {f"gate/{name}": weights[number] for number, name in enumerate(self.names) if number}

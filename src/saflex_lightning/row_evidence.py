@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .evidence import largest_size, share_rows
+from .bank import largest_size, share_rows
 from .functional import ReduceSum
 
 __all__ = ["RowAverages", "discriminant_posteriors"]

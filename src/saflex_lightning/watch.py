@@ -6,8 +6,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from .bank import FeatureBank
 from .engines import LastLayer, Scores
-from .evidence import FeatureBank
 from .functional import ReduceSum, dense_target, widen
 
 __all__ = ["FeatureWatch", "find_last_layer"]

@@ -190,10 +190,6 @@ SCENARIOS = {
 # Draws of its own on every rank: several processes do not equal one.
 OWN_DRAWS = {
     "gates that reject": Scenario({"gates": True}, batch=partial(grouped, wrong="augmented")),
-    "gates that close": Scenario(
-        {"gates": True, "close_gates": True, "engine": "head"},
-        batch=partial(grouped, wrong="augmented"),
-    ),
 }
 
 

@@ -58,26 +58,6 @@ def test_harmful_group_is_gated_and_helpful_one_is_kept(settings):
     assert trainer.callback_metrics["saflex/kept_fraction"].item() == pytest.approx(kept)
 
 
-def test_closed_groups_are_gone_from_half_of_the_training_on():
-    def rows_left(**settings):
-        module = seeded(Gated)
-        callback = SAflexCallback(steering(), gates=True, engine="head", **settings)
-        trainer = fit(module, callback, train=gated_loader(shuffle=True), max_epochs=12)
-        counts = [torch.bincount(batch.group, minlength=3)[1:] for batch, _, _ in module.steps]
-        return torch.stack(counts), gates_of(trainer)
-
-    half = 12 * 6 // 2
-    still_open, gates = rows_left()
-    assert still_open[half:, 1].sum() > 0  # a row comes through now and then
-    assert 0 < gates["mislabel"] < 0.5
-    counts, gates = rows_left(close_gates=True)
-    assert counts[: half + 1].equal(still_open[: half + 1])
-    assert counts[half + 1 :, 1].eq(0).all()
-    assert counts[half + 1 :, 0].float().mean() > 7
-    assert gates["mislabel"] == 0
-    assert gates["generate"] > 0.5
-
-
 def test_order_of_what_the_gates_see_and_do():
     """Rejected rows are clean in the step itself, and raised groups weigh more in the loss."""
     module = seeded(lambda: Gated(plain=True))
@@ -149,9 +129,9 @@ def test_gates_that_watch_touch_nothing(engine):
     assert_same_state(state_of(plain), state_of(watched))
 
 
-@pytest.mark.parametrize(("engine", "close"), [("finite_difference", False), ("head", True)])
-def test_resumed_gates_equal_uninterrupted_ones(engine, close, tmp_path):
-    settings = {"gates": True, "close_gates": close, "engine": engine, "seed": 3}
+@pytest.mark.parametrize("engine", ["finite_difference", "head"])
+def test_resumed_gates_equal_uninterrupted_ones(engine, tmp_path):
+    settings = {"gates": True, "engine": engine, "seed": 3}
 
     def run(**kwargs):
         module = seeded(lambda: Gated(plain=True))
@@ -176,7 +156,6 @@ def test_resumed_gates_equal_uninterrupted_ones(engine, close, tmp_path):
     assert gates_of(trainer) == gates_of(resumed_trainer) != {"generate": 1.0, "mislabel": 1.0}
     assert_same_state(state_of(whole), state_of(resumed))
     assert state["gates"]["log_weights"].equal(resumed_state["gates"]["log_weights"])
-    assert state["gates"]["log_weights"].isneginf().any() == close
     assert state["bank"]["rows"].equal(resumed_state["bank"]["rows"])
     assert state["gates"]["moments"]["covariance"].equal(
         resumed_state["gates"]["moments"]["covariance"]
@@ -328,10 +307,6 @@ class TestRefusals:
         other.names = ("clean", "Rotate", "Invert")
         with pytest.raises(MisconfigurationException, match=r"\['clean', 'generate', 'mislabel'\]"):
             self.fit(other, ckpt_path=tmp_path / "end.ckpt")
-
-    def test_closing_without_gates(self):
-        with pytest.raises(ValueError, match="`close_gates` to be False or, with `gates=True`"):
-            SAflexCallback(close_gates=True)
 
     def test_a_setting_that_is_not_a_choice(self):
         with pytest.raises(ValueError, match="`gates` to be True or False, but got 'maybe'"):

@@ -13,6 +13,7 @@ LAYERS = {
     "engines": 1,
     "gather": 1,
     "batch": 2,
+    "bank": 2,
     "evidence": 2,
     "state": 2,
     "preflight": 2,

@@ -312,7 +312,7 @@ class GeneratedDataModule(L.LightningDataModule):
             # An item of the sampler is a list of rows, and an item of the dataset their batch.
             options = loader_options(self.num_workers, self.seed)
             if self.trainer is not None and self.trainer.overfit_batches:
-                # Lightning then takes items 0, 1, ... of every epoch: let those be the first batches.
+                # Lightning then takes items 0, 1, ... in every epoch: let those be batches.
                 first = cast("list[int]", list(batches))
                 return DataLoader(Subset(mixed, first), None, **options)
             return ResumableLoader(mixed, None, sampler=batches, **options)

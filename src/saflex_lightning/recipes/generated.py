@@ -311,7 +311,7 @@ class GeneratedDataModule(L.LightningDataModule):
             mixed = MixedImages(self._real, self._pool, self.image_size)
             # An item of the sampler is a list of rows, and an item of the dataset their batch.
             options = loader_options(self.num_workers, self.seed)
-            if self.trainer is not None and self.trainer.overfit_batches:
+            if getattr(self.trainer, "overfit_batches", 0):
                 # Lightning then takes items 0, 1, ... in every epoch: let those be batches.
                 first = cast("list[int]", list(batches))
                 return DataLoader(Subset(mixed, first), None, **options)

@@ -267,6 +267,7 @@ NOTHING_HELD_OUT = (
     "callbacks=none",
     "+trainer.limit_val_batches=0",
 )
+MERGED_LATE = ("data.steering=late", "callbacks=none", "+trainer.limit_val_batches=0")
 KEPT = "+callbacks.saflex.label_rule=keep"
 DEFAULT = "robust"
 METHODS = {
@@ -298,6 +299,8 @@ METHODS = {
     ),
     "oracle filter": Method(("method=uniform", "data.drop_wrong=true"), kinds=("pool",)),
     "gates + robust, nothing held out": Method(("method=saflex_gates", *NOTHING_HELD_OUT)),
+    "robust, merged late": Method(("method=saflex_robust", *MERGED_LATE)),
+    "gates + robust, merged late": Method(("method=saflex_gates", *MERGED_LATE)),
     "robust, whole validation": ablation("+callbacks.saflex.val_batch_size={val_rows}"),
     "robust, balanced validation": ablation("data.steering_draw=balanced"),
     "robust, new gradient each step": ablation("engine.refresh_every_n_steps=1"),

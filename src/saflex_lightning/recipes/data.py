@@ -22,6 +22,8 @@ from saflex_lightning.recipes.batches import (
 )
 from saflex_lightning.recipes.loaders import (
     SteeringDraw,
+    SteeringName,
+    check_merging,
     check_shares,
     check_sizes,
     check_steering,
@@ -95,7 +97,9 @@ class MedMNISTDataModule(L.LightningDataModule):
         eval_batch_size: Images per validation, test or plain steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` the official validation split, ``"split"`` a
             stratified part of the training split, which is then not trained on, ``"train"`` the
-            clean training rows.
+            clean training rows, ``"late"`` the validation split, which is trained on too from half
+            of the epochs on: nothing can be selected on it, and an epoch has as many steps as
+            before.
         steering_fraction: Share of the training split that ``"split"`` takes, in (0, 1).
         steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
             every batch has rows of every class, in shares like those of the data but at least one;
@@ -133,7 +137,7 @@ class MedMNISTDataModule(L.LightningDataModule):
         batch: Literal["union", "replace"] = "union",
         batch_size: int = 64,
         eval_batch_size: int = 256,
-        steering: Literal["val", "split", "train"] = "val",
+        steering: SteeringName = "val",
         steering_fraction: float = 0.2,
         steering_draw: SteeringDraw = "plain",
         steering_batch_size: int = 32,
@@ -144,7 +148,9 @@ class MedMNISTDataModule(L.LightningDataModule):
         super().__init__()
         check_choice("dataset", dataset, get_args(SetName))
         check_choice("augmentation", augmentation, get_args(AugmentationName))
+        check_choice("steering", steering, get_args(SteeringName))
         check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
+        check_merging(steering, merge_val=merge_val)
         check_sizes(
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
@@ -164,7 +170,7 @@ class MedMNISTDataModule(L.LightningDataModule):
         self.batch: Literal["union", "replace"] = batch
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.steering = steering
+        self.steering: SteeringName = steering
         self.steering_fraction = steering_fraction
         self.steering_draw: SteeringDraw = steering_draw
         self.steering_batch_size = steering_batch_size
@@ -190,7 +196,9 @@ class MedMNISTDataModule(L.LightningDataModule):
             file = find_medmnist(self.dataset, self.root, check_md5=self.check_md5)
         splits = read_medmnist(file, num_classes=self.num_classes, in_channels=self.in_channels)
         train, val = splits["train"], splits["val"]
-        if self.merge_val:
+        late = self.steering == "late"
+        self._num_late = len(val.target) if late else 0
+        if self.merge_val or late:
             train = Split(*(torch.cat(parts) for parts in zip(train, val, strict=True)))
         steering = train
         if self.steering == "split":
@@ -201,7 +209,7 @@ class MedMNISTDataModule(L.LightningDataModule):
         self._val = CleanImages(val)
         self._test = CleanImages(splits["test"])
         # The same object where the rows are the same, so that SAFLEX can tell.
-        self._steering = self._val if self.steering == "val" else CleanImages(steering)
+        self._steering = self._val if self.steering in {"val", "late"} else CleanImages(steering)
         self._is_set_up = True
 
     def class_counts(self) -> Tensor:
@@ -225,6 +233,7 @@ class MedMNISTDataModule(L.LightningDataModule):
             seed=self.seed,
             num_workers=self.num_workers,
             collate_fn=collate,
+            num_late=self._num_late,
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -251,7 +260,7 @@ class MedMNISTDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """Return the loader of the official validation split; none where it is trained on."""
-        if self.merge_val:
+        if self.merge_val or self.steering == "late":
             return []
         return self._make_loader(self._val)
 

@@ -32,10 +32,13 @@ from saflex_lightning.recipes.folders import (
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
 from saflex_lightning.recipes.loaders import (
     SteeringDraw,
+    SteeringName,
     check_batch_size,
+    check_merging,
     check_shares,
     check_sizes,
     check_steering,
+    late_epoch,
     loader_options,
     make_steering_loader,
     make_train_loader,
@@ -84,7 +87,9 @@ class GeneratedDataModule(L.LightningDataModule):
         eval_batch_size: Images per validation, test or plain steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` the validation folder, ``"split"`` a stratified
             part of the training images, which neither they nor what was generated from them are
-            then trained on, ``"train"`` the clean training images.
+            then trained on, ``"train"`` the clean training images, ``"late"`` the validation
+            folder, which is trained on too from half of the epochs on: nothing can be selected on
+            it, and an epoch has as many steps as before.
         steering_fraction: Share of the training images that ``"split"`` takes, in (0, 1).
         steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
             every batch has rows of every class, in shares like those of the data but at least one;
@@ -118,7 +123,7 @@ class GeneratedDataModule(L.LightningDataModule):
         batch: Literal["union", "replace"] = "union",
         batch_size: int = 128,
         eval_batch_size: int = 256,
-        steering: Literal["val", "split", "train"] = "val",
+        steering: SteeringName = "val",
         steering_fraction: float = 0.2,
         steering_draw: SteeringDraw = "plain",
         steering_batch_size: int = 64,
@@ -138,10 +143,11 @@ class GeneratedDataModule(L.LightningDataModule):
             ("batch", batch, ("union", "replace")),
             ("group_by", group_by, ("prompt", "generator")),
             ("per_class", per_class, ("all", "extra", "real")),
-            ("steering", steering, ("val", "split", "train")),
+            ("steering", steering, get_args(SteeringName)),
             ("steering_draw", steering_draw, get_args(SteeringDraw)),
         ):
             check_choice(name, value, choices)
+        check_merging(steering, merge_val=merge_val)
         if generated_per_real <= 0.0:
             raise ValueError(
                 f"Expected `generated_per_real` to be positive, but got {generated_per_real}. Set "
@@ -178,7 +184,7 @@ class GeneratedDataModule(L.LightningDataModule):
         self.batch: Literal["union", "replace"] = batch
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.steering = steering
+        self.steering: SteeringName = steering
         self.steering_fraction = steering_fraction
         self.steering_draw: SteeringDraw = steering_draw
         self.steering_batch_size = steering_batch_size
@@ -204,7 +210,9 @@ class GeneratedDataModule(L.LightningDataModule):
         if self.augmentation == "generated":
             self._pool = self._read_pool(real)
             files += self._pool.files
-        if self.merge_val:
+        late = self.steering == "late"
+        self._num_late = len(val.files) if late else 0
+        if self.merge_val or late:
             # Behind the training images, so that the numbers of the sources stay theirs.
             target = torch.cat([real.target, val.target])
             real = real._replace(files=[*real.files, *val.files], target=target)
@@ -222,7 +230,9 @@ class GeneratedDataModule(L.LightningDataModule):
         self._test = CleanImages(self._make_split(test))
         # The same object where the rows are the same, so that SAFLEX can tell.
         self._steering = (
-            self._val if self.steering == "val" else CleanImages(self._make_split(real, steering))
+            self._val
+            if self.steering in {"val", "late"}
+            else CleanImages(self._make_split(real, steering))
         )
         self._is_set_up = True
 
@@ -294,7 +304,8 @@ class GeneratedDataModule(L.LightningDataModule):
         """
         if self.augmentation == "generated":
             share = process_share(self.trainer)
-            check_batch_size(self.batch_size, len(self._rows) // share["num_replicas"])
+            rows = len(self._rows) - self._num_late
+            check_batch_size(self.batch_size, rows // share["num_replicas"])
             batches = PairedBatches(
                 self._rows.tolist(),
                 len(self._real.files),
@@ -307,6 +318,8 @@ class GeneratedDataModule(L.LightningDataModule):
                 # A sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
                 seed=mix_seeds(self.seed),
                 share=share,
+                num_late=self._num_late,
+                late_epoch=late_epoch(self.trainer) if self._num_late else 0,
             )
             mixed = MixedImages(self._real, self._pool, self.image_size)
             # An item of the sampler is a list of rows, and an item of the dataset their batch.
@@ -333,6 +346,7 @@ class GeneratedDataModule(L.LightningDataModule):
             seed=self.seed,
             num_workers=self.num_workers,
             collate_fn=collate,
+            num_late=self._num_late,
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -361,7 +375,7 @@ class GeneratedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """Return the loader of the validation folder; none where it is trained on."""
-        if self.merge_val:
+        if self.merge_val or self.steering == "late":
             return []
         return self._make_loader(self._val)
 

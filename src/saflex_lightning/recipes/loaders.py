@@ -1,7 +1,7 @@
 """The loaders of the datamodules, and the checks of the settings that they share."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sized
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -16,10 +16,13 @@ from saflex_lightning.recipes.sampling import ClassBatchSampler
 
 __all__ = [
     "SteeringDraw",
+    "SteeringName",
     "check_batch_size",
+    "check_merging",
     "check_shares",
     "check_sizes",
     "check_steering",
+    "late_epoch",
     "loader_options",
     "make_steering_loader",
     "make_train_loader",
@@ -28,6 +31,7 @@ __all__ = [
 ]
 
 SteeringDraw = Literal["plain", "stratified", "balanced"]
+SteeringName = Literal["val", "split", "train", "late"]
 
 
 def process_share(trainer: L.Trainer | None) -> dict[str, int]:
@@ -38,6 +42,25 @@ def process_share(trainer: L.Trainer | None) -> dict[str, int]:
     """
     given = (trainer and trainer.distributed_sampler_kwargs) or {}
     return {"num_replicas": given.get("num_replicas", 1), "rank": given.get("rank", 0)}
+
+
+def late_epoch(trainer: L.Trainer | None) -> int:
+    """Return the first epoch of the second half of the training.
+
+    Args:
+        trainer: The Trainer.
+
+    Raises:
+        MisconfigurationException: If it does not tell the number of epochs.
+    """
+    epochs = trainer and trainer.max_epochs
+    if not epochs or epochs < 0:
+        raise MisconfigurationException(
+            "Expected the Trainer to tell the number of epochs for `steering`='late', whose "
+            f"validation rows are trained on from half of them on, but got {epochs}. Pass "
+            "`max_epochs`."
+        )
+    return -(-epochs // 2)
 
 
 def loader_options(num_workers: int, seed: int) -> dict[str, Any]:
@@ -75,6 +98,7 @@ def make_train_loader(
     seed: int,
     num_workers: int,
     collate_fn: Callable[[list[Any]], Any],
+    num_late: int = 0,
 ) -> DataLoader[Any]:
     """Return a loader of training batches whose order is a function of seed and epoch.
 
@@ -88,16 +112,21 @@ def make_train_loader(
         seed: Seed of the order.
         num_workers: Loader processes.
         collate_fn: Makes a batch.
+        num_late: How many of the rows, the last ones, are drawn from half of the training on only;
+            the steps of an epoch stay as many.
 
     Raises:
         ValueError: If a process has fewer rows than a batch.
+        MisconfigurationException: If there are late rows and the number of epochs is not known.
     """
     share = process_share(trainer)
     sampler = EpochSampler(
-        dataset,
+        cast("Sized", dataset),
         num_replicas=share["num_replicas"],
         rank=share["rank"],
         seed=mix_seeds(seed),  # it adds the epoch: keep the orders of neighbouring seeds apart
+        num_late=num_late,
+        late_epoch=late_epoch(trainer) if num_late else 0,
     )
     check_batch_size(batch_size, len(sampler))
     return ResumableLoader(
@@ -205,6 +234,23 @@ def check_shares(**shares: float) -> None:
                 f"Expected `{name}` to be between 0 and 1, both excluded, but got {share}. Pass "
                 "0.2 for a fifth."
             )
+
+
+def check_merging(steering: str, *, merge_val: bool) -> None:
+    """Refuse to merge the validation rows twice.
+
+    Args:
+        steering: Which rows steer.
+        merge_val: Whether validation rows are training rows from the start.
+
+    Raises:
+        ValueError: If they are, and would become so later too.
+    """
+    if merge_val and steering == "late":
+        raise ValueError(
+            "Expected `merge_val` to be False with `steering`='late', which trains on the "
+            "validation rows from half of the training on, but got True. Set one of the two."
+        )
 
 
 def check_steering(steering: str, *, merge_val: bool) -> None:

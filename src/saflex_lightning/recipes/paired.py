@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class PairedBatches(ResumableSampler):
     any of its batches.
 
     Args:
-        rows: Numbers of the training images in use.
+        rows: Numbers of the training images in use; late ones last.
         num_real: Number of all training images, where the numbers of generated ones begin.
         pool: Generated images.
         wanted: See `draw_pool`.
@@ -74,6 +74,8 @@ class PairedBatches(ResumableSampler):
         batch_size: Clean rows per batch and process.
         seed: Seed of the order and of the draw.
         share: ``num_replicas`` and ``rank`` of this process.
+        num_late: See `ResumableSampler`.
+        late_epoch: See `ResumableSampler`.
     """
 
     def __init__(
@@ -89,9 +91,13 @@ class PairedBatches(ResumableSampler):
         batch_size: int,
         seed: int,
         share: dict[str, int],
+        num_late: int = 0,
+        late_epoch: int = 0,
     ) -> None:
         super().__init__(
-            cast("Dataset[Any]", rows),  # only its length is asked for
+            rows,
+            num_late=num_late,
+            late_epoch=late_epoch,
             num_replicas=share["num_replicas"],
             rank=share["rank"],
             seed=seed,

@@ -250,6 +250,51 @@ class TestMergedValidationRows:
         assert set_up().class_counts().tolist() == [85, 219, 109, 203, 85, 100, 234, 165]
 
 
+class TestLateValidationRows:
+    def rows(self, file, epoch, *, replicas=1, rank=0):
+        data = set_up(path=file, batch_size=10, augmentation="none", steering="late")
+        share = {"num_replicas": replicas, "rank": rank}
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs=share, max_epochs=5)
+        return [batch.index.tolist() for batch in batches(data, epoch)]
+
+    def test_they_join_from_half_of_the_epochs_on(self, small_file):
+        for epoch in range(5):
+            rows = self.rows(small_file, epoch)
+            assert len(rows) == 4  # steps of an epoch: as many as before
+            seen = {row for batch in rows for row in batch}
+            assert len(seen) == 40  # none comes twice
+            assert (max(seen) >= 40) == (epoch >= 3)
+        many = [self.rows(small_file, epoch) for epoch in range(3, 30)]
+        assert {row for rows in many for batch in rows for row in batch} == set(range(52))
+
+    def test_processes_share_them(self, small_file):
+        first, second = (self.rows(small_file, 4, replicas=2, rank=rank) for rank in range(2))
+        assert len(first) == len(second) == 2
+        seen = [row for batch in [*first, *second] for row in batch]
+        assert len(set(seen)) == 40
+        assert max(seen) >= 40
+
+    def test_they_steer_and_do_not_select(self, small_file):
+        data = set_up(path=small_file, steering="late")
+        images = read_medmnist(small_file, num_classes=8, in_channels=3)["val"].images
+        steering = torch.cat([inputs for inputs, _ in data.saflex_dataloader()])
+        assert steering.equal(normalize(images))
+        assert data.val_dataloader() == []
+
+    @pytest.mark.parametrize("max_epochs", [None, -1])
+    def test_training_of_unknown_length(self, small_file, max_epochs):
+        data = set_up(path=small_file, batch_size=10, steering="late")
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_epochs=max_epochs)
+        with pytest.raises(
+            MisconfigurationException, match="the number of epochs for `steering`='late'"
+        ):
+            data.train_dataloader()
+
+    def test_merging_twice(self):
+        with pytest.raises(ValueError, match="`merge_val` to be False with `steering`='late'"):
+            MedMNISTDataModule(steering="late", merge_val=True)
+
+
 class TestFiles:
     def test_grey_images_get_one_channel(self, tmp_path):
         grey = np.zeros((40, 8, 8), np.uint8)

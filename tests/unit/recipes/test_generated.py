@@ -277,6 +277,19 @@ class TestSteering:
         with pytest.raises(MisconfigurationException, match=r"`steering` to be 'train' or 'split'"):
             data.saflex_dataloader()
 
+    def test_validation_images_may_be_trained_on_late(self, folders):
+        data = set_up(folders, steering="late", batch_size=6)
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_epochs=2)
+        late = range(NUM_REAL, NUM_REAL + 6)
+        for epoch in range(2):
+            index, source = joined(data, "index", epoch), joined(data, "source", epoch)
+            clean = index[~joined(data, "augmented", epoch)]
+            assert len(clean) == len(clean.unique()) == NUM_REAL
+            assert any(row in late for row in clean.tolist()) == (epoch == 1)
+            assert (source >= 0).equal(joined(data, "augmented", epoch))
+        assert data.val_dataloader() == []
+        assert len(data.saflex_dataloader().dataset) == 6
+
 
 class TestLayouts:
     def test_class_folders_without_sources(self, own_folders):

@@ -11,6 +11,8 @@ from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.data import split_stratified
 from saflex_lightning.recipes.loaders import (
     SteeringDraw,
+    SteeringName,
+    check_merging,
     check_shares,
     check_sizes,
     check_steering,
@@ -76,7 +78,9 @@ class TabularDataModule(L.LightningDataModule):
         eval_batch_size: Rows per validation, test or plain steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` the validation rows, ``"split"`` a stratified
             part of the training rows, which is then not trained on, ``"train"`` the clean
-            training rows.
+            training rows, ``"late"`` the validation rows, which are trained on too from half of
+            the epochs on: nothing can be selected on them, and an epoch has as many steps as
+            before.
         steering_fraction: Share of the training rows that ``"split"`` takes, in (0, 1).
         steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
             every batch has rows of every class, in shares like those of the data but at least one;
@@ -116,7 +120,7 @@ class TabularDataModule(L.LightningDataModule):
         batch: Literal["union", "replace"] = "union",
         batch_size: int = 256,
         eval_batch_size: int = 1024,
-        steering: Literal["val", "split", "train"] = "val",
+        steering: SteeringName = "val",
         steering_fraction: float = 0.2,
         steering_draw: SteeringDraw = "plain",
         steering_batch_size: int = 128,
@@ -131,7 +135,9 @@ class TabularDataModule(L.LightningDataModule):
             steering_batch_size=steering_batch_size,
         )
         check_shares(steering_fraction=steering_fraction)
+        check_choice("steering", steering, get_args(SteeringName))
         check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
+        check_merging(steering, merge_val=merge_val)
         self.dataset: SetName | None = dataset
         self.path = path
         self.roles = None
@@ -148,7 +154,7 @@ class TabularDataModule(L.LightningDataModule):
         self.batch: Literal["union", "replace"] = batch
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.steering = steering
+        self.steering: SteeringName = steering
         self.steering_fraction = steering_fraction
         self.steering_draw: SteeringDraw = steering_draw
         self.steering_batch_size = steering_batch_size
@@ -181,9 +187,12 @@ class TabularDataModule(L.LightningDataModule):
             return CleanTable(prepare.transform(rows), torch.from_numpy(rows.target))
 
         self.classes = table.classes
-        self._train, self._val, self._test = clean(train), clean(val), clean(test)
+        late = self.steering == "late"
+        self._num_late = len(val.target) if late else 0
+        joined = join_rows(train, val) if late else train
+        self._train, self._val, self._test = clean(joined), clean(val), clean(test)
         # The same object where the rows are the same, so that SAFLEX can tell.
-        same = {"val": self._val, "train": self._train}
+        same = {"val": self._val, "late": self._val, "train": self._train}
         self._steering = same.get(self.steering) or clean(steering)
         self._is_set_up = True
 
@@ -207,6 +216,7 @@ class TabularDataModule(L.LightningDataModule):
             seed=self.seed,
             num_workers=self.num_workers,
             collate_fn=as_it_is,
+            num_late=self._num_late,
         )
 
     def saflex_group_names(self) -> tuple[str, ...]:
@@ -233,7 +243,7 @@ class TabularDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> CleanLoader | list[Any]:
         """Return the loader of the validation rows; none where they are trained on."""
-        if self.merge_val:
+        if self.merge_val or self.steering == "late":
             return []
         return self._make_loader(self._val)
 

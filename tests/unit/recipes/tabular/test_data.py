@@ -243,6 +243,21 @@ class TestSteering:
         assert len(steered.dataset) == 160
 
 
+def test_late_rows_steer_and_train_from_half_of_the_epochs_on(file):
+    data = set_up(file, steering="late", augmentation="none", batch_size=10)
+    parts = set_up(file, augmentation="none", batch_size=10)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_epochs=4)
+    for epoch in range(4):
+        index = torch.cat([batch.index for batch in batches(data, epoch)])
+        assert len(index) == len(index.unique()) == 130
+        assert (index.max() >= 130) == (epoch >= 2)
+    assert data.val_dataloader() == []
+    assert data.saflex_dataloader().dataset is data._val
+    # Standardised by what the training rows alone tell, as without late rows.
+    assert data._val.inputs.numeric.equal(parts._val.inputs.numeric)
+    assert data._train.inputs.numeric[130:].equal(data._val.inputs.numeric)
+
+
 def test_a_csv_of_ones_own(tmp_path):
     file = str(write_csv(tmp_path / "mine.csv", make_table(200)))
     roles = {"target": "answer", "categorical": ["colour", "size"]}

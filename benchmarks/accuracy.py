@@ -14,6 +14,7 @@ data are not there is named, with the way to get them, and left out.
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import traceback
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
@@ -352,6 +353,18 @@ def format_json(scores: Scores) -> str:
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
+def end_with_workers(number: int, frame: object) -> None:
+    """End this process and its workers; a pool would wait for the runs in progress.
+
+    Args:
+        number: The signal.
+        frame: Where it came.
+    """
+    for worker in active_children():
+        worker.kill()
+    sys.exit(128 + number)
+
+
 def run_missing(args: argparse.Namespace) -> bool:
     """Run every job that has no result yet, several at a time.
 
@@ -377,6 +390,7 @@ def run_missing(args: argparse.Namespace) -> bool:
     print(f"{len(jobs)} jobs, at most {minutes:.0f} minutes of one core", flush=True)
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // args.jobs)))
     limit = partial(torch.set_num_threads, threads)
+    signal.signal(signal.SIGTERM, end_with_workers)
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), limit) as pool:
         done = list(pool.map(Job.run, jobs))
     return all(done) and not missing

@@ -1,6 +1,5 @@
 """A MedMNIST set as a Lightning datamodule: training batches and the rows that steer."""
 
-from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -15,21 +14,19 @@ from saflex_lightning.recipes.augment import (
     make_image_augmentation,
     make_mixing,
 )
-from saflex_lightning.recipes.batches import (
-    AugmentedImages,
-    CleanImages,
-    collate_rows,
-)
-from saflex_lightning.recipes.loaders import (
-    SteeringDraw,
-    SteeringName,
+from saflex_lightning.recipes.batches import CleanImages
+from saflex_lightning.recipes.data_checks import (
     check_merging,
     check_shares,
     check_sizes,
     check_steering,
+)
+from saflex_lightning.recipes.loaders import (
+    SteeringDraw,
+    SteeringName,
     loader_options,
+    make_image_loader,
     make_steering_loader,
-    make_train_loader,
 )
 from saflex_lightning.recipes.medmnist import Split, read_medmnist
 from saflex_lightning.recipes.medmnist_sets import (
@@ -218,21 +215,15 @@ class MedMNISTDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
         """Return the loader of training batches; its order is a function of seed and epoch."""
-        dataset = AugmentedImages(self._train, self._augment, self.seed)
-        collate = partial(
-            collate_rows,
+        return make_image_loader(
+            self._train,
+            self._augment,
+            self._mix,
             batch=self.batch,
-            num_rows=len(dataset),
-            mixing=self._mix,
-            seed=self.seed,
-        )
-        return make_train_loader(
-            dataset,
-            self.batch_size,
+            batch_size=self.batch_size,
             trainer=self.trainer,
             seed=self.seed,
             num_workers=self.num_workers,
-            collate_fn=collate,
             num_late=self._num_late,
         )
 

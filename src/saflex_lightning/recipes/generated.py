@@ -1,6 +1,5 @@
 """Image folders and a pool of generated images as a Lightning datamodule."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -8,7 +7,7 @@ import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from saflex_lightning import AugmentedBatch, SAflexWarning
 from saflex_lightning.recipes.augment import (
@@ -17,12 +16,14 @@ from saflex_lightning.recipes.augment import (
     make_image_augmentation,
     make_mixing,
 )
-from saflex_lightning.recipes.batches import (
-    AugmentedImages,
-    CleanImages,
-    collate_rows,
-)
+from saflex_lightning.recipes.batches import CleanImages
 from saflex_lightning.recipes.data import split_stratified
+from saflex_lightning.recipes.data_checks import (
+    check_merging,
+    check_shares,
+    check_sizes,
+    check_steering,
+)
 from saflex_lightning.recipes.folders import (
     ClassFolders,
     FileImages,
@@ -33,23 +34,15 @@ from saflex_lightning.recipes.label_noise import plant_wrong_labels
 from saflex_lightning.recipes.loaders import (
     SteeringDraw,
     SteeringName,
-    check_batch_size,
-    check_merging,
-    check_shares,
-    check_sizes,
-    check_steering,
-    late_epoch,
     loader_options,
+    make_image_loader,
     make_steering_loader,
-    make_train_loader,
     mix_seeds,
-    process_share,
 )
 from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.options import check_choice
-from saflex_lightning.recipes.paired import MixedImages, PairedBatches
+from saflex_lightning.recipes.paired import MixedImages, make_paired_loader
 from saflex_lightning.recipes.pool import Pool, read_pool
-from saflex_lightning.recipes.resumable import ResumableLoader
 
 __all__ = ["GeneratedDataModule"]
 
@@ -303,49 +296,29 @@ class GeneratedDataModule(L.LightningDataModule):
             ValueError: If a batch asks for more images than a process has.
         """
         if self.augmentation == "generated":
-            share = process_share(self.trainer)
-            rows = len(self._rows) - self._num_late
-            check_batch_size(self.batch_size, rows // share["num_replicas"])
-            batches = PairedBatches(
+            return make_paired_loader(
+                MixedImages(self._real, self._pool, self.image_size),
                 self._rows.tolist(),
-                len(self._real.files),
                 self._pool,
                 self._wanted,
                 usable=self._usable(),
                 redraw=self.redraw,
                 batch=self.batch,
                 batch_size=self.batch_size,
-                # A sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
-                seed=mix_seeds(self.seed),
-                share=share,
+                trainer=self.trainer,
+                seed=self.seed,
+                num_workers=self.num_workers,
                 num_late=self._num_late,
-                late_epoch=late_epoch(self.trainer) if self._num_late else 0,
             )
-            mixed = MixedImages(self._real, self._pool, self.image_size)
-            # An item of the sampler is a list of rows, and an item of the dataset their batch.
-            options = loader_options(self.num_workers, self.seed)
-            if getattr(self.trainer, "overfit_batches", 0):
-                # Lightning then takes items 0, 1, ... in every epoch: let those be batches.
-                first = cast("list[int]", list(batches))
-                return DataLoader(Subset(mixed, first), None, **options)
-            return ResumableLoader(mixed, None, sampler=batches, **options)
-        dataset = AugmentedImages(
-            self._make_split(self._real, self._rows), self._augment, self.seed
-        )
-        collate = partial(
-            collate_rows,
+        return make_image_loader(
+            self._make_split(self._real, self._rows),
+            self._augment,
+            self._mix,
             batch=self.batch,
-            num_rows=len(dataset),
-            mixing=self._mix,
-            seed=self.seed,
-        )
-        return make_train_loader(
-            dataset,
-            self.batch_size,
+            batch_size=self.batch_size,
             trainer=self.trainer,
             seed=self.seed,
             num_workers=self.num_workers,
-            collate_fn=collate,
             num_late=self._num_late,
         )
 

@@ -1,6 +1,7 @@
-"""The loaders of the datamodules, and the checks of the settings that they share."""
+"""The loaders of the datamodules."""
 
 from collections.abc import Callable, Sized
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -10,20 +11,24 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from saflex_lightning.recipes.batches import EpochSampler
+from saflex_lightning import AugmentedBatch
+from saflex_lightning.recipes.augment import BatchMixing, ImageAugmentation
+from saflex_lightning.recipes.batches import (
+    AugmentedImages,
+    EpochSampler,
+    collate_rows,
+)
+from saflex_lightning.recipes.data_checks import check_batch_size
+from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.resumable import ResumableLoader
 from saflex_lightning.recipes.sampling import ClassBatchSampler
 
 __all__ = [
     "SteeringDraw",
     "SteeringName",
-    "check_batch_size",
-    "check_merging",
-    "check_shares",
-    "check_sizes",
-    "check_steering",
     "late_epoch",
     "loader_options",
+    "make_image_loader",
     "make_steering_loader",
     "make_train_loader",
     "mix_seeds",
@@ -139,6 +144,44 @@ def make_train_loader(
     )
 
 
+def make_image_loader(
+    rows: Split,
+    augment: ImageAugmentation | None,
+    mixing: BatchMixing | None,
+    *,
+    batch: Literal["union", "replace"],
+    batch_size: int,
+    trainer: L.Trainer | None,
+    seed: int,
+    num_workers: int,
+    num_late: int = 0,
+) -> DataLoader[AugmentedBatch]:
+    """Return a loader of training images with their augmented versions.
+
+    Args:
+        rows: Training images.
+        augment: Augments one image; None where a batch is mixed, or left clean.
+        mixing: See `collate_rows`.
+        batch: See `collate_rows`.
+        batch_size: See `make_train_loader`, as for the arguments that follow.
+        trainer: See `make_train_loader`.
+        seed: Seed of the order and of the augmentation.
+        num_workers: See `make_train_loader`.
+        num_late: See `make_train_loader`.
+    """
+    dataset = AugmentedImages(rows, augment, seed)
+    collate = partial(collate_rows, batch=batch, num_rows=len(dataset), mixing=mixing, seed=seed)
+    return make_train_loader(
+        dataset,
+        batch_size,
+        trainer=trainer,
+        seed=seed,
+        num_workers=num_workers,
+        collate_fn=collate,
+        num_late=num_late,
+    )
+
+
 def make_steering_loader(
     dataset: Dataset[Any],
     target: Tensor,
@@ -184,88 +227,3 @@ def make_steering_loader(
         world_size=share["num_replicas"],
     )
     return DataLoader(dataset, batch_sampler=sampler, **options)
-
-
-def check_batch_size(batch_size: int, num_rows: int) -> None:
-    """Refuse a batch larger than the rows of a process.
-
-    Args:
-        batch_size: Rows per step and process.
-        num_rows: Training rows of one process.
-
-    Raises:
-        ValueError: If it is larger.
-    """
-    if num_rows < batch_size:
-        raise ValueError(
-            f"Expected `batch_size` to be at most {num_rows}, the training rows of one process, "
-            f"but got {batch_size}. Pass a smaller `batch_size`."
-        )
-
-
-def check_sizes(**sizes: int) -> None:
-    """Refuse sizes below 1.
-
-    Args:
-        **sizes: By the name of their setting.
-
-    Raises:
-        ValueError: If one is less than 1.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(
-                f"Expected `{name}` to be at least 1, but got {size}. Pass a positive number."
-            )
-
-
-def check_shares(**shares: float) -> None:
-    """Refuse shares that leave one of two parts empty.
-
-    Args:
-        **shares: By the name of their setting.
-
-    Raises:
-        ValueError: If one is not between 0 and 1.
-    """
-    for name, share in shares.items():
-        if not 0.0 < share < 1.0:
-            raise ValueError(
-                f"Expected `{name}` to be between 0 and 1, both excluded, but got {share}. Pass "
-                "0.2 for a fifth."
-            )
-
-
-def check_merging(steering: str, *, merge_val: bool) -> None:
-    """Refuse to merge the validation rows twice.
-
-    Args:
-        steering: Which rows steer.
-        merge_val: Whether validation rows are training rows from the start.
-
-    Raises:
-        ValueError: If they are, and would become so later too.
-    """
-    if merge_val and steering == "late":
-        raise ValueError(
-            "Expected `merge_val` to be False with `steering`='late', which trains on the "
-            "validation rows from half of the training on, but got True. Set one of the two."
-        )
-
-
-def check_steering(steering: str, *, merge_val: bool) -> None:
-    """Refuse to steer by validation rows that are trained on.
-
-    Args:
-        steering: Which rows steer.
-        merge_val: Whether validation rows are training rows too.
-
-    Raises:
-        MisconfigurationException: If the same rows would do both.
-    """
-    if merge_val and steering == "val":
-        raise MisconfigurationException(
-            "Expected `steering` to be 'train' or 'split' with `merge_val`=True, but got 'val'. "
-            "The validation rows are trained on; steer by the clean training rows, or by a part "
-            "of them."
-        )

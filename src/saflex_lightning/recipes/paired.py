@@ -2,20 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
+import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.batches import normalize
+from saflex_lightning.recipes.data_checks import check_batch_size
 from saflex_lightning.recipes.folders import ClassFolders, FileImages
-from saflex_lightning.recipes.loaders import mix_seeds
+from saflex_lightning.recipes.loaders import late_epoch, loader_options, mix_seeds, process_share
 from saflex_lightning.recipes.pool import Pool, draw_pool
-from saflex_lightning.recipes.resumable import ResumableSampler
+from saflex_lightning.recipes.resumable import ResumableLoader, ResumableSampler
 
-__all__ = ["MixedImages", "PairedBatches"]
+__all__ = ["MixedImages", "PairedBatches", "make_paired_loader"]
 
 
 class MixedImages(Dataset[AugmentedBatch]):
@@ -148,3 +150,62 @@ class PairedBatches(ResumableSampler):
         order = torch.randperm(len(free), generator=generator)
         mine = order[self.rank :: self.num_replicas].tolist()
         return pairs, [free[place] for place in mine]
+
+
+def make_paired_loader(
+    images: MixedImages,
+    rows: list[int],
+    pool: Pool,
+    wanted: Tensor,
+    *,
+    usable: Tensor,
+    redraw: bool,
+    batch: Literal["union", "replace"],
+    batch_size: int,
+    trainer: L.Trainer | None,
+    seed: int,
+    num_workers: int,
+    num_late: int = 0,
+) -> DataLoader[AugmentedBatch]:
+    """Return a loader of training images with those that were generated from them.
+
+    Args:
+        images: All of them.
+        rows: See `PairedBatches`, as for the arguments that follow.
+        pool: See `PairedBatches`.
+        wanted: See `PairedBatches`.
+        usable: See `PairedBatches`.
+        redraw: See `PairedBatches`.
+        batch: See `PairedBatches`.
+        batch_size: See `PairedBatches`.
+        trainer: As for `make_train_loader`.
+        seed: Seed of the order and of the draw.
+        num_workers: Loader processes.
+        num_late: As for `make_train_loader`.
+
+    Raises:
+        ValueError: If a process has fewer clean rows than a batch.
+        MisconfigurationException: As for `make_train_loader`.
+    """
+    share = process_share(trainer)
+    check_batch_size(batch_size, (len(rows) - num_late) // share["num_replicas"])
+    batches = PairedBatches(
+        rows,
+        images.num_real,
+        pool,
+        wanted,
+        usable=usable,
+        redraw=redraw,
+        batch=batch,
+        batch_size=batch_size,
+        seed=mix_seeds(seed),  # it adds the epoch: keep the orders of neighbouring seeds apart
+        share=share,
+        num_late=num_late,
+        late_epoch=late_epoch(trainer) if num_late else 0,
+    )
+    options = loader_options(num_workers, seed)
+    # An item of the sampler is a list of rows, and an item of the dataset their batch.
+    if getattr(trainer, "overfit_batches", 0):
+        # Lightning then takes items 0, 1, ... in every epoch: let those be batches.
+        return DataLoader(Subset(images, cast("list[int]", list(batches))), None, **options)
+    return ResumableLoader(images, None, sampler=batches, **options)

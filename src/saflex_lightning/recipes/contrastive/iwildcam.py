@@ -1,7 +1,6 @@
 """iWildCam2020-wilds as it lies on a disk: images of animals and a table of splits and labels."""
 
 import csv
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -17,14 +16,10 @@ from saflex_lightning.recipes.augment import (
     make_image_augmentation,
     make_mixing,
 )
-from saflex_lightning.recipes.batches import AugmentedImages, CleanImages, collate_rows
+from saflex_lightning.recipes.batches import CleanImages
+from saflex_lightning.recipes.data_checks import check_sizes, check_steering
 from saflex_lightning.recipes.folders import FileImages
-from saflex_lightning.recipes.loaders import (
-    check_sizes,
-    check_steering,
-    loader_options,
-    make_train_loader,
-)
+from saflex_lightning.recipes.loaders import loader_options, make_image_loader
 from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.options import check_choice
 
@@ -140,15 +135,16 @@ class IWildCamDataModule(L.LightningDataModule):
         augment = make_image_augmentation(
             self.augmentation, len(self._names), self.augmentation_settings
         )
-        dataset = AugmentedImages(self._rows["train"], augment, self.seed)
         # Rows of all processes are gathered, and every batch of this loader is as large.
-        return make_train_loader(
-            dataset,
-            self.batch_size,
+        return make_image_loader(
+            self._rows["train"],
+            augment,
+            None,
+            batch=self.batch,
+            batch_size=self.batch_size,
             trainer=self.trainer,
             seed=self.seed,
             num_workers=self.num_workers,
-            collate_fn=partial(collate_rows, batch=self.batch, num_rows=len(dataset)),
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:

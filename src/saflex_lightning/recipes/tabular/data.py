@@ -9,13 +9,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.data import split_stratified
-from saflex_lightning.recipes.loaders import (
-    SteeringDraw,
-    SteeringName,
+from saflex_lightning.recipes.data_checks import (
     check_merging,
     check_shares,
     check_sizes,
     check_steering,
+)
+from saflex_lightning.recipes.loaders import (
+    SteeringDraw,
+    SteeringName,
     loader_options,
     make_steering_loader,
     make_train_loader,

@@ -8,6 +8,7 @@ from helpers.processes import run_in_processes
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.filterwarnings("ignore:Expected more matched parameters than unknowns"),
+    pytest.mark.filterwarnings("ignore:Expected finite gradients"),  # "NaN on one rank"
 ]
 
 
@@ -73,6 +74,20 @@ def test_gates_are_equal_on_all_ranks_and_to_those_of_one_process(ranks):
     assert all(largest_difference(results[0].parameters, r.parameters) == 0 for r in results)
     rows = [[step.rows for step in result.refined] for result in results]
     assert rows[0] != rows[-1]  # every rank draws its own rejections
+
+
+def test_nan_on_one_rank_is_met_by_all_and_kept_by_none(ranks):
+    """A row of NaN reaches the loss of one rank alone, and the solve of every one."""
+    states = [rank["NaN on one rank", torch.float64].state for rank in ranks]
+    assert [state["skipped_steps"] for state in states] == [1] * len(ranks)
+    for state in states:
+        for part in state["gradient"]["average"]:
+            assert part.isfinite().all()
+        assert state["gathered"]["gates"]["log_weights"].isfinite().all()
+        assert state["gathered"]["gates"]["moments"]["covariance"].isfinite().all()
+        assert state["gathered"]["gates"]["log_weights"].equal(
+            states[0]["gathered"]["gates"]["log_weights"]
+        )
 
 
 def check_skip(endings):

@@ -37,11 +37,16 @@ class Refined(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Parameters after the training, what each step refined, and what was gathered."""
+    """Parameters after the training, what each step refined, and the callback's state."""
 
     parameters: dict[str, torch.Tensor]
     refined: list[Refined]
-    gathered: dict[str, Any]
+    state: dict[str, Any]
+
+    @property
+    def gathered(self):
+        """What was gathered beside the gradient."""
+        return self.state["gathered"]
 
 
 class Watched(Classifier):
@@ -86,6 +91,30 @@ class Manual(Watched):
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         optimizer.step()
+
+
+class Surviving(Watched):
+    """Meets one row of NaN, on the last rank, and takes no step on gradients with NaN."""
+
+    POISONED = 7
+
+    def __init__(self, *, dtype):
+        super().__init__(dtype=dtype)
+        self.number = -1
+        self.undone = []
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.number += 1 if self.trainer.training else 0
+        last = self.global_rank == self.trainer.world_size - 1
+        if self.trainer.training and self.number == self.POISONED and last:
+            batch.inputs[-1] = torch.nan
+        return batch
+
+    def on_before_optimizer_step(self, optimizer):
+        gradients = [parameter.grad for parameter in self.parameters()]
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            self.undone.append(self.number)
+            optimizer.zero_grad()
 
 
 def plain(inputs, target, place):
@@ -174,6 +203,9 @@ SCENARIOS = {
     "soft labels": Scenario(batch=mixed),
     # Augmented rows that are better than the clean ones: none is rejected, all are raised.
     "gates": Scenario({"gates": True}, batch=partial(grouped, wrong="clean")),
+    "NaN on one rank": Scenario(
+        {"gates": True}, module=Surviving, batch=partial(grouped, wrong="clean")
+    ),
     "row evidence": Scenario({"row_evidence": "discriminant"}, batch=indexed),
     # Features gathered over ranks; steered by pairs (gathered too) or by classification.
     **{
@@ -226,8 +258,8 @@ def train(name, dtype, world_size, rank=0):
     )
     assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == STEPS
     assert trainer.world_size == world_size
-    gathered = callback.state_dict()["gathered"]
-    return Result(state_of(module), getattr(module, "refined", []), gathered)
+    assert getattr(module, "undone", [Surviving.POISONED]) == [Surviving.POISONED]
+    return Result(state_of(module), getattr(module, "refined", []), callback.state_dict())
 
 
 class Skipping(Classifier):

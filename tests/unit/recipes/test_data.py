@@ -274,6 +274,16 @@ class TestLateValidationRows:
         assert len(set(seen)) == 40
         assert max(seen) >= 40
 
+    def test_a_pass_can_begin_at_any_row(self, small_file):
+        data = set_up(path=small_file, batch_size=10, augmentation="none", steering="late")
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_epochs=2)
+        sampler = data.train_dataloader().sampler
+        sampler.set_epoch(1)
+        whole = list(sampler)
+        sampler.start = 10
+        assert list(sampler) == whole[10:]
+        assert list(sampler) == whole  # the pass after it begins at its beginning
+
     def test_they_steer_and_do_not_select(self, small_file):
         data = set_up(path=small_file, steering="late")
         images = read_medmnist(small_file, num_classes=8, in_channels=3)["val"].images

@@ -396,7 +396,6 @@ def run_missing(args: argparse.Namespace) -> bool:
     print(f"{len(jobs)} jobs, at most {minutes:.0f} minutes of one core", flush=True)
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // args.jobs)))
     limit = partial(torch.set_num_threads, threads)
-    signal.signal(signal.SIGTERM, end_with_workers)
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), limit) as pool:
         done = list(pool.map(Job.run, jobs))
     return all(done) and not missing
@@ -417,6 +416,7 @@ def main() -> None:
     )
     parser.add_argument("--save", type=Path, help="write the tables (.md) and all results (.json)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, end_with_workers)
     args.root, args.data = args.root.resolve(), args.data.resolve()
     complete = run_missing(args) if args.what == "run" else True
     scores = read_scores(args.root)

@@ -261,13 +261,9 @@ BENCHES = {
     "bloodmnist_mixup": paper_scale("mixup"),
 }
 
-NOTHING_HELD_OUT = (
-    "data.merge_val=true",
-    "data.steering=train",
-    "callbacks=none",
-    "+trainer.limit_val_batches=0",
-)
-MERGED_LATE = ("data.steering=late", "callbacks=none", "+trainer.limit_val_batches=0")
+NO_SELECTION = ("callbacks=none", "+trainer.limit_val_batches=0")
+NOTHING_HELD_OUT = ("data.merge_val=true", "data.steering=train", *NO_SELECTION)
+MERGED_LATE = ("data.steering=late", *NO_SELECTION)
 KEPT = "+callbacks.saflex.label_rule=keep"
 DEFAULT = "robust"
 METHODS = {

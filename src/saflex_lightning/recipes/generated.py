@@ -41,7 +41,7 @@ from saflex_lightning.recipes.loaders import (
 )
 from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.options import check_choice
-from saflex_lightning.recipes.paired import MixedImages, make_paired_loader
+from saflex_lightning.recipes.paired import MixedImages, PairedBatches, make_paired_loader
 from saflex_lightning.recipes.pool import Pool, read_pool
 
 __all__ = ["GeneratedDataModule"]
@@ -296,9 +296,9 @@ class GeneratedDataModule(L.LightningDataModule):
             ValueError: If a batch asks for more images than a process has.
         """
         if self.augmentation == "generated":
-            return make_paired_loader(
-                MixedImages(self._real, self._pool, self.image_size),
+            batches = PairedBatches(
                 self._rows.tolist(),
+                len(self._real.files),
                 self._pool,
                 self._wanted,
                 usable=self._usable(),
@@ -307,8 +307,14 @@ class GeneratedDataModule(L.LightningDataModule):
                 batch_size=self.batch_size,
                 trainer=self.trainer,
                 seed=self.seed,
-                num_workers=self.num_workers,
                 num_late=self._num_late,
+            )
+            return make_paired_loader(
+                MixedImages(self._real, self._pool, self.image_size),
+                batches,
+                trainer=self.trainer,
+                seed=self.seed,
+                num_workers=self.num_workers,
             )
         return make_image_loader(
             self._make_split(self._real, self._rows),

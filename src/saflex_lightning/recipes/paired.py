@@ -74,10 +74,13 @@ class PairedBatches(ResumableSampler):
         batch: ``"union"`` keeps the clean rows; ``"replace"`` leaves out those that a generated
             row was made from.
         batch_size: Clean rows per batch and process.
+        trainer: As for `make_train_loader`.
         seed: Seed of the order and of the draw.
-        share: ``num_replicas`` and ``rank`` of this process.
-        num_late: See `ResumableSampler`.
-        late_epoch: See `ResumableSampler`.
+        num_late: As for `make_train_loader`.
+
+    Raises:
+        ValueError: If a process has fewer clean rows than a batch.
+        MisconfigurationException: As for `make_train_loader`.
     """
 
     def __init__(
@@ -91,18 +94,19 @@ class PairedBatches(ResumableSampler):
         redraw: bool,
         batch: Literal["union", "replace"],
         batch_size: int,
+        trainer: L.Trainer | None,
         seed: int,
-        share: dict[str, int],
         num_late: int = 0,
-        late_epoch: int = 0,
     ) -> None:
+        share = process_share(trainer)
+        check_batch_size(batch_size, (len(rows) - num_late) // share["num_replicas"])
         super().__init__(
             rows,
             num_late=num_late,
-            late_epoch=late_epoch,
+            late_epoch=late_epoch(trainer) if num_late else 0,
             num_replicas=share["num_replicas"],
             rank=share["rank"],
-            seed=seed,
+            seed=mix_seeds(seed),  # it adds the epoch: keep neighbouring seeds' orders apart
         )
         self.rows = rows
         self.num_real = num_real
@@ -154,55 +158,21 @@ class PairedBatches(ResumableSampler):
 
 def make_paired_loader(
     images: MixedImages,
-    rows: list[int],
-    pool: Pool,
-    wanted: Tensor,
+    batches: PairedBatches,
     *,
-    usable: Tensor,
-    redraw: bool,
-    batch: Literal["union", "replace"],
-    batch_size: int,
     trainer: L.Trainer | None,
     seed: int,
     num_workers: int,
-    num_late: int = 0,
 ) -> DataLoader[AugmentedBatch]:
     """Return a loader of training images with those that were generated from them.
 
     Args:
         images: All of them.
-        rows: See `PairedBatches`, as for the arguments that follow.
-        pool: See `PairedBatches`.
-        wanted: See `PairedBatches`.
-        usable: See `PairedBatches`.
-        redraw: See `PairedBatches`.
-        batch: See `PairedBatches`.
-        batch_size: See `PairedBatches`.
-        trainer: As for `make_train_loader`.
-        seed: Seed of the order and of the draw.
+        batches: Which of them make a batch.
+        trainer: The Trainer; with ``overfit_batches`` the first batches come again in every epoch.
+        seed: Seed of the loader's own generator.
         num_workers: Loader processes.
-        num_late: As for `make_train_loader`.
-
-    Raises:
-        ValueError: If a process has fewer clean rows than a batch.
-        MisconfigurationException: As for `make_train_loader`.
     """
-    share = process_share(trainer)
-    check_batch_size(batch_size, (len(rows) - num_late) // share["num_replicas"])
-    batches = PairedBatches(
-        rows,
-        images.num_real,
-        pool,
-        wanted,
-        usable=usable,
-        redraw=redraw,
-        batch=batch,
-        batch_size=batch_size,
-        seed=mix_seeds(seed),  # it adds the epoch: keep the orders of neighbouring seeds apart
-        share=share,
-        num_late=num_late,
-        late_epoch=late_epoch(trainer) if num_late else 0,
-    )
     options = loader_options(num_workers, seed)
     # An item of the sampler is a list of rows, and an item of the dataset their batch.
     if getattr(trainer, "overfit_batches", 0):

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 from helpers.configs import CONFIGS, compose_config, gates_in_log, render
 from helpers.standins import write_medmnist
+from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torchvision.transforms import v2
@@ -79,6 +80,14 @@ def _keep_environment(monkeypatch):
     """Undo what ``seed_everything`` writes into the environment."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
+
+
+def test_runs_that_start_in_the_same_second_have_a_folder_each(monkeypatch):
+    monkeypatch.delenv("SAFLEX_RUN_DIR", raising=False)
+    with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
+        runs = [compose("train", return_hydra_config=True).hydra.run for _ in range(2)]
+        assert runs[0].dir != runs[1].dir
+    assert runs[0].dir == runs[0].dir  # the clock is read once a run
 
 
 def test_groups_and_defaults_are_the_ones_the_tests_know(tmp_path):

@@ -237,6 +237,7 @@ BENCHES = {
         "mlp", "shrutime", C, probability=0.3, epochs=30, lr=0.001, file=CHURN
     ),
     "kdd_mlp": tabular("mlp", "appetency", C, epochs=3, lr=0.001, file=KDD),
+    "kdd_mlp_strong": tabular("mlp", "appetency", C, probability=0.3, epochs=3, lr=0.001, file=KDD),
     "letter_mlp": tabular("mlp", "letter", S, epochs=25, lr=0.001, file=LETTER, val_rows=2800),
     "letter_mlp_strong": tabular(
         "mlp", "letter", C, probability=0.3, epochs=25, lr=0.001, file=LETTER
@@ -247,8 +248,24 @@ BENCHES = {
     ),
     # Tables, SAINT.
     "qsar_saint": tabular("saint", "qsar", C, minutes=25.0),
+    "qsar_saint_strong": tabular("saint", "qsar", C, probability=0.3, minutes=25.0),
     # Four steps an epoch; as many epochs as SAINT's authors.
     "arrhythmia_saint": tabular("saint", "arrhythmia", C, epochs=100, minutes=25.0),
+    "arrhythmia_saint_strong": tabular(
+        "saint", "arrhythmia", C, probability=0.3, epochs=100, minutes=25.0
+    ),
+    "shrutime_saint": tabular("saint", "shrutime", C, epochs=30, file=CHURN, minutes=15.0),
+    "shrutime_saint_strong": tabular(
+        "saint", "shrutime", C, probability=0.3, epochs=30, file=CHURN, minutes=15.0
+    ),
+    "kdd_saint": tabular("saint", "appetency", C, epochs=3, file=KDD, minutes=25.0),
+    "kdd_saint_strong": tabular(
+        "saint", "appetency", C, probability=0.3, epochs=3, file=KDD, minutes=25.0
+    ),
+    "letter_saint": tabular("saint", "letter", C, epochs=25, file=LETTER, minutes=25.0),
+    "letter_saint_strong": tabular(
+        "saint", "letter", C, probability=0.3, epochs=25, file=LETTER, minutes=25.0
+    ),
     # Pools of generated images, small CNN.
     "blood_pool": pool(C),
     "blood_pool_noise_20": pool(C, "data.label_noise=0.2"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import lightning as L
@@ -87,6 +88,7 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(monkeypatch):
     with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
         runs = [compose("train", return_hydra_config=True).hydra.run for _ in range(2)]
         assert runs[0].dir != runs[1].dir
+    assert datetime.strptime(Path(runs[0].dir).name, "%H-%M-%S-%f")
     assert runs[0].dir == runs[0].dir  # the clock is read once a run
 
 

@@ -207,7 +207,9 @@ def paper_scale(augmentation: str) -> Bench:
         f"experiment=medmnist_{augmentation}",
         "data=bloodmnist",
         "data.root={data}",
+        "data.num_workers=3",
         "trainer.accelerator=gpu",
+        "+trainer.benchmark=true",
     )
     needs = "{data}/bloodmnist.npz"
     recipe = "download bloodmnist.npz of MedMNIST (Zenodo record 10519652)"

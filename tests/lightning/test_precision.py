@@ -32,12 +32,13 @@ TOLERANCE = {
 }
 HALF = ("bf16-true", "16-true")
 ENGINES = ("finite_difference", "forward_mode", "head")
+ACCELERATORS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
-def precision_settings(precision):
+def precision_settings(precision, accelerator):
     """Return Trainer arguments; on a CPU Lightning itself makes "bf16-mixed" of "16-mixed"."""
-    if precision != "16-mixed":
-        return {"precision": precision}
+    if precision != "16-mixed" or accelerator == "gpu":
+        return {"precision": precision, "accelerator": accelerator, "devices": 1}
     return {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 2.0**16))}
 
 
@@ -82,11 +83,14 @@ def reference():
     return found
 
 
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", TOLERANCE)
-def test_solution_is_float32_or_wider_and_near_that_of_float64(precision, engine, reference):
+def test_solution_is_float32_or_wider_and_near_that_of_float64(
+    precision, engine, accelerator, reference
+):
     module, callback = seeded(Recording), SAflexCallback(soft_loader(), engine=engine)
-    settings = precision_settings(precision)
+    settings = precision_settings(precision, accelerator)
     if precision in HALF and engine == "finite_difference":
         with pytest.raises(MisconfigurationException, match=f"precision='{precision}'`: its small"):
             fit(module, callback, train=soft_loader(), **settings)
@@ -98,10 +102,10 @@ def test_solution_is_float32_or_wider_and_near_that_of_float64(precision, engine
         torch.float64 if precision == "64-true" else torch.float32
     )
     assert trainer.callback_metrics["saflex/skipped_steps"] == 0
-    tolerance = TOLERANCE[precision]
+    tolerance = max(TOLERANCE[precision], 1e-12 if accelerator == "gpu" else 0.0)
     for name in ("weights", "soft_labels"):
         torch.testing.assert_close(
-            getattr(module.first, name).double(),
+            getattr(module.first, name).double().cpu(),
             getattr(reference[engine], name),
             rtol=tolerance,
             atol=tolerance,
@@ -131,19 +135,23 @@ class Shadow(Classifier):
         self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
 
 
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_grad_scaler_does_not_notice_the_solve(engine):
+def test_grad_scaler_does_not_notice_the_solve(engine, accelerator):
     runs = []
+    device = "cuda" if accelerator == "gpu" else "cpu"
     for refine in (True, False):
         module = seeded(lambda refine=refine: Shadow(refine))
-        scaler = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=2)
+        scaler = torch.amp.GradScaler(device, 2.0**10, growth_interval=2)
         callback = SAflexCallback(make_loader(), engine=engine, refresh_every_n_steps=1)
         with pytest.warns(SAflexWarning, match="non-finite") if refine else nullcontext():
             trainer = fit(
                 module,
                 *([callback] if refine else []),
                 max_epochs=3,
-                plugins=MixedPrecision("16-mixed", "cpu", scaler),
+                plugins=MixedPrecision("16-mixed", device, scaler),
+                accelerator=accelerator,
+                devices=1,
             )
         runs.append((module.scales, state_of(module), trainer))
     (scales, state, trainer), (plain_scales, plain_state, _) = runs

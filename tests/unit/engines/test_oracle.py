@@ -105,6 +105,32 @@ def test_head_is_exact_for_its_own_slice(case):
     assert relative_error(found, expected) <= case.rounding
 
 
+# Random numbers differ between devices, so no dropout. Convolutions are in TF32, as by default.
+CUDA_CASES = ("mlp", "cnn, batch norm, train", "cnn, batch norm, eval", "resnet18, eval")
+TF32 = 2e-2  # relative error of an exact engine
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CUDA_CASES)
+@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode"])
+def test_engines_on_cuda(engine, name, dtype, record_property):
+    case = CASES[name]
+    model, inputs = case.build(dtype=dtype)
+    direction = random_direction(list(model.parameters()))
+    model.cuda()
+    moved = [part.cuda() for part in direction]
+    _, found = measure(make_engine(engine, model), model, inputs.cuda(), moved)
+    _, expected = reference_of_all_parameters(case, dtype)
+    error = relative_error(found.cpu(), expected)
+    record_property("relative_error", error)
+    print(f"{engine}, {name}, {dtype}: {error:.1e}")
+    if dtype == torch.float64:
+        assert error <= (1e-12 if engine == "forward_mode" else case.error64)
+    else:
+        assert error <= (TF32 if engine == "forward_mode" else case.error)
+
+
 def test_head_of_tied_weights_counts_their_use_as_a_head_alone():
     tied, untied = Tied(), Tied(tie=False)
     untied.load_state_dict(tied.state_dict())

@@ -1,0 +1,90 @@
+"""On a GPU: NCCL, resuming, and the main job in half precision."""
+
+import pytest
+import torch
+from helpers.configs import compose_config
+from helpers.interrupted import train_loader
+from helpers.training import Classifier, assert_same_state, fit, make_loader, seeded, state_of
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from saflex_lightning import SAflexCallback
+from saflex_lightning.train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+ENGINES = ("finite_difference", "forward_mode", "head")
+GPU = {"accelerator": "gpu", "devices": 1}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_process_on_nccl_equals_the_plain_run(engine, precision):
+    states = []
+    for strategy in ("auto", "ddp"):
+        module = seeded(Classifier)
+        callback = SAflexCallback(make_loader(40, 8, seed=7), engine=engine)
+        trainer = fit(
+            module,
+            callback,
+            train=train_loader(),
+            strategy=strategy,
+            precision=precision,
+            use_distributed_sampler=False,
+            **GPU,
+        )
+        assert trainer.callback_metrics["saflex/skipped_steps"] == 0
+        states.append(state_of(module))
+    assert_same_state(*states)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_run_resumed_in_the_middle_of_an_epoch_equals_the_uninterrupted_one(
+    engine, precision, tmp_path
+):
+    def run(max_steps, *keepers, **options):
+        module = seeded(lambda: Classifier(plain=True))  # checkpoints hold no random state
+        fit(
+            module,
+            SAflexCallback(make_loader(40, 8, seed=7), engine=engine),
+            *keepers,
+            train=train_loader(),  # six steps an epoch
+            max_epochs=-1,
+            max_steps=max_steps,
+            precision=precision,
+            enable_checkpointing=bool(keepers),
+            **GPU,
+            **options,
+        )
+        return state_of(module)
+
+    keeper = ModelCheckpoint(tmp_path, "latest", every_n_train_steps=9)
+    run(9, keeper)
+    resumed = run(14, keeper, seed=9, ckpt_path=tmp_path / "latest.ckpt")
+    assert_same_state(run(14), resumed)
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        ("saflex_robust", "16-mixed"),
+        ("saflex_gates", "16-mixed"),
+        ("saflex_paper", "16-mixed"),
+        ("saflex_gates", "bf16-mixed"),
+    ],
+)
+def test_main_job_learns_in_half_precision(method, precision, tmp_path):
+    result = train(
+        compose_config(
+            tmp_path,
+            f"method={method}",
+            f"trainer.precision={precision}",
+            "trainer.accelerator=gpu",
+            "trainer.max_epochs=4",
+        )
+    )
+    assert torch.cuda.max_memory_allocated() > 0
+    assert result["test_accuracy"] > 0.6

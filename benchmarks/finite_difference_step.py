@@ -135,7 +135,8 @@ def compare(model: nn.Module, images: Tensor, tangent: Tangent) -> dict[str, Row
         images: A training batch.
         tangent: The direction.
     """
-    unit = Tangent(tuple(part.double() for part in tangent.direction), torch.ones((), device=images.device).double())
+    one = torch.ones((), device=images.device)
+    unit = Tangent(tuple(part.double() for part in tangent.direction), one.double())
     wide = copy.deepcopy(model).double()
     exact = ForwardModeEngine(wide, select_parameters(wide)).measure(
         lambda: wide(images.double()), unit
@@ -153,7 +154,7 @@ def compare(model: nn.Module, images: Tensor, tangent: Tangent) -> dict[str, Row
         with unchanged_state(model), moved:
             tangents[name] = (model(images) - here) / step
     engine = FiniteDifferenceEngine(model, params)
-    unit_norm = tangent._replace(norm=torch.ones((), device=images.device))
+    unit_norm = tangent._replace(norm=one)
     with unchanged_state(model):
         _, found = engine.measure(lambda: model(images), unit_norm)
         tangents[ENGINE] = found
@@ -215,7 +216,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     with resources.as_file(shipped) as default:
-        train, val = (read_split(args.data or default, split, args.device) for split in ("train", "val"))
+        file = args.data or default
+        train, val = (read_split(file, split, args.device) for split in ("train", "val"))
 
     print(f"{args.device}, torch {torch.__version__}")
     by_step, by_damping, by_model = defaultdict(list), defaultdict(list), defaultdict(list)

@@ -4,9 +4,12 @@
     python benchmarks/accuracy.py run --benches qsar_mlp --methods upstream robust --jobs 2
     python benchmarks/accuracy.py table                            # from the results alone
 
+    python benchmarks/accuracy.py run --tier gpu --save benchmarks/results/accuracy_gpu
+
 `registry.py` names the benches, the methods and which benches may decide what. A run is one job of
 `saflex-train`; its ``result.json`` is kept under ``outputs/accuracy/BENCH/METHOD/SEED`` and never
-computed twice, so an interrupted sweep goes on where it stopped. Runs of one bench and seed see the
+computed twice, so an interrupted sweep goes on where it stopped; with ``--save`` it adds to the
+results that were saved before, also those of other machines. Runs of one bench and seed see the
 same rows in the same order, whatever the method, so differences are paired by seed. A bench whose
 data are not there is named, with the way to get them, and left out.
 """
@@ -206,6 +209,36 @@ def read_scores(root: Path) -> Scores:
     return scores
 
 
+def read_saved(file: Path) -> Scores:
+    """Return the results that `format_json` wrote.
+
+    Args:
+        file: The file; without it there are none.
+    """
+    scores: Scores = {}
+    for line in json.loads(file.read_text()) if file.exists() else []:
+        seeds = {int(seed): result for seed, result in line["seeds"].items()}
+        scores.setdefault(line["bench"], {})[line["method"]] = seeds
+    return scores
+
+
+def merge(saved: Scores, found: Scores, tiers: set[str]) -> Scores:
+    """Return the results of both, in the order of the registry; what was found counts first.
+
+    Args:
+        saved: From `read_saved`.
+        found: From `read_scores`.
+        tiers: Tiers whose benches are kept.
+    """
+    both: Scores = {}
+    for name, bench in BENCHES.items():
+        for method in METHODS if bench.tier in tiers else ():
+            seeds = [scores.get(name, {}).get(method, {}) for scores in (saved, found)]
+            if any(seeds):
+                both.setdefault(name, {})[method] = dict(sorted((seeds[0] | seeds[1]).items()))
+    return both
+
+
 def points(results: dict[int, dict], metric: str) -> dict[int, float]:
     """Return a metric in percentage points by seed.
 
@@ -371,22 +404,23 @@ def end_with_workers(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def run_missing(args: argparse.Namespace) -> bool:
+def run_missing(args: argparse.Namespace, saved: Scores) -> bool:
     """Run every job that has no result yet, several at a time.
 
     Args:
         args: The command line.
+        saved: Results that are known without a run.
 
     Returns:
         Whether every job has a result now.
     """
-    benches = args.benches or [n for n, bench in BENCHES.items() if bench.tier == args.tier]
     jobs = [
         Job(bench, method, seed, args.root, args.data)
         for seed in args.seeds  # complete one seed everywhere before the next
-        for bench in benches
+        for bench in args.benches
         for method in args.methods
         if METHODS[method].serves(BENCHES[bench])
+        and seed not in saved.get(bench, {}).get(method, {})
     ]
     missing = sorted({text for job in jobs if (text := job.missing())})
     for text in missing:
@@ -414,12 +448,17 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=Path("outputs/accuracy_data"), help="folder of data files"
     )
-    parser.add_argument("--save", type=Path, help="write the tables (.md) and all results (.json)")
+    parser.add_argument(
+        "--save", type=Path, help="add to these results (.json) and write their tables (.md)"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, end_with_workers)
     args.root, args.data = args.root.resolve(), args.data.resolve()
-    complete = run_missing(args) if args.what == "run" else True
-    scores = read_scores(args.root)
+    args.benches = args.benches or [n for n, bench in BENCHES.items() if bench.tier == args.tier]
+    saved = read_saved(args.save.with_suffix(".json")) if args.save else {}
+    complete = run_missing(args, saved) if args.what == "run" else True
+    tiers = {BENCHES[name].tier for name in args.benches}
+    scores = merge(saved, read_scores(args.root), tiers)
     tables = format_tables(scores)
     print(tables)
     if args.save:

@@ -209,6 +209,7 @@ def paper_scale(augmentation: str) -> Bench:
         "data.root={data}",
         "data.num_workers=3",
         "trainer.accelerator=gpu",
+        "trainer.log_every_n_steps=50",
         "+trainer.benchmark=true",
     )
     needs = "{data}/bloodmnist.npz"

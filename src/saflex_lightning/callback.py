@@ -19,7 +19,7 @@ from .functional import (
     make_preset,
 )
 from .gathered import make_gathered
-from .metrics import log_metrics
+from .metrics import is_read_before_next, log_metrics, read_step
 from .mixin import SAflexMixin
 from .notices import Notices, SAflexWarning
 from .pool import RowEvidenceName
@@ -158,6 +158,7 @@ class SAflexCallback(pl.Callback):
         )
         self._arming = Arming()
         self._skipped = SkippedSteps()
+        self._metrics: dict[str, Tensor] = {}
         self._notices = Notices()
         self._group_names: Sequence[str] = ()
 
@@ -238,9 +239,10 @@ class SAflexCallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Disarm the module and log what was learned."""
+        """Disarm the module, and log what was learned where a logger would read it."""
         assert isinstance(pl_module, SAflexMixin)
         step = self._arming.disarm(pl_module)
+        self._metrics = {}
         if step is None:
             return
         if step.out_of_memory:
@@ -250,12 +252,13 @@ class SAflexCallback(pl.Callback):
         if step.solutions:
             self._notices.say_under_parameterised(step)
             self._count_skips(trainer, step, batch_idx)
-            log_metrics(
-                pl_module,
+            self._metrics = read_step(
                 step,
                 val_gradient_norm=self._steering.gradient.norm,
                 skipped=self._skipped.total,
             )
+            if is_read_before_next(trainer, batch_idx, self.every_n_steps):
+                log_metrics(pl_module, step, self._metrics)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on when an epoch of refined steps never asked for the loss."""
@@ -276,6 +279,17 @@ class SAflexCallback(pl.Callback):
         self._notices.say_out_of_memory(trainer, batch_idx)
 
     # Reading what was gathered
+
+    def read_metrics(self) -> dict[str, Tensor]:
+        """Return what the newest training batch taught, for callbacks that come after this one.
+
+        Lightning is told only where a logger, or the end of the epoch, would read it.
+
+        Returns:
+            Scalars by the names that are logged, without ``saflex/``; empty where the batch was
+            not refined.
+        """
+        return dict(self._metrics)
 
     def read_row_evidence(self) -> Tensor | None:
         """Return how well the label of each row of the pool fits, averaged over the row's visits.

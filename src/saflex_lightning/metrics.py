@@ -1,36 +1,67 @@
-"""What a refined step logs."""
+"""What a refined step tells, and when Lightning is told.
 
-from typing import Any
+One call of ``log`` costs Lightning 0.3 to 0.5 ms on a CPU, twenty of them more than a small
+network's step, so that values nobody would read are not logged.
+"""
+
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from .step import SAflexStep
 
-__all__ = ["log_metrics"]
+__all__ = ["is_read_before_next", "log_metrics", "read_step"]
 
 
-def log_metrics(
-    module: pl.LightningModule, step: SAflexStep, *, val_gradient_norm: Tensor, skipped: Tensor
-) -> None:
+def read_step(step: SAflexStep, *, val_gradient_norm: Tensor, skipped: Tensor) -> dict[str, Tensor]:
+    """Return what a step learned.
+
+    Args:
+        step: A solved step.
+        val_gradient_norm: Norm of the newest validation gradient, scalar.
+        skipped: Skipped steps of the whole run, scalar.
+
+    Returns:
+        Scalars by name.
+    """
+    gates = step.gathered.gates
+    return {
+        **step.metrics,
+        **({} if gates is None else gates.metrics()),
+        "val_gradient_norm": val_gradient_norm,
+        "solve_seconds": torch.tensor(step.seconds),
+        "skipped_steps": skipped.float(),
+    }
+
+
+def is_read_before_next(trainer: pl.Trainer, batch_idx: int, every_n_steps: int) -> bool:
+    """Return whether a logger or the end of the epoch comes before the next refined step.
+
+    Args:
+        trainer: The Trainer.
+        batch_idx: Number of the training batch in its epoch.
+        every_n_steps: Training batches from one refined step to the next.
+    """
+    interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    stepped = trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning itself counts
+    to_logger = interval - stepped % interval if interval else float("inf")
+    to_end = trainer.num_training_batches - batch_idx
+    return min(to_logger, to_end) <= every_n_steps or trainer.should_stop
+
+
+def log_metrics(module: pl.LightningModule, step: SAflexStep, values: Mapping[str, Tensor]) -> None:
     """Log what a step learned, by names that begin with ``saflex/``.
 
     What the settings make constant is left out of the progress bar.
 
     Args:
         module: The module.
-        step: A solved step.
-        val_gradient_norm: Norm of the newest validation gradient, scalar.
-        skipped: Skipped steps of the whole run, scalar.
+        step: The step.
+        values: From `read_step`.
     """
-    gates, preset = step.gathered.gates, step.preset
-    values: dict[str, Any] = {
-        **step.metrics,
-        **({} if gates is None else gates.metrics()),
-        "val_gradient_norm": val_gradient_norm,
-        "solve_seconds": step.seconds,
-        "skipped_steps": skipped.float(),
-    }
+    preset = step.preset
     shown = {
         "kept_fraction": preset.weight_rule in {"expected", "sum", "positive"},
         "relabelled_fraction": preset.label_rule != "keep",

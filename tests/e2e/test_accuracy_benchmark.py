@@ -24,6 +24,9 @@ def accuracy():
             patch.delitem(sys.modules, name)
 
 
+ROBUST_2 = [("first", "robust", 2), ("second", "robust", 2)]
+
+
 def result(test, val=0.5):
     return {"test_accuracy": test, "val_accuracy": val}
 
@@ -92,6 +95,45 @@ def test_saved_results_are_one_line_per_method_of_a_bench(accuracy):
     seeds = {"1": {"test_accuracy": 0.81235, "steps": 3}}
     assert json.loads(text)[0] == {"bench": "first", "method": "robust", "seeds": seeds}
     assert len(text.splitlines()) == 4
+
+
+def test_saved_results_are_added_to_and_not_computed_again(accuracy, monkeypatch, tmp_path):
+    """As on another machine: the folder of the first runs is not there."""
+    bench, other = make_bench(), make_bench()
+    monkeypatch.setattr(accuracy, "BENCHES", {"first": bench, "second": other})
+
+    def run(job):
+        job.folder.mkdir(parents=True)
+        (job.folder / "result.json").write_text(json.dumps(result(job.seed / 10)))
+        ran.append((job.bench, job.method, job.seed))
+        return True
+
+    class InThisProcess:
+        def __init__(self, *args):
+            self.map = lambda function, jobs: [run(job) for job in jobs]
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+
+    monkeypatch.setattr(accuracy, "ProcessPoolExecutor", InThisProcess)
+    saved = tmp_path / "saved"
+    for root, arguments, expected in (
+        ("a", ["--benches", "second", "--seeds", "1"], [("second", "robust", 1)]),
+        ("b", ["--seeds", "1", "2"], [("first", "robust", 1), *ROBUST_2]),
+    ):
+        ran = []
+        command = ["accuracy.py", "run", "--methods", "robust", "--save", str(saved), *arguments]
+        monkeypatch.setattr(sys, "argv", [*command, "--root", str(tmp_path / root)])
+        with pytest.raises(SystemExit) as end:
+            accuracy.main()
+        assert end.value.code == 0
+        assert ran == expected
+    known = accuracy.read_saved(saved.with_suffix(".json"))
+    assert known == {name: {"robust": {1: result(0.1), 2: result(0.2)}} for name in known}
+    assert list(known) == ["first", "second"]  # the registry's order
+    assert "| second | selection | test_accuracy | robust | 15.00 ± 7.07 (2) |" in (
+        saved.with_suffix(".md").read_text()
+    )
 
 
 def all_jobs(accuracy, folder):

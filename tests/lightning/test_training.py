@@ -1,5 +1,8 @@
 """What a fit with the callback does, step by step and from run to run."""
 
+import csv
+
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.training import (
@@ -110,6 +113,58 @@ def test_metrics_reach_the_logger_and_the_progress_bar(tmp_path):
     shown = set(trainer.progress_bar_metrics)
     assert shown >= {"saflex/kept_fraction", "saflex/relabelled_fraction"}
     assert "saflex/solve_seconds" not in shown
+
+
+class LoggingEveryStep(pl.Callback):
+    """Logs by other names what Lightning is told rarely, and compares the two after each epoch."""
+
+    def __init__(self, callback):
+        self.callback = callback
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        metrics = self.callback.read_metrics()
+        is_refined = trainer.fit_loop.total_batch_idx % self.callback.every_n_steps == 0
+        assert bool(metrics) == is_refined
+        for name, value in metrics.items():
+            pl_module.log(f"mine/{name}", value, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        metrics = trainer.callback_metrics
+        assert metrics.keys() >= METRICS
+        for name in METRICS:
+            assert metrics[name].equal(metrics[name.replace("saflex/", "mine/")]), name
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+@pytest.mark.parametrize("log_every_n_steps", [0, 1, 5, 50])
+def test_what_nobody_reads_is_not_logged(tmp_path, log_every_n_steps, every_n_steps, accumulate):
+    class Counting(Classifier):
+        calls = 0
+
+        def log(self, name, *args, **kwargs):
+            self.calls += name == "saflex/effective_fraction"
+            super().log(name, *args, **kwargs)
+
+    module, callback = seeded(Counting), SAflexCallback(make_loader(), every_n_steps=every_n_steps)
+    fit(
+        module,
+        callback,
+        LoggingEveryStep(callback),
+        train=make_loader(176),  # eleven steps an epoch
+        max_epochs=3,
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=log_every_n_steps,
+        accumulate_grad_batches=accumulate,
+    )
+    file = tmp_path / "lightning_logs" / "version_0" / "metrics.csv"
+    rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    assert bool(rows) == (log_every_n_steps in {1, 5})
+    for row in rows:
+        for name in METRICS:
+            assert row[name] == row[name.replace("saflex/", "mine/")], name
+    if (every_n_steps, accumulate) == (1, 1):
+        assert module.calls == {0: 3, 1: 33, 5: 6 + 3, 50: 3}[log_every_n_steps]
 
 
 def test_what_a_preset_makes_constant_is_not_shown_in_the_progress_bar():

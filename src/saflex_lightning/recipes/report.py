@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from saflex_lightning import SAflexCallback
 from saflex_lightning.recipes.label_noise import detection_auroc
 
 __all__ = ["RunReport", "make_run_table", "read_report"]
@@ -23,7 +24,7 @@ class RunReport(L.Callback):
     """Average the step time and the SAFLEX metrics over the last training epoch.
 
     Put it behind `SAflexCallback` in the list of callbacks: it reads, at the end of a step, what
-    that one has just logged. A step lasts from the end of the step before it, so loading counts
+    that one has just learned. A step lasts from the end of the step before it, so loading counts
     and validation does not.
     """
 
@@ -33,7 +34,7 @@ class RunReport(L.Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self._steps = 0
+        self._steps = self._refined_steps = 0
         self._step_seconds = 0.0
         self._sums: dict[str, Any] = {}
         self._step_start = perf_counter()
@@ -55,10 +56,12 @@ class RunReport(L.Callback):
         batch_idx: int,
     ) -> None:
         """Add up the step. Sums stay on their device, so that no step waits for a copy."""
-        metrics = trainer.callback_metrics
-        for name in (*FRACTIONS, SOLVE_SECONDS):
-            if (value := metrics.get(f"saflex/{name}")) is not None:
-                self._sums[name] = self._sums.get(name, 0.0) + value
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            metrics = callback.read_metrics() if isinstance(callback, SAflexCallback) else {}
+            self._refined_steps += bool(metrics)
+            for name in (*FRACTIONS, SOLVE_SECONDS):
+                if name in metrics:
+                    self._sums[name] = self._sums.get(name, 0.0) + metrics[name]
         now = perf_counter()
         self._steps += 1
         self._step_seconds += now - self._step_start
@@ -74,10 +77,13 @@ class RunReport(L.Callback):
             pl_module.log(f"{PREFIX}{name}", value, logger=False, sync_dist=True)
 
     def _summarize(self, trainer: L.Trainer) -> dict[str, float]:
-        steps = max(self._steps, 1)
-        means = {name: float(torch.as_tensor(total)) / steps for name, total in self._sums.items()}
-        step_seconds = self._step_seconds / steps
-        solve_seconds = means.pop(SOLVE_SECONDS, 0.0)
+        steps, refined_steps = max(self._steps, 1), max(self._refined_steps, 1)
+        sums = {name: float(torch.as_tensor(total)) for name, total in self._sums.items()}
+        step_seconds, solve_seconds = (
+            self._step_seconds / steps,
+            sums.pop(SOLVE_SECONDS, 0.0) / steps,
+        )
+        means = {name: total / refined_steps for name, total in sums.items()}
         auroc = detection_auroc(trainer)
         return {
             **means,

@@ -459,11 +459,13 @@ def main() -> None:
     complete = run_missing(args, saved) if args.what == "run" else True
     tiers = {BENCHES[name].tier for name in args.benches}
     scores = merge(saved, read_scores(args.root), tiers)
+    if args.save:
+        args.save.with_suffix(".json").write_text(format_json(scores))
+        scores = read_saved(args.save.with_suffix(".json"))  # tables of what others can read
     tables = format_tables(scores)
     print(tables)
     if args.save:
         args.save.with_suffix(".md").write_text(f"{tables}\n")
-        args.save.with_suffix(".json").write_text(format_json(scores))
     sys.exit(0 if complete else 1)
 
 

@@ -102,7 +102,10 @@ def test_solution_is_float32_or_wider_and_near_that_of_float64(
         torch.float64 if precision == "64-true" else torch.float32
     )
     assert trainer.callback_metrics["saflex/skipped_steps"] == 0
-    tolerance = max(TOLERANCE[precision], 1e-12 if accelerator == "gpu" else 0.0)
+    tolerance = TOLERANCE[precision]
+    if accelerator == "gpu":
+        # Another device rounds otherwise, and finite differences divide that by their step, 4e-8.
+        tolerance = max(tolerance, 1e-7 if engine == "finite_difference" else 1e-12)
     for name in ("weights", "soft_labels"):
         torch.testing.assert_close(
             getattr(module.first, name).double().cpu(),

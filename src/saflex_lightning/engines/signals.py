@@ -9,6 +9,8 @@ from typing import Any
 
 __all__ = ["delayed_signals"]
 
+_NUMBERS = tuple(map(int, signal.valid_signals()))
+
 
 @contextmanager
 def delayed_signals() -> Iterator[None]:
@@ -35,7 +37,7 @@ def delayed_signals() -> Iterator[None]:
             arrived.append(number)
 
     try:
-        for number in signal.valid_signals():
+        for number in _NUMBERS:
             handler = signal.getsignal(number)
             if callable(handler):
                 handlers[number] = handler

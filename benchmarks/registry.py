@@ -61,12 +61,14 @@ class Method:
         augments: Whether the bench's strength applies.
         is_ablation: Whether it only helps to choose the default; it runs on the selection benches
             that tell their `Bench.val_rows`.
+        at_scale: Whether it runs at the paper's scale alone.
     """
 
     overrides: tuple[str, ...]
     kinds: tuple[Kind, ...] = ("images", "table", "pool")
     augments: bool = True
     is_ablation: bool = False
+    at_scale: bool = False
 
     def serves(self, bench: Bench) -> bool:
         """Return whether the method runs on a bench.
@@ -75,7 +77,8 @@ class Method:
             bench: The bench.
         """
         chooses = bench.role == "selection" and bench.val_rows is not None
-        return bench.kind in self.kinds and (chooses or not self.is_ablation)
+        wanted = chooses if self.is_ablation else bench.tier == "gpu" or not self.at_scale
+        return bench.kind in self.kinds and wanted
 
 
 def ablation(*overrides: str) -> Method:
@@ -85,6 +88,25 @@ def ablation(*overrides: str) -> Method:
         overrides: What is changed.
     """
     return Method(("method=saflex_robust", *overrides), kinds=("images", "table"), is_ablation=True)
+
+
+def paper_variants() -> dict[str, Method]:
+    """Return Algorithm 1 as the paper can be read, but for its preset: space, beta and batch."""
+    return {
+        f"paper, {space}, beta {beta}{batch}": Method(
+            (
+                "method=saflex_paper",
+                f"+callbacks.saflex.score_space={space}",
+                f"+callbacks.saflex.label_penalty={beta}",
+                *(("batch=replace",) if batch else ()),
+            ),
+            at_scale=True,
+        )
+        for space in ("log_probs", "probs")
+        for beta in (0, 1)
+        for batch in ("", ", replaced")
+        if (space, beta) != ("log_probs", 0)  # the preset's
+    }
 
 
 def blood(augmentation: str, role: Role) -> Bench:
@@ -319,6 +341,7 @@ METHODS = {
     "gates + robust, nothing held out": Method(("method=saflex_gates", *NOTHING_HELD_OUT)),
     "robust, merged late": Method(("method=saflex_robust", *MERGED_LATE)),
     "gates + robust, merged late": Method(("method=saflex_gates", *MERGED_LATE)),
+    **paper_variants(),
     "robust, whole validation": ablation("+callbacks.saflex.val_batch_size={val_rows}"),
     "robust, balanced validation": ablation("data.steering_draw=balanced"),
     "robust, new gradient each step": ablation("engine.refresh_every_n_steps=1"),

@@ -70,8 +70,8 @@ class FeatureBank:
         if self._rows is None:
             self._rows = rows.new_zeros(max(self._room, len(chunk)), rows.shape[1])
             self._num_classes = residuals.shape[1]
-        places = torch.arange(self._added, self._added + len(chunk)) % len(self._rows)
-        self._rows[places.to(rows.device)] = chunk
+        places = torch.arange(self._added, self._added + len(chunk), device=rows.device)
+        self._rows[places % len(self._rows)] = chunk
         self._added += len(chunk)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -150,7 +150,9 @@ def draw_rejected(
         ``(batch,)`` bool.
     """
     # Drawn on the CPU, so that the draws of a seed are the same on every device.
-    draws = torch.rand(group.shape, generator=generator).to(group.device)
+    draws = torch.rand(group.shape, generator=generator).to(
+        group.device, non_blocking=group.is_cuda
+    )
     return draws >= log_weights.exp()[group]
 
 

@@ -211,4 +211,7 @@ def _tensors_only(batch: Any, num_rows: int) -> bool:
 
 
 def _take(batch: Any, rows: list[int]) -> Any:
-    return apply_to_collection(batch, Tensor, lambda t: t[torch.tensor(rows, device=t.device)])
+    chosen = torch.tensor(rows)
+    return apply_to_collection(
+        batch, Tensor, lambda t: t[chosen.to(t.device, non_blocking=t.is_cuda)]
+    )

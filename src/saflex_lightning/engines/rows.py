@@ -48,6 +48,10 @@ class RowSubset:
         Returns:
             The pass over augmented rows with their positions, or two None to use every row.
         """
+        parts = list(self.module.modules())
+        modes = tuple(part.training for part in parts)
+        if modes == self._modes and not self._independent:
+            return None, None  # before the mask is read, which waits for the device
         rows = augmented.nonzero().squeeze(-1)
         batch_size = augmented.shape[0]
         if rows.numel() in {0, batch_size}:
@@ -61,11 +65,9 @@ class RowSubset:
         def subset() -> Scores:
             return scores(*some_args, **some_kwargs)
 
-        parts = list(self.module.modules())
         if any(isinstance(part, nn.SyncBatchNorm) and part.training for part in parts):
             # It waits for every rank, and one without augmented rows would take no trial.
             return None, None
-        modes = tuple(part.training for part in parts)
         if modes != self._modes:
             independent = self._is_independent(lambda: scores(*args, **kwargs), subset, rows)
             self._modes = None if independent is None else modes

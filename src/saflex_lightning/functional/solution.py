@@ -183,4 +183,5 @@ def solution_metrics(
 def _gumbel_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     # Drawn on the CPU, so that the noise of a seed is the same on every device.
     draws = torch.empty(like.shape, dtype=torch.float64).exponential_(generator=generator)
-    return -draws.clamp(min=torch.finfo(torch.float64).tiny).log().to(like)
+    noise = -draws.clamp(min=torch.finfo(torch.float64).tiny).log()
+    return noise.to(like, non_blocking=like.is_cuda)

@@ -3,7 +3,6 @@
     python benchmarks/accuracy.py run --tier cpu --seeds 1 2 3     # what is missing, then the table
     python benchmarks/accuracy.py run --benches qsar_mlp --methods upstream robust --jobs 2
     python benchmarks/accuracy.py table                            # from the results alone
-
     python benchmarks/accuracy.py run --tier gpu --save benchmarks/results/accuracy_gpu
 
 `registry.py` names the benches, the methods and which benches may decide what. A run is one job of
@@ -222,17 +221,16 @@ def read_saved(file: Path) -> Scores:
     return scores
 
 
-def merge(saved: Scores, found: Scores, tiers: set[str]) -> Scores:
+def merge(saved: Scores, found: Scores) -> Scores:
     """Return the results of both, in the order of the registry; what was found counts first.
 
     Args:
         saved: From `read_saved`.
         found: From `read_scores`.
-        tiers: Tiers whose benches are kept.
     """
     both: Scores = {}
-    for name, bench in BENCHES.items():
-        for method in METHODS if bench.tier in tiers else ():
+    for name in BENCHES:
+        for method in METHODS:
             seeds = [scores.get(name, {}).get(method, {}) for scores in (saved, found)]
             if any(seeds):
                 both.setdefault(name, {})[method] = dict(sorted((seeds[0] | seeds[1]).items()))
@@ -458,7 +456,8 @@ def main() -> None:
     saved = read_saved(args.save.with_suffix(".json")) if args.save else {}
     complete = run_missing(args, saved) if args.what == "run" else True
     tiers = {BENCHES[name].tier for name in args.benches}
-    scores = merge(saved, read_scores(args.root), tiers)
+    found = {n: runs for n, runs in read_scores(args.root).items() if BENCHES[n].tier in tiers}
+    scores = merge(saved, found)
     if args.save:
         args.save.with_suffix(".json").write_text(format_json(scores))
         scores = read_saved(args.save.with_suffix(".json"))  # tables of what others can read

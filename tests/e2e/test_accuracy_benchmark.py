@@ -1,9 +1,11 @@
 """The accuracy benchmark: its arithmetic, its tables, and one real run that is not repeated."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,6 @@ def accuracy():
         yield importlib.import_module("accuracy")
         for name in ("accuracy", "registry"):
             patch.delitem(sys.modules, name)
-
-
-ROBUST_2 = [("first", "robust", 2), ("second", "robust", 2)]
 
 
 def result(test, val=0.5):
@@ -101,6 +100,7 @@ def test_saved_results_are_added_to_and_not_computed_again(accuracy, monkeypatch
     """As on another machine: the folder of the first runs is not there."""
     bench, other = make_bench(), make_bench()
     monkeypatch.setattr(accuracy, "BENCHES", {"first": bench, "second": other})
+    ran, saved = [], tmp_path / "saved"
 
     def run(job):
         job.folder.mkdir(parents=True)
@@ -108,32 +108,34 @@ def test_saved_results_are_added_to_and_not_computed_again(accuracy, monkeypatch
         ran.append((job.bench, job.method, job.seed))
         return True
 
-    class InThisProcess:
-        def __init__(self, *args):
-            self.map = lambda function, jobs: [run(job) for job in jobs]
-
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda self, *error: None  # noqa: E731
-
-    monkeypatch.setattr(accuracy, "ProcessPoolExecutor", InThisProcess)
-    saved = tmp_path / "saved"
-    for root, arguments, expected in (
-        ("a", ["--benches", "second", "--seeds", "1"], [("second", "robust", 1)]),
-        ("b", ["--seeds", "1", "2"], [("first", "robust", 1), *ROBUST_2]),
-    ):
-        ran = []
+    def sweep(root, *arguments):
         command = ["accuracy.py", "run", "--methods", "robust", "--save", str(saved), *arguments]
         monkeypatch.setattr(sys, "argv", [*command, "--root", str(tmp_path / root)])
+        ran.clear()
         with pytest.raises(SystemExit) as end:
             accuracy.main()
         assert end.value.code == 0
-        assert ran == expected
+        return list(ran)
+
+    monkeypatch.setattr(accuracy.Job, "run", run)
+    monkeypatch.setattr(accuracy, "ProcessPoolExecutor", ThreadPoolExecutor)
+    assert sweep("a", "--benches", "second", "--seeds", "1") == [("second", "robust", 1)]
+    assert sweep("b", "--seeds", "1", "2") == [
+        ("first", "robust", 1),
+        ("first", "robust", 2),
+        ("second", "robust", 2),
+    ]
     known = accuracy.read_saved(saved.with_suffix(".json"))
     assert known == {name: {"robust": {1: result(0.1), 2: result(0.2)}} for name in known}
     assert list(known) == ["first", "second"]  # the registry's order
     assert "| second | selection | test_accuracy | robust | 15.00 ± 7.07 (2) |" in (
         saved.with_suffix(".md").read_text()
     )
+    # Runs of the other tier add to what is saved of this one, and take nothing away.
+    at_scale = dataclasses.replace(bench, tier="gpu")
+    monkeypatch.setattr(accuracy, "BENCHES", {"first": at_scale, "second": other})
+    assert sweep("c", "--benches", "first", "--seeds", "3") == [("first", "robust", 3)]
+    assert accuracy.read_saved(saved.with_suffix(".json"))["second"] == known["second"]
 
 
 def all_jobs(accuracy, folder):

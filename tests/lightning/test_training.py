@@ -167,6 +167,35 @@ def test_what_nobody_reads_is_not_logged(tmp_path, log_every_n_steps, every_n_st
         assert module.calls == {0: 3, 1: 33, 5: 6 + 3, 50: 3}[log_every_n_steps]
 
 
+class Batches:
+    """Training batches whose number nobody knows before."""
+
+    def __iter__(self):
+        return iter(make_loader(80))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 7, "max_epochs": -1},
+        {"max_steps": 9, "max_epochs": -1, "accumulate_grad_batches": 2},
+        {"limit_train_batches": 3},
+        {"fast_dev_run": 2},
+        {"train": Batches()},
+        {"overfit_batches": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_the_last_step_is_logged_wherever_the_training_ends(settings):
+    callback = SAflexCallback(make_loader())
+    settings = {"train": make_loader(176), "max_epochs": 1, **settings}
+    trainer = fit(seeded(Classifier), callback, **settings)
+    for name, value in callback.read_metrics().items():
+        assert trainer.callback_metrics[f"saflex/{name}"].equal(value), name
+    assert trainer.callback_metrics.keys() >= METRICS
+
+
 def test_what_a_preset_makes_constant_is_not_shown_in_the_progress_bar():
     trainer = fit(seeded(Classifier), SAflexCallback(make_loader()))
     assert "saflex/kept_fraction" not in trainer.progress_bar_metrics

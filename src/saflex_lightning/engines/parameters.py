@@ -185,8 +185,8 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
     parts = list(module.modules())
     kept = [(part, part.training, dict(part._buffers)) for part in parts]
     tensors = [b for _, _, slots in kept for b in slots.values() if b is not None]
-    saved = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
-    _copy_all(tensors, saved)
+    with torch.no_grad():
+        saved = [tensor.detach().clone() for tensor in tensors]
     params = [p for part in parts for p in part._parameters.values()]
     with delayed_signals(), unchanged_generators(params):
         try:
@@ -197,18 +197,9 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
                     part.training = mode
                 part._buffers.clear()
                 part._buffers.update(slots)
-            _copy_all(saved, tensors)
-
-
-def _copy_all(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copy tensors with one call for each dtype: BatchNorm layers have three small buffers each."""
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for place, source in enumerate(sources):
-        by_dtype.setdefault(source.dtype, []).append(place)
-    with torch.no_grad():
-        for places in by_dtype.values():
-            copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-            copy([targets[p] for p in places], [sources[p] for p in places])
+            with torch.no_grad():
+                for tensor, value in zip(tensors, saved, strict=True):
+                    tensor.copy_(value)
 
 
 @contextmanager
@@ -257,29 +248,13 @@ def moved_parameters(
     values = [parameter.data for parameter in params]
     with delayed_signals():
         try:
-            moved = _moved(values, direction, length, buffers)
-            for parameter, value in zip(params, moved, strict=True):
-                parameter.data = value
+            for place, (parameter, value) in enumerate(zip(params, values, strict=True)):
+                moved = None if buffers is None else buffers[place]
+                parameter.data = torch.add(value, direction[place], alpha=length, out=moved)
             yield
         finally:
             for parameter, value in zip(params, values, strict=True):
                 parameter.data = value
-
-
-def _moved(
-    values: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    length: float,
-    buffers: Sequence[Tensor] | None,
-) -> Iterable[Tensor]:
-    if buffers is None:
-        # One call instead of one for each parameter, which a GPU would wait for.
-        add: Any = torch._foreach_add  # pyright: ignore[reportPrivateImportUsage]
-        return add(list(values), list(direction), alpha=length)
-    return [
-        torch.add(value, part, alpha=length, out=buffer)
-        for value, part, buffer in zip(values, direction, buffers, strict=True)
-    ]
 
 
 @contextmanager

@@ -79,10 +79,8 @@ class RunReport(L.Callback):
     def _summarize(self, trainer: L.Trainer) -> dict[str, float]:
         steps, refined_steps = max(self._steps, 1), max(self._refined_steps, 1)
         sums = {name: float(torch.as_tensor(total)) for name, total in self._sums.items()}
-        step_seconds, solve_seconds = (
-            self._step_seconds / steps,
-            sums.pop(SOLVE_SECONDS, 0.0) / steps,
-        )
+        step_seconds = self._step_seconds / steps
+        solve_seconds = sums.pop(SOLVE_SECONDS, 0.0) / steps
         means = {name: total / refined_steps for name, total in sums.items()}
         auroc = detection_auroc(trainer)
         return {

@@ -5,6 +5,7 @@ import csv
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.interrupted import Batches
 from helpers.training import (
     Classifier,
     assert_same_state,
@@ -167,13 +168,6 @@ def test_what_nobody_reads_is_not_logged(tmp_path, log_every_n_steps, every_n_st
         assert module.calls == {0: 3, 1: 33, 5: 6 + 3, 50: 3}[log_every_n_steps]
 
 
-class Batches:
-    """Training batches whose number nobody knows before."""
-
-    def __iter__(self):
-        return iter(make_loader(80))
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -181,10 +175,10 @@ class Batches:
         {"max_steps": 9, "max_epochs": -1, "accumulate_grad_batches": 2},
         {"limit_train_batches": 3},
         {"fast_dev_run": 2},
-        {"train": Batches()},
         {"overfit_batches": 2},
+        {"train": Batches()},
     ],
-    ids=str,
+    ids=["steps", "accumulated steps", "limit", "fast run", "overfit", "batches of unknown number"],
 )
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_the_last_step_is_logged_wherever_the_training_ends(settings):

@@ -97,9 +97,7 @@ class ValidationGradient:
             pieces = flat.split([part.numel() for part in gradient])
             gradient = [piece.view_as(part) for piece, part in zip(pieces, gradient, strict=True)]
         state = self._state
-        state["norm"] = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(part) for part in gradient])
-        )
+        state["norm"] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradient)))
         finite = state["finite"] = torch.isfinite(state["norm"])
         if state["average"] is None:
             state["average"] = tuple(torch.zeros_like(part) for part in gradient)

@@ -8,6 +8,7 @@ from helpers.training import Classifier, assert_same_state, fit, make_loader, se
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from saflex_lightning import SAflexCallback
+from saflex_lightning.engines import adam_second_moments
 from saflex_lightning.train import train
 
 pytestmark = [
@@ -92,3 +93,15 @@ def test_main_job_learns_in_half_precision(method, precision, tmp_path):
     )
     assert torch.cuda.max_memory_allocated() > 0
     assert result["test_accuracy"] > 0.6
+
+
+def test_second_moments_of_an_optimizer_that_counts_on_the_device():
+    stepped, other = (torch.nn.Parameter(torch.ones(3, device="cuda")) for _ in range(2))
+    optimizer = torch.optim.Adam([stepped, other], lr=0.0, fused=True)
+    stepped.grad = torch.full_like(stepped, 2.0)
+    optimizer.step()
+    assert optimizer.state[stepped]["step"].is_cuda
+    moments = adam_second_moments([other, stepped], [optimizer])
+    assert moments is not None
+    assert not moments[0].any()
+    torch.testing.assert_close(moments[1], torch.full_like(stepped, 4.0))

@@ -100,22 +100,18 @@ def make_tangent(
         Ding et al. 2024, Eq. 8 and 9, with the minus that the paper leaves out.
     """
     if second_moments is None:
-        ascent = [part.clone() for part in gradient]
+        ascent = torch._foreach_mul(gradient, 1)
     else:
-        size = sum(moment.numel() for moment in second_moments)
-        total = torch.stack([moment.sum() for moment in second_moments]).sum()
-        damping = torch.where(total > 0, _DAMPING * (total / size).sqrt(), 1)
-        roots = [moment.sqrt().add_(damping) for moment in second_moments]
+        roots = torch._foreach_sqrt(second_moments)
+        size = sum(root.numel() for root in roots)
+        rms = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(roots))) / size**0.5
+        torch._foreach_add_(roots, torch.where(rms > 0, _DAMPING * rms, 1))
         ascent = [
             torch.div(part, root, out=root) for part, root in zip(gradient, roots, strict=True)
         ]
-    norm = torch.linalg.vector_norm(torch.stack([_wide_norm(part) for part in ascent]))
-    descent = -torch.where(norm > 0, norm, 1)
-    return Tangent(tuple(part.div_(descent) for part in ascent), norm)
-
-
-def _wide_norm(part: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(ascent)))
+    torch._foreach_div_(ascent, -torch.where(norm > 0, norm, 1))
+    return Tangent(tuple(ascent), norm)
 
 
 def adam_second_moments(
@@ -131,21 +127,22 @@ def adam_second_moments(
         One tensor per parameter in float32 or wider, zeros where an optimizer has not stepped it
         yet; None before the first step of an Adam-like optimizer, or when none is Adam-like.
     """
-    wanted, moments = set(params), dict[Tensor, Tensor]()
+    wanted, moments, corrections = set(params), dict[Tensor, Tensor](), dict[Tensor, float]()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in wanted.intersection(group["params"]):
                 state: Mapping[str, Any] = optimizer.state.get(parameter, {})
                 if "exp_avg_sq" in state and "betas" in group:
+                    moment = _whole(widen(state["exp_avg_sq"]))
                     correction = 1 - group["betas"][1] ** state["step"]
-                    moments[parameter] = _whole(widen(state["exp_avg_sq"])) / correction
-    matched = [moments.get(parameter) for parameter in params]
-    if all(moment is None for moment in matched):
+                    if isinstance(correction, Tensor) and correction.device.type != "cpu":
+                        moment, correction = moment / correction, 1.0  # waits for no device
+                    moments[parameter], corrections[parameter] = moment, float(correction)
+    if not moments:
         return None
-    return [
-        _whole(widen(torch.zeros_like(parameter))) if moment is None else moment
-        for parameter, moment in zip(params, matched, strict=True)
-    ]
+    for parameter in wanted - moments.keys():
+        moments[parameter], corrections[parameter] = _whole(widen(torch.zeros_like(parameter))), 1.0
+    return list(torch._foreach_div([moments[p] for p in params], [corrections[p] for p in params]))
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -185,8 +182,8 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
     parts = list(module.modules())
     kept = [(part, part.training, dict(part._buffers)) for part in parts]
     tensors = [b for _, _, slots in kept for b in slots.values() if b is not None]
-    with torch.no_grad():
-        saved = [tensor.detach().clone() for tensor in tensors]
+    saved = [torch.empty_like(tensor) for tensor in tensors]
+    _copy_all(saved, tensors)
     params = [p for part in parts for p in part._parameters.values()]
     with delayed_signals(), unchanged_generators(params):
         try:
@@ -197,9 +194,19 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
                     part.training = mode
                 part._buffers.clear()
                 part._buffers.update(slots)
-            with torch.no_grad():
-                for tensor, value in zip(tensors, saved, strict=True):
-                    tensor.copy_(value)
+            _copy_all(tensors, saved)
+
+
+@torch.no_grad()
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors in a few launches: as many as there are kinds of them."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        pair = kinds.setdefault((target.dtype, target.device), ([], []))
+        pair[0].append(target)
+        pair[1].append(source)
+    for same_targets, same_sources in kinds.values():
+        torch._foreach_copy_(same_targets, same_sources)
 
 
 @contextmanager
@@ -248,9 +255,13 @@ def moved_parameters(
     values = [parameter.data for parameter in params]
     with delayed_signals():
         try:
-            for place, (parameter, value) in enumerate(zip(params, values, strict=True)):
-                moved = None if buffers is None else buffers[place]
-                parameter.data = torch.add(value, direction[place], alpha=length, out=moved)
+            if buffers is None:
+                buffers = torch._foreach_add(values, direction, alpha=length)
+            else:
+                for value, part, buffer in zip(values, direction, buffers, strict=True):
+                    torch.add(value, part, alpha=length, out=buffer)
+            for parameter, moved in zip(params, buffers, strict=True):
+                parameter.data = moved
             yield
         finally:
             for parameter, value in zip(params, values, strict=True):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+import saflex_lightning.engines.tangent as tangents_made
 from saflex_lightning.engines import (
     FiniteDifferenceEngine,
     ForwardModeEngine,
@@ -33,10 +34,10 @@ from saflex_lightning.engines import (
     adam_second_moments,
     loss_gradient,
     make_tangent,
-    parameters,
     select_parameters,
     unchanged_state,
 )
+from saflex_lightning.engines.parameters import moved_parameters
 
 AGES = (1, 20, 100)
 STEPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -117,11 +118,11 @@ def make_tangents(
     )
     tangents = {"plain": make_tangent(gradient)}
     moments = adam_second_moments(params, [optimizer])
-    default = parameters._DAMPING
+    default = tangents_made._DAMPING
     for damping in DAMPINGS:
-        parameters._DAMPING = damping
+        tangents_made._DAMPING = damping
         tangents[f"damping {damping}"] = make_tangent(gradient, moments)
-    parameters._DAMPING = default
+    tangents_made._DAMPING = default
     tangents["random"] = make_tangent([torch.randn_like(parameter) for parameter in params])
     return tangents
 
@@ -150,7 +151,7 @@ def compare(model: nn.Module, images: Tensor, tangent: Tangent) -> dict[str, Row
         here = model(images)
     tangents = {}
     for name, step in steps.items():
-        moved = parameters.moved_parameters(params, tangent.direction, step)
+        moved = moved_parameters(params, tangent.direction, step)
         with unchanged_state(model), moved:
             tangents[name] = (model(images) - here) / step
     engine = FiniteDifferenceEngine(model, params)
@@ -225,7 +226,7 @@ def main() -> None:
         for seed in args.seeds:
             for (kind, step, _), row in run(name, seed, args.batch_size, train, val).items():
                 tangent = "preconditioned" if kind.startswith("damping") else kind
-                is_default = kind in {"plain", "random", f"damping {parameters._DAMPING}"}
+                is_default = kind in {"plain", "random", f"damping {tangents_made._DAMPING}"}
                 if is_default:
                     by_step[tangent, step].append(row)
                 if step == ENGINE and kind != "random":

@@ -7,7 +7,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from .engines import Tangent, make_tangent
+from .engines import Tangent, foreach, make_tangent
 from .functional import Preset, ReduceSum
 
 __all__ = ["ValidationGradient"]
@@ -97,7 +97,7 @@ class ValidationGradient:
             pieces = flat.split([part.numel() for part in gradient])
             gradient = [piece.view_as(part) for piece, part in zip(pieces, gradient, strict=True)]
         state = self._state
-        state["norm"] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradient)))
+        state["norm"] = foreach.norm(gradient)
         finite = state["finite"] = torch.isfinite(state["norm"])
         if state["average"] is None:
             state["average"] = tuple(torch.zeros_like(part) for part in gradient)

@@ -18,17 +18,10 @@ from .forward_mode import ForwardModeEngine
 from .gradient import evaluate, loss_gradient
 from .head import HeadEngine
 from .last_layer import LastLayer, LayerCalls
-from .parameters import (
-    Scores,
-    Tangent,
-    adam_second_moments,
-    make_tangent,
-    map_scores,
-    select_parameters,
-    unchanged_generators,
-    unchanged_state,
-)
+from .parameters import Scores, map_scores, select_parameters
 from .rows import RowSubset
+from .tangent import Tangent, adam_second_moments, make_tangent
+from .unchanged import unchanged_generators, unchanged_state
 
 __all__ = [
     "ENGINES",

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .parameters import unchanged_state
+from .unchanged import unchanged_state
 
 __all__ = ["UnsupportedModelError", "is_out_of_memory", "refuse_unsupported"]
 

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, refuse_unsupported
 from .gradient import loss_gradient
-from .parameters import Scores, Tangent, map_scores, moved_parameters, unchanged_state
+from .parameters import Scores, map_scores, moved_parameters
 from .precision import exact_products, full_precision
+from .tangent import Tangent
+from .unchanged import unchanged_state
 
 __all__ = ["FiniteDifferenceEngine"]
 

@@ -13,14 +13,10 @@ from saflex_lightning.functional import widen
 
 from .errors import refuse_unsupported
 from .gradient import loss_gradient
-from .parameters import (
-    Scores,
-    Tangent,
-    map_scores,
-    replaced_parameters,
-    unchanged_state,
-)
+from .parameters import Scores, map_scores, replaced_parameters
 from .precision import full_precision
+from .tangent import Tangent
+from .unchanged import unchanged_state
 
 __all__ = ["ForwardModeEngine"]
 

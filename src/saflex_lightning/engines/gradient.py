@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from saflex_lightning.functional import widen
 
 from .errors import refuse_unsupported
-from .parameters import Scores, map_scores, unchanged_state
+from .parameters import Scores, map_scores
 from .precision import full_precision
+from .unchanged import unchanged_state
 
 __all__ = ["evaluate", "loss_gradient"]
 

@@ -10,8 +10,9 @@ from saflex_lightning.functional import widen
 from .errors import UnsupportedModelError
 from .gradient import evaluate
 from .last_layer import LastLayer
-from .parameters import Scores, Tangent
+from .parameters import Scores
 from .precision import full_precision
+from .tangent import Tangent
 
 __all__ = ["HeadEngine"]
 

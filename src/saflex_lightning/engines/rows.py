@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .parameters import Scores, unchanged_state
+from .parameters import Scores
+from .unchanged import unchanged_state
 
 __all__ = ["RowSubset"]
 

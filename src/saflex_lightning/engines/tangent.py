@@ -1,0 +1,100 @@
+"""The direction in parameter space along which scores are followed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saflex_lightning.functional import widen
+
+from . import foreach
+
+__all__ = ["Tangent", "adam_second_moments", "make_tangent"]
+
+_DAMPING = 0.1  # of the root mean square of sqrt(v); Adam's own 1e-8 lets dead units dominate
+
+
+class Tangent(NamedTuple):
+    """A direction in parameter space, kept as a unit vector and its length.
+
+    Attributes:
+        direction: One tensor per matched parameter; together of norm 1, or all 0.
+        norm: Length of the direction before scaling, scalar.
+    """
+
+    direction: tuple[Tensor, ...]
+    norm: Tensor
+
+
+def make_tangent(
+    gradient: Sequence[Tensor], second_moments: Sequence[Tensor] | None = None
+) -> Tangent:
+    r"""Return the direction in which the validation loss falls: the one owner of Pi's sign.
+
+    .. math:: t = -g \quad\text{or}\quad t = -g / (\sqrt{\hat v} + \epsilon)
+
+    with epsilon a tenth of the root mean square of all entries of :math:`\sqrt{\hat v}` (1 where
+    all of v is 0). Scores that grow along t are scores whose growth lowers the validation loss.
+
+    Args:
+        gradient: g, one tensor per matched parameter.
+        second_moments: Adam's bias-corrected v, one tensor per parameter; None means no
+            preconditioning.
+
+    Returns:
+        The tangent as a unit vector and its length.
+
+    References:
+        Ding et al. 2024, Eq. 8 and 9, with the minus that the paper leaves out.
+    """
+    if second_moments is None:
+        ascent = foreach.mul(gradient, 1)
+    else:
+        roots = foreach.sqrt(second_moments)
+        size = sum(root.numel() for root in roots)
+        rms = foreach.norm(roots) / size**0.5
+        foreach.add_(roots, torch.where(rms > 0, _DAMPING * rms, 1))
+        ascent = [
+            torch.div(part, root, out=root) for part, root in zip(gradient, roots, strict=True)
+        ]
+    norm = foreach.norm(ascent)
+    foreach.div_(ascent, -torch.where(norm > 0, norm, 1))
+    return Tangent(tuple(ascent), norm)
+
+
+def adam_second_moments(
+    params: Sequence[Tensor], optimizers: Sequence[torch.optim.Optimizer]
+) -> list[Tensor] | None:
+    r"""Return Adam's bias-corrected second moments :math:`\hat v = v / (1 - \beta_2^t)`.
+
+    Args:
+        params: Parameters, in the order wanted.
+        optimizers: Optimizers that may hold them; moments sharded over ranks are gathered.
+
+    Returns:
+        One tensor per parameter in float32 or wider, zeros where an optimizer has not stepped it
+        yet; None before the first step of an Adam-like optimizer, or when none is Adam-like.
+    """
+    wanted, moments, corrections = set(params), dict[Tensor, Tensor](), dict[Tensor, float]()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in wanted.intersection(group["params"]):
+                state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+                if "exp_avg_sq" in state and "betas" in group:
+                    moment = _whole(widen(state["exp_avg_sq"]))
+                    correction = 1 - group["betas"][1] ** state["step"]
+                    if isinstance(correction, Tensor) and correction.device.type != "cpu":
+                        moment, correction = moment / correction, 1.0  # waits for no device
+                    moments[parameter], corrections[parameter] = moment, float(correction)
+    if not moments:
+        return None
+    for parameter in wanted - moments.keys():
+        moments[parameter], corrections[parameter] = _whole(widen(torch.zeros_like(parameter))), 1.0
+    return list(foreach.div([moments[p] for p in params], [corrections[p] for p in params]))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor from its ranks; any other is returned as it is."""
+    gather = getattr(tensor, "full_tensor", None)  # of `DTensor`
+    return tensor if gather is None else gather()

@@ -320,10 +320,12 @@ def format_pairs(scores: Scores) -> list[str]:
     """
     lines = []
     for role in ("selection", "confirmation"):
+        benches = [bench for bench in scores if BENCHES[bench].role == role]
+        if not benches:
+            continue
         lines += ["", f"Over {role} benches:", ""]
         lines += ["| method | rival | mean ± 95 % (benches) | worst bench | below by > 1 s.e. |"]
         lines += ["|" + "---|" * 5]
-        benches = [bench for bench in scores if BENCHES[bench].role == role]
         for method, rival in PAIRS:
             found = {
                 bench: difference

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-import saflex_lightning.engines.tangent as tangents_made
+import saflex_lightning.engines.tangent as tangent_module
 from saflex_lightning.engines import (
     FiniteDifferenceEngine,
     ForwardModeEngine,
@@ -118,11 +118,11 @@ def make_tangents(
     )
     tangents = {"plain": make_tangent(gradient)}
     moments = adam_second_moments(params, [optimizer])
-    default = tangents_made._DAMPING
+    default = tangent_module._DAMPING
     for damping in DAMPINGS:
-        tangents_made._DAMPING = damping
+        tangent_module._DAMPING = damping
         tangents[f"damping {damping}"] = make_tangent(gradient, moments)
-    tangents_made._DAMPING = default
+    tangent_module._DAMPING = default
     tangents["random"] = make_tangent([torch.randn_like(parameter) for parameter in params])
     return tangents
 
@@ -226,7 +226,7 @@ def main() -> None:
         for seed in args.seeds:
             for (kind, step, _), row in run(name, seed, args.batch_size, train, val).items():
                 tangent = "preconditioned" if kind.startswith("damping") else kind
-                is_default = kind in {"plain", "random", f"damping {tangents_made._DAMPING}"}
+                is_default = kind in {"plain", "random", f"damping {tangent_module._DAMPING}"}
                 if is_default:
                     by_step[tangent, step].append(row)
                 if step == ENGINE and kind != "random":

@@ -145,7 +145,7 @@ def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -
         "trainer.max_epochs=40",
         "+trainer.check_val_every_n_epoch=10",
     )
-    source = "{data}/bloodmnist.npz" if name == "blood" else "/usr/share/datasets/fashion-mnist"
+    source = FULL if name == "blood" else "/usr/share/datasets/fashion-mnist"
     recipe = FEW_SHOT.replace("{source}", source).replace("{name}", name)
     rows = 25 * sizes[0]
     return Bench(overrides, "test_accuracy", role, 0.7, needs=file, recipe=recipe, val_rows=rows)
@@ -237,7 +237,6 @@ def full(augmentation: str) -> Bench:
         "data.root={data}",
         "model=small_cnn",
         "model.network.width=16",
-        "model.schedule=steps",
     )
     return Bench(overrides, "test_accuracy", C, 15.0, needs=FULL, recipe=FULL_RECIPE)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saflex_lightning.functional import widen
+
 __all__ = ["add", "add_", "copy_", "div", "div_", "mul", "norm", "sqrt"]
 
 _torch: Any = torch
@@ -39,9 +41,9 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all entries together, scalar.
+    """Return the Euclidean norm of all entries together, scalar, in float32 or wider.
 
     Args:
         tensors: At least one.
     """
-    return torch.linalg.vector_norm(torch.stack(_torch._foreach_norm(tensors)))
+    return torch.linalg.vector_norm(torch.stack(_torch._foreach_norm([widen(t) for t in tensors])))

@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from helpers.cases import CASES, ENGINES, random_direction
 from helpers.models import CLASSES, Recurrent, Restless
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from saflex_lightning.engines import make_engine, make_tangent, unchanged_generators
+from saflex_lightning.engines import (
+    make_engine,
+    make_tangent,
+    unchanged_generators,
+    unchanged_state,
+)
 
 TARGET = torch.arange(6) % CLASSES
 
@@ -223,3 +229,20 @@ def test_the_training_forward_runs_once_and_last(name):
     )
     extra = {"finite_difference": 2, "forward_mode": 1, "head": 0}  # one of the two checks itself
     assert calls == [*extra[name] * ["probe"], "forward"]
+
+
+def test_state_is_kept_by_as_many_copies_whatever_the_number_of_buffers():
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += "copy" in str(func) or "clone" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (1, 9):
+        model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(layers)))
+        with Copies() as copies, unchanged_state(model):
+            model(torch.randn(8, 4))
+        counts.append(copies.count)
+    assert 0 < counts[0] == counts[1]

@@ -2,13 +2,16 @@
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --models resnet18 --stem 3x3 --json step_time.json
+    python benchmarks/step_time.py --models resnet50 --batch-size 64 --autocast float16   # a GPU
 
 A step is forward, backward and Adam's update on 128 rows; a refined one adds the validation
 gradient where it is due, the engine's pass and the solve. All rows are augmented, but for the
 setting "union", where half of them are and the extra pass runs on those alone if the model scores
 rows one by one. Plain and refined steps of one model take turns in one process; an overhead is
 the ratio of a whole refresh interval to as many plain steps of the same round, given as median
-and quartiles over rounds. Peak memory is that of a fresh process for each engine.
+and quartiles over rounds. Peak memory is that of a fresh process for each engine. Where small
+operations are launched faster than a GPU computes, what counts is computing: ResNet-50 on images
+of 224 pixels, with ``--autocast`` for mixed precision, stands for that.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 
 from saflex_lightning.engines import Engine, RowSubset, adam_second_moments, make_engine
 from saflex_lightning.functional import (
@@ -49,6 +52,7 @@ UNION = "robust, union"
 NUM_CLASSES = 8
 # Shares of the time for rounds.
 SHARE = {"tabular": 0.05, "mlp": 0.15, "vit": 0.15, "vit, dropout": 0.25, "resnet18": 0.4}
+SHARE_OF_LARGE = {"resnet50": 0.4}  # not measured unless named
 PAPER = "42 % (MedMNIST, mean), 54 % (RandAugment), 31 % (Mixup), 81 % (tabular)"
 
 
@@ -72,11 +76,11 @@ class SmallViT(nn.Module):
 
 
 def make_model(name: str, stem: str) -> nn.Module:
-    """Return a model for 28-pixel images, or for 64 columns (``"tabular"``).
+    """Return a model for images, or for 64 columns (``"tabular"``).
 
     Args:
-        name: A key of `SHARE`; the perceptrons are of width 1024 (``"mlp"``) and 256, the
-            transformer's dropout is 0 or 0.1.
+        name: A key of `SHARE` or `SHARE_OF_LARGE`; the perceptrons are of width 1024 (``"mlp"``)
+            and 256, the transformer's dropout is 0 or 0.1.
         stem: ``"7x7"`` is torchvision's; ``"3x3"`` that of the MedMNIST experiments.
     """
     if name in {"mlp", "tabular"}:
@@ -85,6 +89,8 @@ def make_model(name: str, stem: str) -> nn.Module:
         return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, NUM_CLASSES))
     if name.startswith("vit"):
         return SmallViT(0.1 if "dropout" in name else 0.0)
+    if name == "resnet50":
+        return resnet50(num_classes=NUM_CLASSES).to(memory_format=torch.channels_last)
     network = resnet18(num_classes=NUM_CLASSES)
     if stem == "3x3":
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -97,22 +103,33 @@ class Training:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        shape = (64,) if name == "tabular" else (3, 28, 28)
+        pixels = 224 if name in SHARE_OF_LARGE else 28
+        shape = (64,) if name == "tabular" else (3, pixels, pixels)
         self.device = torch.device(args.device)
         self.model = make_model(name, args.stem).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
         self.inputs = torch.randn(args.batch_size, *shape, device=self.device)
         self.target = torch.randint(NUM_CLASSES, (args.batch_size,), device=self.device)
+        dtype = getattr(torch, args.autocast) if args.autocast else None
+        self.autocast = torch.autocast(args.device, dtype, enabled=dtype is not None)
+        self.scaler = torch.amp.GradScaler(args.device, enabled=dtype is torch.float16)
 
-    def update(self, loss: Tensor) -> None:
-        """Take the optimizer's step."""
+    def update(self, loss: Callable[[], Tensor]) -> None:
+        """Take a training step as a Trainer does, with its autocast and its loss scaling.
+
+        Args:
+            loss: Computes the loss.
+        """
+        with self.autocast:
+            value = loss()
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(value).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def plain_step(self) -> None:
         """Train on the batch with plain cross-entropy."""
-        self.update(F.cross_entropy(self.model(self.inputs), self.target))
+        self.update(lambda: F.cross_entropy(self.model(self.inputs), self.target))
 
     def make_refined_step(self, preset: Preset, *, union: bool = False) -> Callable[[], None]:
         """Return a function that trains on the batch once with SAFLEX.
@@ -128,7 +145,7 @@ class Training:
         val_rows = round(preset.val_batch_ratio * len(self.inputs))
         number = 0
 
-        def refined_step() -> None:
+        def refined_loss() -> Tensor:
             nonlocal number
             if val_gradient.is_due(number):
                 rows = torch.randint(len(self.inputs), (val_rows,)).to(self.device)
@@ -161,9 +178,9 @@ class Training:
             )
             solution_metrics(solution, self.target, augmented if union else None)
             losses = soft_cross_entropy(scores, solution.soft_labels)
-            self.update(weighted_mean(losses, solution.weights, solution.weights.sum()))
+            return weighted_mean(losses, solution.weights, solution.weights.sum())
 
-        return refined_step
+        return lambda: self.update(refined_loss)
 
     def seconds(self, step: Callable[[], None]) -> float:
         """Return how long one step takes.
@@ -190,7 +207,7 @@ def measure_time(name: str, args: argparse.Namespace) -> dict:
     """Return the plain step's seconds and the overhead of each engine and setting.
 
     Args:
-        name: A key of `SHARE`.
+        name: As for `make_model`.
         args: The command line.
     """
     training = Training(name, args)
@@ -211,7 +228,8 @@ def measure_time(name: str, args: argparse.Namespace) -> dict:
         for _ in range(-2 % preset.refresh_every_n_steps):
             steps[key]()
 
-    share = SHARE[name] / sum(SHARE[model] for model in args.models)
+    shares = SHARE | SHARE_OF_LARGE
+    share = shares[name] / sum(shares[model] for model in args.models)
     ends, plain, ratios = time.perf_counter() + args.seconds * share, [], {key: [] for key in steps}
     while time.perf_counter() < ends or len(plain) < 3:
         spent = {key: 0.0 for key in steps}
@@ -249,7 +267,7 @@ def print_peak(name: str, engine: str, args: argparse.Namespace) -> None:
     """Take steps of one kind and print the peak before and after them, in bytes.
 
     Args:
-        name: A key of `SHARE`.
+        name: As for `make_model`.
         engine: Name of an engine, or ``"plain"``.
         args: The command line.
     """
@@ -267,13 +285,14 @@ def measure_memory(name: str, args: argparse.Namespace) -> dict:
     """Return peaks in bytes, each of a fresh process, by engine.
 
     Args:
-        name: A key of `SHARE`.
+        name: As for `make_model`.
         args: The command line.
     """
     peaks = {}
     for engine in ("plain", *args.engines):
         command = [sys.executable, __file__, "--peak", name, engine, "--stem", args.stem]
         command += ["--device", args.device, "--batch-size", str(args.batch_size)]
+        command += ["--autocast", args.autocast] if args.autocast else []
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[engine] = json.loads(output.splitlines()[-1])
     return peaks
@@ -317,12 +336,14 @@ def format_table(results: dict, args: argparse.Namespace) -> str:
 def main() -> None:
     """Measure what the command line asks for and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(SHARE), default=list(SHARE))
+    models = list(SHARE | SHARE_OF_LARGE)
+    parser.add_argument("--models", nargs="+", choices=models, default=list(SHARE))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--stem", choices=("7x7", "3x3"), default="7x7", help="of the ResNet-18")
     parser.add_argument("--batch-size", type=int, default=128, help="rows")
     parser.add_argument("--seconds", type=float, default=200, help="for the rounds of all models")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--autocast", choices=("float16", "bfloat16"), help="mixed precision")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
@@ -332,11 +353,12 @@ def main() -> None:
         return
 
     # Memory first: a child process starts with its parent's peak, which is small as yet.
-    measured = [name for name in args.models if name == "resnet18" and not args.no_memory]
+    measured = [n for n in args.models if n.startswith("resnet") and not args.no_memory]
     memory = {name: {"memory": measure_memory(name, args)} for name in measured}
     results = {name: measure_time(name, args) | memory.get(name, {}) for name in args.models}
     print(
         f"Time of a training step over a plain one, {args.batch_size} rows, {args.device}, "
+        f"{args.autocast or 'float32'}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}: median (quartiles) of "
         + ", ".join(f"{result['rounds']} rounds ({name})" for name, result in results.items())
         + f".\nThe paper's extra wall-clock of an epoch: {PAPER}.\n"

@@ -1,11 +1,11 @@
 """Where the rows that steer come from, whether they suffice, and what else they do in a run."""
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 __all__ = [
     "check_rows",
@@ -62,13 +62,19 @@ def check_rows(loader: Any, batch_size: int | None, world_size: int) -> None:
         world_size: Number of processes.
 
     Raises:
-        MisconfigurationException: If no loader, no rows or too few rows were found.
+        MisconfigurationException: If no loader, several, no rows or too few rows were found.
     """
     if loader is None:
         raise MisconfigurationException(
             "Expected validation rows for SAFLEX, but found no `val_dataloader` argument, no "
             "`saflex_dataloader()` hook of the datamodule or module, and no validation dataloader "
             "in the Trainer. Pass `SAflexCallback(val_dataloader=...)`."
+        )
+    if _holds_loaders(loader):
+        raise MisconfigurationException(
+            f"Expected one dataloader of validation rows for SAFLEX, but got a "
+            f"{type(loader).__name__} of {len(loader)}. Pass one of them, or one loader over a "
+            "`torch.utils.data.ConcatDataset` of their datasets."
         )
     rows = count_rows(loader)
     if rows == 0:
@@ -132,6 +138,12 @@ def count_rows(loader: object) -> int | None:
     """
     dataset = getattr(loader, "dataset", loader if isinstance(loader, (list, tuple)) else None)
     return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def _holds_loaders(loader: object) -> bool:
+    if isinstance(loader, (list, tuple)):
+        return any(isinstance(part, DataLoader) for part in loader)
+    return isinstance(loader, Mapping)
 
 
 def same_rows(first: object, second: object) -> bool:

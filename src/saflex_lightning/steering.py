@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .draws import mix_seed
-from .engines import Engine, RowSubset, Scores, adam_second_moments, evaluate, make_engine
+from .engines import RowSubset, Scores, adam_second_moments, evaluate
 from .functional import Preset, ReduceSum, check_target
 from .gathered import Gathered
+from .matching import Matching
 from .mixin import SAflexMixin
 from .plain_loss import LossOptions, mean_cross_entropy
 from .sources import count_rows
@@ -88,14 +89,9 @@ class Steering:
             MisconfigurationException: If a gradient from a checkpoint does not fit the module.
         """
         assert isinstance(module, SAflexMixin)
-        self.engine: Engine = make_engine(
-            self.preset.engine, module, params=params, head=module.saflex_head()
-        )
+        self._matching = Matching(self.preset.engine, module, params)
         self._rows = RowSubset(module)
         self._loader, self._workers, self._keep_size = loader, num_workers, keep_batch_size
-        self._names: dict[Tensor, str] = {
-            parameter: name for name, parameter in module.named_parameters()
-        }
         check_gradient(self.gradient.state_dict(), self._parameters, module)
         self.gradient.to(module.device)
         self._options = self._options.to(module.device)
@@ -129,6 +125,9 @@ class Steering:
         reduce_sum = make_reduce_sum(trainer)
         if self._stream is None:
             self._stream = self._open(trainer, module, batch)
+            self._matching.follow(module)
+            if not self._matching.fits(self._parameters):
+                self.gradient = ValidationGradient(self.preset)
         seed = mix_seed(self._seed or 0, number, trainer.global_rank)
         if self.gathered.gates is not None:
             generator = torch.Generator().manual_seed(mix_seed(seed, _GATES))
@@ -137,7 +136,7 @@ class Steering:
             self._look(trainer, module, self._stream, number, reduce_sum)
         return SAflexStep(
             preset=self.preset,
-            engine=self.engine,
+            engine=self._matching.engine,
             tangent=self.gradient.tangent,
             usable=self.gradient.is_usable(number),
             rows=self._rows,
@@ -170,14 +169,20 @@ class Steering:
         # The Trainer's context sets the default dtype of tensors that a forward makes.
         with trainer.precision_plugin.val_step_context():
             if self.gradient.is_due(number):
-                gradient = self.engine.gradient(forward, lambda scores: self._loss(scores, target))
+                self._matching.follow(module)
+                gradient = self._matching.engine.gradient(
+                    forward, lambda scores: self._loss(scores, target)
+                )
             else:
                 gradient = None
                 evaluate(module, forward)
         if gradient is not None:
+            names = self._matching.names()
+            if names != self._parameters:  # an average over others is given up
+                self.gradient, self._parameters = ValidationGradient(self.preset), names
             moments = None
             if self.preset.precondition:
-                moments = adam_second_moments(self.engine.params, trainer.optimizers)
+                moments = adam_second_moments(self._matching.engine.params, trainer.optimizers)
             self.gradient.refresh(
                 number,
                 gradient,
@@ -185,7 +190,6 @@ class Steering:
                 reduce_sum=reduce_sum,
                 world_size=trainer.world_size,
             )
-            self._parameters = tuple(self._names[part] for part in self.engine.params)
         if watch is not None:
             watch.add_validation(
                 lambda scores: self._loss(scores, target),

@@ -72,6 +72,14 @@ def test_empty_validation_rows():
     assert module.steps == 0
 
 
+@pytest.mark.parametrize("collect", [lambda loader: {"clean": loader}, lambda loader: [loader]])
+def test_several_loaders_of_validation_rows(collect):
+    loaders = collect(make_loader())
+    match = f"one dataloader of validation rows for SAFLEX, but got a {type(loaders).__name__} of 1"
+    module = refused(seeded(Counting), SAflexCallback(loaders), match)
+    assert module.steps == 0
+
+
 def test_fewer_validation_rows_than_asked():
     class Hooked(Counting):
         def saflex_dataloader(self):

@@ -37,6 +37,7 @@ LAYERS = {
     "sources": 4,
     "arming": 5,
     "checks": 5,
+    "matching": 5,
     "steering": 5,
     "callback": 6,
     "__init__": 7,

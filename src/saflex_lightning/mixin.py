@@ -91,7 +91,9 @@ class SAflexMixin:
     def saflex_forward(self, *inputs: Any, **kwargs: Any) -> Scores:
         """Return `saflex_scores`, after measuring how they move along the descent direction.
 
-        Everything extra happens before the one training forward whose scores are returned.
+        Everything extra happens before the one training forward whose scores are returned. It may
+        be called several times in a step, each time for its own `saflex_loss`; what is logged is
+        then that of the last one.
 
         Args:
             *inputs: Positional inputs of `saflex_scores`.
@@ -120,11 +122,12 @@ class SAflexMixin:
 
         if step.gathered.watch is not None:
             forward = step.gathered.watch.watched(forward)
-        probe, step.probed_rows = None, None
+        probe, rows = None, None
         if isinstance(step.batch, AugmentedBatch) and not self.saflex_rows_interact:
             mask = step.batch.augmented
-            probe, step.probed_rows = step.rows.probe(self.saflex_scores, inputs, kwargs, mask)
-        scores = step.measure(forward, probe or (lambda: self.saflex_scores(*inputs, **kwargs)))
+            probe, rows = step.rows.probe(self.saflex_scores, inputs, kwargs, mask)
+        probe = probe or (lambda: self.saflex_scores(*inputs, **kwargs))
+        scores = step.measure(forward, probe, rows)
         step.seconds += time.perf_counter() - started - inside
         return scores
 
@@ -168,7 +171,8 @@ class SAflexMixin:
 
         Raises:
             TypeError: If an unknown option is passed, or the target's dtype does not fit.
-            ValueError: If shapes do not fit, or labels are out of range.
+            ValueError: If shapes do not fit, labels are out of range, or it cannot be told which of
+                several `saflex_forward` made the logits.
             MisconfigurationException: If `saflex_forward` was not called in this step.
         """
         if unsupported:

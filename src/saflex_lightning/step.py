@@ -23,6 +23,7 @@ from .functional import (
     weighted_mean,
 )
 from .gathered import Gathered
+from .measured import MeasuredScores, find_call
 from .plain_loss import LossOptions, as_tuple, diagonal_target, mean_cross_entropy
 from .skips import check_skippable
 
@@ -53,8 +54,7 @@ class SAflexStep:
     seconds: float = 0.0
 
     out_of_memory: bool = False
-    scores_tangent: Scores | None = None
-    probed_rows: Tensor | None = None
+    measured: list[MeasuredScores] = field(default_factory=list)
     options_seen: LossOptions | None = None
     solutions: tuple[SAflexSolution, ...] = ()
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -65,21 +65,33 @@ class SAflexStep:
         """Whether every task was solved without meeting a non-finite number, scalar bool."""
         return torch.stack([solution.finite for solution in self.solutions]).all()
 
-    def measure(self, forward: Callable[[], Scores], probe: Callable[[], Scores]) -> Scores:
-        """Run the training forward once, and keep the tangent of its scores.
+    def measure(
+        self, forward: Callable[[], Scores], probe: Callable[[], Scores], rows: Tensor | None
+    ) -> Scores:
+        """Run the training forward once, and keep its scores with their tangent.
 
         Where memory runs out before the forward, the step is left unrefined.
 
         Args:
             forward: The training forward.
             probe: What the engine's extra pass runs.
+            rows: Rows of the batch that it computes, int64; None means all.
 
         Returns:
             The scores with their graph.
 
         Raises:
+            MisconfigurationException: If features are watched and the scores of the call before
+                are still waiting for their loss: only those of the last call are kept.
             RuntimeError: If memory runs out on one of several processes.
         """
+        watch = self.gathered.watch
+        if watch is not None and not all(call.is_used for call in self.measured):
+            raise MisconfigurationException(
+                f"Expected `saflex_loss` to follow each `saflex_forward` with {watch.wanted_by}, "
+                "but two forwards came before a loss. Compute the loss of the first scores before "
+                "the second forward, and scores that need none with `self(...)`."
+            )
         is_forward = False
 
         def training_forward() -> Scores:
@@ -88,9 +100,10 @@ class SAflexStep:
             return forward()
 
         try:
-            scores, self.scores_tangent = self.engine.measure(
-                training_forward, self.tangent, probe=probe, rows=self.probed_rows
+            scores, tangent = self.engine.measure(
+                training_forward, self.tangent, probe=probe, rows=rows
             )
+            self.measured.append(MeasuredScores(scores, tangent, rows))
             return scores
         except (RuntimeError, MemoryError) as error:
             if is_forward:
@@ -228,15 +241,17 @@ class SAflexStep:
 
     def _row_tangents(self, logits: Scores) -> tuple[Tensor, ...]:
         """Return the tangent of every row of every task, after checking that it fits the logits."""
-        if self.scores_tangent is None:
+        if not self.measured:
             raise MisconfigurationException(
                 "Expected `self.saflex_forward(...)` to run before `self.saflex_loss(...)` in "
                 "`training_step`, but it did not. Compute the logits with `saflex_forward`."
             )
-        scores, tangents = as_tuple(logits), as_tuple(self.scores_tangent)
-        if self.probed_rows is not None and len(scores) == len(tangents):
+        measured = find_call(self.measured, logits)
+        measured.is_used = True
+        scores, tangents = as_tuple(logits), as_tuple(measured.tangent)
+        if measured.rows is not None and len(scores) == len(tangents):
             tangents = tuple(
-                tangent.new_zeros(task.shape).index_copy(0, self.probed_rows, tangent)
+                tangent.new_zeros(task.shape).index_copy(0, measured.rows, tangent)
                 for task, tangent in zip(scores, tangents, strict=True)
             )
         found, expected = [tuple(s.shape) for s in scores], [tuple(t.shape) for t in tangents]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
 from saflex_lightning.functional import contrastive_scores, info_nce, make_preset
+from saflex_lightning.measured import MeasuredScores
 from saflex_lightning.plain_loss import LossOptions
 from saflex_lightning.step import SAflexStep
 
@@ -313,7 +314,7 @@ def test_pairs_of_one_process_are_solved_without_those_of_others(columns):
             batch=None,
             generator=torch.Generator(),
             reduce_sum=reduce_sum,
-            scores_tangent=tangent,
+            measured=[MeasuredScores(scores, tangent)],
         )
         step.refine(scores, None if columns == 6 else torch.arange(6), LossOptions())
         solutions.append(step.solutions[0])

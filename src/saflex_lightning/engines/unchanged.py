@@ -42,7 +42,8 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
                     part.training = mode
                 part._buffers.clear()
                 part._buffers.update(slots)
-            foreach.copy_(tensors, saved)
+            # Through `data`, since what is the same again must not invalidate earlier graphs.
+            foreach.copy_([tensor.data for tensor in tensors], saved)
 
 
 @contextmanager

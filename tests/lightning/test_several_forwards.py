@@ -1,0 +1,109 @@
+"""Several calls of `saflex_forward` in one training step, each with its own loss."""
+
+import pytest
+import torch
+from helpers.gated import Gated, gated_loader, steering
+from helpers.training import Classifier, assert_same_state, fit, make_loader, seeded, state_of
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from saflex_lightning import SAflexCallback
+
+ENGINES = ("finite_difference", "forward_mode", "head")
+
+
+def callback(**settings):
+    return SAflexCallback(make_loader(40, 8, seed=7), **settings)
+
+
+class TwoViews(Classifier):
+    """Trains on the rows and on a second view of them, in one of several orders."""
+
+    def __init__(self, order, **kwargs):
+        super().__init__(**kwargs)
+        self.order, self.weights = order, []
+
+    def loss(self, logits, target):
+        loss = self.saflex_loss(logits, target)
+        self.weights.append(self.saflex_solution.weights)
+        return loss
+
+    def training_step(self, batch, batch_idx):
+        inputs, target = batch
+        second = inputs.roll(1, -1)
+        if self.order == "alternating":
+            first_loss = self.loss(self.saflex_forward(inputs), target)
+            return first_loss + self.loss(self.saflex_forward(second), target)
+        if self.order == "first alone":
+            return self.loss(self.saflex_forward(inputs), target)
+        first_logits, second_logits = self.saflex_forward(inputs), self.saflex_forward(second)
+        if self.order == "copied":
+            first_logits = first_logits.clone()
+        if self.order == "backwards":
+            second_loss = self.loss(second_logits, target)
+            return second_loss + self.loss(first_logits, target)
+        return self.loss(first_logits, target) + self.loss(second_logits, target)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("order", ["forwards first", "backwards"])
+def test_each_loss_takes_the_tangent_of_its_own_scores(engine, order):
+    runs = [seeded(lambda order=o: TwoViews(order, plain=True)) for o in ("alternating", order)]
+    for module in runs:
+        fit(module, callback(engine=engine), max_epochs=1)
+    alternating, other = (module.weights for module in runs)
+    if order == "backwards":
+        other = [other[place ^ 1] for place in range(len(other))]
+    for ours, theirs in zip(alternating, other, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(alternating[0], alternating[1])
+    alone = seeded(lambda: TwoViews("first alone", plain=True))
+    fit(alone, callback(engine=engine), max_epochs=1, max_steps=1)
+    torch.testing.assert_close(alone.weights[0], alternating[0])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("order", ["forwards first", "alternating"])
+def test_the_graph_of_the_first_forward_outlives_the_second_extra_pass(engine, order):
+    """Batch normalization keeps its running statistics for the backward pass."""
+    module = seeded(lambda: TwoViews(order))
+    start = state_of(module)
+    fit(module, callback(engine=engine), max_epochs=1)
+    assert all((state_of(module)[name] != value).any() for name, value in start.items())
+
+
+def test_the_order_of_the_calls_changes_no_bit():
+    first, second = (
+        seeded(lambda order=order: TwoViews(order, plain=True))
+        for order in ("alternating", "forwards first")
+    )
+    fit(first, callback())
+    fit(second, callback())
+    assert_same_state(state_of(first), state_of(second))
+
+
+def test_logits_that_no_forward_returned_are_refused_where_several_wait():
+    module = seeded(lambda: TwoViews("copied", plain=True))
+    with pytest.raises(ValueError, match=r"one of the 2 calls of `saflex_forward`.* of none\."):
+        fit(module, callback())
+
+
+def test_a_copy_of_the_only_logits_is_taken_for_them():
+    class Copied(Classifier):
+        def training_step(self, batch, batch_idx):
+            return self.saflex_loss(self.saflex_forward(batch[0]).clone(), batch[1])
+
+    plain, copied = seeded(lambda: Classifier(plain=True)), seeded(lambda: Copied(plain=True))
+    fit(plain, callback())
+    fit(copied, callback())
+    assert_same_state(state_of(plain), state_of(copied))
+
+
+def test_gates_refuse_two_forwards_before_a_loss():
+    class Twice(Gated):
+        def training_step(self, batch, batch_idx):
+            self.saflex_forward(batch.inputs)
+            return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
+
+    match = "`saflex_loss` to follow each `saflex_forward` with `gates=True`"
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(seeded(Twice), SAflexCallback(steering(), gates=True), train=gated_loader())

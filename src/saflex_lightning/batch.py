@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["AugmentedBatch", "row_mask", "row_numbers"]
+__all__ = ["AugmentedBatch", "check_batch", "row_mask", "row_numbers"]
 
 
 class AugmentedBatch(NamedTuple):
@@ -32,6 +32,21 @@ class AugmentedBatch(NamedTuple):
     group: Tensor
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  tuple.index is not used
     source: Tensor
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse an `AugmentedBatch` whose fields cannot belong to one another.
+
+    Args:
+        batch: The training batch; others have nothing to check.
+
+    Raises:
+        ValueError: If a field has another length than the target, or another dtype.
+    """
+    if isinstance(batch, AugmentedBatch):
+        for name, dtype in _ROW_FIELDS.items():
+            field = getattr(batch, name)
+            _check_rows(f"AugmentedBatch.{name}", field, len(batch.target), dtype, "target")
 
 
 def row_mask(batch: Any, given: Tensor | None, size: int) -> Tensor | None:
@@ -88,10 +103,20 @@ def row_numbers(
     return given
 
 
-def _check_rows(name: str, given: Tensor | None, size: int, dtype: torch.dtype) -> None:
+_ROW_FIELDS = {
+    "augmented": torch.bool,
+    "group": torch.int64,
+    "index": torch.int64,
+    "source": torch.int64,
+}
+
+
+def _check_rows(
+    name: str, given: Tensor | None, size: int, dtype: torch.dtype, rows_of: str = "logits"
+) -> None:
     if given is not None and (given.shape != (size,) or given.dtype != dtype):
         kind = "a bool" if dtype == torch.bool else "an int64"
         raise ValueError(
             f"Expected `{name}` to be {kind} tensor of shape ({size},), but got {given.dtype} of "
-            f"shape {tuple(given.shape)}. Pass one entry per row of the logits."
+            f"shape {tuple(given.shape)}. Pass one entry per row of the {rows_of}."
         )

@@ -111,6 +111,12 @@ class Gates:
         self._generator = generator
         self._scored = self._swapped = None
         if isinstance(batch, AugmentedBatch):
+            fields: tuple[Any, ...] = (batch.group, batch.source)
+            if any(field is None for field in fields):
+                raise MisconfigurationException(
+                    "Expected `AugmentedBatch` to tell `group` and `source` of its rows for "
+                    f"`gates=True`, but one of them is None. {_WITHOUT}"
+                )
             self._check_once(batch.augmented, batch.group, batch)
             rejected = draw_rejected(self.log_weights, batch.group, generator)
             rejected &= batch.augmented & (batch.source >= 0)

@@ -24,6 +24,7 @@ from .functional import ReduceSum
 __all__ = ["RowAverages", "discriminant_posteriors"]
 
 _RIDGE = 0.1  # in units of the covariance's mean diagonal
+_MOST_ROWS = 10**8  # two float64 for each
 _PRIOR = 1.0  # rows of average features that every class has beside its own
 _FLOOR = 1e-12  # below this, a variance counts as zero
 
@@ -59,6 +60,9 @@ class RowAverages:
         Returns:
             The averages of this rank's rows, ``(rows,)`` like ``values``; the value itself where
             there is none.
+
+        Raises:
+            ValueError: If an index is too large to hold two numbers for each up to it.
         """
         counted = (index >= 0) & values.isfinite()
         columns = (index + 1, torch.where(counted, values, 0), counted)
@@ -66,7 +70,14 @@ class RowAverages:
         room = largest_size(rows, reduce_sum, rank, world_size)
         rows = share_rows(rows, room, reduce_sum, rank, world_size).cpu()
         keys, numbers = rows[:, 0].long(), rows[:, 1:].T
-        missing = int(keys.max()) + 1 - self._sums.shape[1] if len(keys) else 0
+        largest = int(keys.max()) - 1 if len(keys) else -1
+        if largest >= _MOST_ROWS:
+            raise ValueError(
+                f"Expected `index` to number the rows from 0 to less than {_MOST_ROWS:,}, but got "
+                f"{largest:,}: two numbers are held for every index up to the largest. Number the "
+                "rows one after the other, not by a hash."
+            )
+        missing = largest + 2 - self._sums.shape[1] if len(keys) else 0
         if missing > 0:
             self._sums = torch.nn.functional.pad(self._sums, (0, missing))
         self._sums.index_add_(1, keys, numbers)

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from .batch import check_batch
 from .draws import mix_seed
 from .engines import RowSubset, Scores, adam_second_moments, evaluate
 from .functional import Preset, ReduceSum, check_target
@@ -121,6 +122,7 @@ class Steering:
         if not active:
             return None
         assert isinstance(module, SAflexMixin)
+        check_batch(batch)
         started = time.perf_counter()
         reduce_sum = make_reduce_sum(trainer)
         if self._stream is None:

@@ -39,12 +39,18 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         beside.
 
     Raises:
+        ValueError: If ``cfg.seed`` is no seed.
         MisconfigurationException: If the launcher or the GPUs do not fit the Trainer, or its
             processes would not share one directory.
     """
     silence_hints()
     paper: Any = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
     check_paper(paper)
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise ValueError(
+            f"Expected `seed` to be an integer from 0 to {2**32 - 1}, but got {cfg.seed!r}. Every "
+            "run has one; pass `seed=0`."
+        )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)
     model = instantiate(cfg.model)

@@ -226,6 +226,13 @@ def test_methods_take_the_same_number_of_steps(tmp_path):
     assert set(steps.values()) == {1200 // 64}
 
 
+@pytest.mark.parametrize("seed", ["null", "-1", str(2**32), "0.5"])
+def test_what_is_no_seed_is_refused_before_anything_is_made(tmp_path, seed):
+    cfg = compose_config(tmp_path, f"seed={seed}", "data.path=/nowhere")
+    with pytest.raises(ValueError, match="Expected `seed` to be an integer from 0 to 4294967295"):
+        train(cfg)
+
+
 def test_same_seed_same_result(tmp_path):
     first = train(compose_config(tmp_path / "a", "seed=5", *SHORT))
     again = train(compose_config(tmp_path / "b", "seed=5", *SHORT))

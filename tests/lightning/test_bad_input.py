@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
+from helpers.gated import Gated, gated_loader, steering, union_batch
 from helpers.training import NUM_FEATURES, Classifier, fit, make_loader, make_rows, seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -78,6 +79,53 @@ def test_several_loaders_of_validation_rows(collect):
     match = f"one dataloader of validation rows for SAFLEX, but got a {type(loaders).__name__} of 1"
     module = refused(seeded(Counting), SAflexCallback(loaders), match)
     assert module.steps == 0
+
+
+@pytest.mark.parametrize("gates", [True, False])
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("augmented", lambda mask: mask.float()),
+        ("augmented", lambda mask: mask[:-1]),
+        ("group", lambda group: group.float()),
+        ("index", lambda index: index.int()),
+        ("source", lambda source: source.unsqueeze(1)),
+    ],
+)
+def test_fields_of_a_batch_that_do_not_fit(field, change, gates):
+    def batch(*rows):
+        made = union_batch(*rows)
+        return made._replace(**{field: change(getattr(made, field))})
+
+    module = seeded(Gated)
+    callback = SAflexCallback(steering(), gates=gates)
+    with pytest.raises(ValueError, match=rf"Expected `AugmentedBatch\.{field}` to be an? "):
+        fit(module, callback, train=gated_loader(make_batch=batch))
+    assert not module.steps
+
+
+@pytest.mark.parametrize("field", ["group", "source"])
+def test_gates_without_groups_or_sources(field):
+    def batch(*rows):
+        return union_batch(*rows)._replace(**{field: None})
+
+    match = r"`AugmentedBatch` to tell `group` and `source` of its rows for `gates=True`"
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(
+            seeded(Gated),
+            SAflexCallback(steering(), gates=True),
+            train=gated_loader(make_batch=batch),
+        )
+
+
+def test_rows_numbered_by_a_hash_are_refused():
+    def batch(*rows):
+        made = union_batch(*rows)
+        return made._replace(index=made.index + 10**12)
+
+    callback = SAflexCallback(steering(), row_evidence="label_probability")
+    with pytest.raises(ValueError, match=r"rows from 0 to less than 100,000,000, but got 1,000,0"):
+        fit(seeded(Gated), callback, train=gated_loader(make_batch=batch))
 
 
 def test_fewer_validation_rows_than_asked():

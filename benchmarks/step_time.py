@@ -35,7 +35,6 @@ from saflex_lightning.functional import (
     Preset,
     make_preset,
     soft_cross_entropy,
-    solution_metrics,
     solve,
     weighted_mean,
 )
@@ -176,7 +175,6 @@ class Training:
                 gumbel=preset.gumbel,
                 weight_rule=preset.weight_rule,
             )
-            solution_metrics(solution, self.target, augmented if union else None)
             losses = soft_cross_entropy(scores, solution.soft_labels)
             return weighted_mean(losses, solution.weights, solution.weights.sum())
 

@@ -1,7 +1,8 @@
 """The callback: checks the set-up, arms the module before each training step, logs after it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -160,6 +161,7 @@ class SAflexCallback(pl.Callback):
         self._arming = Arming()
         self._skipped = SkippedSteps()
         self._metrics: dict[str, Tensor] = {}
+        self._read_newest: Callable[[], dict[str, Tensor]] | None = None
         self._notices = Notices()
         self._group_names: Sequence[str] = ()
 
@@ -243,7 +245,7 @@ class SAflexCallback(pl.Callback):
         """Disarm the module, and log what was learned where a logger would read it."""
         assert isinstance(pl_module, SAflexMixin)
         step = self._arming.disarm(pl_module)
-        self._metrics = {}
+        self._metrics, self._read_newest = {}, None
         if step is None:
             return
         if step.out_of_memory:
@@ -253,13 +255,16 @@ class SAflexCallback(pl.Callback):
         if step.solutions:
             self._notices.say_under_parameterised(step)
             self._count_skips(trainer, step, batch_idx)
-            self._metrics = read_step(
-                step,
+            self._read_newest = partial(  # nothing that holds the batch or its graph
+                read_step,
+                step.learned,
+                step.gathered.gates,
+                seconds=step.seconds,
                 val_gradient_norm=self._steering.gradient.norm,
                 skipped=self._skipped.total,
             )
             if is_read_before_next(trainer, batch_idx, self.every_n_steps):
-                log_metrics(pl_module, step, self._metrics)
+                log_metrics(pl_module, step, self.read_metrics())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on when an epoch of refined steps never asked for the loss."""
@@ -290,6 +295,8 @@ class SAflexCallback(pl.Callback):
             Scalars by the names that are logged, without ``saflex/``; empty where the batch was
             not refined.
         """
+        if self._read_newest is not None:
+            self._metrics, self._read_newest = self._read_newest(), None
         return dict(self._metrics)
 
     def read_row_evidence(self) -> Tensor | None:

@@ -17,12 +17,12 @@ from .functional import (
     SAflexSolution,
     check_target,
     soft_cross_entropy,
-    solution_metrics,
     solve,
     sum_over_ranks,
     weighted_mean,
 )
 from .gathered import Gathered
+from .learned import Learned
 from .measured import MeasuredScores, find_call
 from .plain_loss import LossOptions, as_tuple, diagonal_target, mean_cross_entropy
 from .skips import check_skippable
@@ -56,9 +56,13 @@ class SAflexStep:
     out_of_memory: bool = False
     measured: list[MeasuredScores] = field(default_factory=list)
     options_seen: LossOptions | None = None
-    solutions: tuple[SAflexSolution, ...] = ()
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    learned: tuple[Learned, ...] = ()
     batch_size: int = 0
+
+    @property
+    def solutions(self) -> tuple[SAflexSolution, ...]:
+        """The solution of each task; empty before the loss."""
+        return tuple(task.solution for task in self.learned)
 
     @property
     def finite(self) -> Tensor:
@@ -143,11 +147,7 @@ class SAflexStep:
             self._refine_task(scores, tangent, target, options, augmented, group, index)
             for scores, tangent in zip(as_tuple(logits), tangents, strict=True)
         ]
-        losses, self.solutions, metrics = zip(*tasks, strict=True)
-        self.metrics = {
-            name: torch.stack([task[name].float() for task in metrics]).mean()
-            for name in metrics[0]
-        }
+        losses, self.learned = zip(*tasks, strict=True)
         return torch.stack(losses).mean()
 
     def _weigh_rows(
@@ -182,8 +182,8 @@ class SAflexStep:
         augmented: Tensor | None,
         group: Tensor | None,
         index: Tensor | None,
-    ) -> tuple[Tensor, SAflexSolution, dict[str, Tensor]]:
-        """Solve one task and return its loss, its solution and what the solution did."""
+    ) -> tuple[Tensor, Learned]:
+        """Solve one task and return its loss and what was learned."""
         contrastive = target is None
         target = diagonal_target(scores) if target is None else target
         # Where each process scores its own pairs alone, a column means something else on each.
@@ -227,9 +227,6 @@ class SAflexStep:
             if options.class_weight is not None and target.ndim == 1:
                 share = share * options.class_weight[target]  # as F.cross_entropy averages
             total = sum_over_ranks(share.sum(), self.reduce_sum)
-            metrics = solution_metrics(solution, target, mask)
-            if gated is not None:
-                metrics["kept_fraction"] = metrics["kept_fraction"] * gated.left_fraction
         losses = soft_cross_entropy(
             scores,
             solution.soft_labels,
@@ -237,7 +234,7 @@ class SAflexStep:
             label_smoothing=options.label_smoothing,
         )
         loss = self.world_size * weighted_mean(losses, solution.weights, total)
-        return loss, solution, metrics
+        return loss, Learned(solution, target, mask, gated and gated.left_fraction)
 
     def _row_tangents(self, logits: Scores) -> tuple[Tensor, ...]:
         """Return the tangent of every row of every task, after checking that it fits the logits."""

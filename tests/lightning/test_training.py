@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 
 from saflex_lightning import SAflexCallback, SAflexWarning
+from saflex_lightning.learned import Learned
 
 METRICS = {
     "saflex/kept_fraction",
@@ -166,6 +167,19 @@ def test_what_nobody_reads_is_not_logged(tmp_path, log_every_n_steps, every_n_st
             assert row[name] == row[name.replace("saflex/", "mine/")], name
     if (every_n_steps, accumulate) == (1, 1):
         assert module.calls == {0: 3, 1: 33, 5: 6 + 3, 50: 3}[log_every_n_steps]
+
+
+@pytest.mark.parametrize(("log_every_n_steps", "times"), [(1, 11), (5, 3), (50, 1)])
+def test_what_nobody_reads_is_not_computed(monkeypatch, log_every_n_steps, times):
+    computed = []
+    metrics = Learned.metrics
+    monkeypatch.setattr(Learned, "metrics", lambda task: computed.append(task) or metrics(task))
+    callback = SAflexCallback(make_loader())
+    settings = {"train": make_loader(176), "max_epochs": 1, "log_every_n_steps": log_every_n_steps}
+    fit(seeded(Classifier), callback, **settings)
+    assert len(computed) == times
+    callback.read_metrics()
+    assert len(computed) == times  # of the last step, which was logged
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ LAYERS = {
     "val_batch": 2,
     "skips": 2,
     "strategy_calls": 2,
+    "learned": 3,
     "measured": 3,
     "step": 3,
     "mixin": 4,

@@ -44,9 +44,10 @@ def check_batch(batch: Any) -> None:
         ValueError: If a field has another length than the target, or another dtype.
     """
     if isinstance(batch, AugmentedBatch):
+        target: Any = batch.target  # None where scores are contrastive
+        size = len(batch.augmented if target is None else target)
         for name, dtype in _ROW_FIELDS.items():
-            field = getattr(batch, name)
-            _check_rows(f"AugmentedBatch.{name}", field, len(batch.target), dtype, "target")
+            _check_rows(f"AugmentedBatch.{name}", getattr(batch, name), size, dtype, "target")
 
 
 def row_mask(batch: Any, given: Tensor | None, size: int) -> Tensor | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.pairs import TwoTowers
 from helpers.training import NUM_CLASSES, Classifier, fit, make_loader, make_rows, seeded
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -319,3 +320,25 @@ def test_pairs_of_one_process_are_solved_without_those_of_others(columns):
         step.refine(scores, None if columns == 6 else torch.arange(6), LossOptions())
         solutions.append(step.solutions[0])
     assert torch.equal(*(solution.weights for solution in solutions)) == (columns == 6)
+
+
+def test_an_augmented_batch_of_pairs_needs_no_target():
+    class Pairs(TwoTowers):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.weights = [solution.weights for solution in self.saflex_solution]
+            return loss
+
+    mask = torch.arange(8) >= 4
+
+    def batch(samples):
+        numbers = torch.arange(len(samples))
+        inputs = torch.stack([sample[0] for sample in samples])
+        return AugmentedBatch(inputs, None, mask, mask.long(), numbers, numbers - 4)
+
+    module = seeded(Pairs)
+    train = DataLoader(TensorDataset(*make_rows(64)), 8, collate_fn=batch)
+    fit(module, SAflexCallback(make_loader(40, 8, seed=7)), train=train)
+    for weights in module.weights:
+        assert weights[~mask].eq(1).all()
+        assert weights[mask].std() > 0

@@ -255,7 +255,7 @@ class SAflexCallback(pl.Callback):
         if step.solutions:
             self._notices.say_under_parameterised(step)
             self._count_skips(trainer, step, batch_idx)
-            self._read_newest = partial(  # nothing that holds the batch or its graph
+            self._read_newest = partial(  # holds neither the inputs nor a graph
                 read_step,
                 step.learned,
                 step.gathered.gates,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from saflex_lightning import SAflexMixin
+from saflex_lightning import SAflexCallback, SAflexMixin
 
 NUM_CLASSES, NUM_FEATURES = 4, 8
 
@@ -63,6 +63,11 @@ class Classifier(SAflexMixin, pl.LightningModule):
     def configure_optimizers(self):
         make = torch.optim.Adam if self.optimizer_name == "adam" else torch.optim.SGD
         return make(self.parameters(), self.lr)
+
+
+def callback(**settings):
+    """One that is steered by forty rows, in batches of eight."""
+    return SAflexCallback(make_loader(40, 8, seed=7), **settings)
 
 
 def make_trainer(*callbacks, **kwargs):

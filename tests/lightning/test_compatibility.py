@@ -11,6 +11,7 @@ from helpers.training import (
     NUM_FEATURES,
     Classifier,
     assert_same_state,
+    callback,
     fit,
     make_loader,
     make_trainer,
@@ -26,10 +27,6 @@ from saflex_lightning import SAflexCallback, SAflexWarning, UnsupportedModelErro
 
 LIGHTNING_2_6 = importlib.util.find_spec("lightning.pytorch.callbacks.weight_averaging")
 ENGINES = ("finite_difference", "forward_mode", "head")
-
-
-def callback(**settings):
-    return SAflexCallback(make_loader(40, 8, seed=7), **settings)
 
 
 class Manual(Classifier):

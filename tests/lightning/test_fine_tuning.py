@@ -6,6 +6,7 @@ import torch
 from helpers.training import (
     Classifier,
     assert_same_state,
+    callback,
     fit,
     make_loader,
     make_trainer,
@@ -19,10 +20,6 @@ from saflex_lightning import SAflexCallback
 ENGINES = ("finite_difference", "forward_mode")
 HEAD = ("net.2.weight", "net.2.bias")
 ALL = ("net.0.weight", "net.0.bias", *HEAD)
-
-
-def callback(**settings):
-    return SAflexCallback(make_loader(40, 8, seed=7), **settings)
 
 
 class Matched(pl.Callback):

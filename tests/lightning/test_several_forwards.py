@@ -2,17 +2,12 @@
 
 import pytest
 import torch
+from helpers.cases import ENGINES
 from helpers.gated import Gated, gated_loader, steering
-from helpers.training import Classifier, assert_same_state, fit, make_loader, seeded, state_of
+from helpers.training import Classifier, assert_same_state, callback, fit, seeded, state_of
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from saflex_lightning import SAflexCallback
-
-ENGINES = ("finite_difference", "forward_mode", "head")
-
-
-def callback(**settings):
-    return SAflexCallback(make_loader(40, 8, seed=7), **settings)
 
 
 class TwoViews(Classifier):

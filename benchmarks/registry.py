@@ -145,7 +145,7 @@ def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -
         "trainer.max_epochs=40",
         "+trainer.check_val_every_n_epoch=10",
     )
-    source = FULL if name == "blood" else "/usr/share/datasets/fashion-mnist"
+    source = FULL if name == "blood" else "FOLDER_OF_FASHION_MNIST"
     recipe = FEW_SHOT.replace("{source}", source).replace("{name}", name)
     rows = 25 * sizes[0]
     return Bench(overrides, "test_accuracy", role, 0.7, needs=file, recipe=recipe, val_rows=rows)

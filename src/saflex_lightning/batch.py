@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["AugmentedBatch", "check_batch", "row_mask", "row_numbers"]
+__all__ = ["AugmentedBatch", "check_batch", "row_field"]
 
 
 class AugmentedBatch(NamedTuple):
@@ -50,36 +50,10 @@ def check_batch(batch: Any) -> None:
             _check_rows(f"AugmentedBatch.{name}", getattr(batch, name), size, dtype, "target")
 
 
-def row_mask(batch: Any, given: Tensor | None, size: int) -> Tensor | None:
-    """Return the mask of augmented rows, or None when all are.
-
-    Args:
-        batch: The training batch.
-        given: The caller's own mask; not beside an `AugmentedBatch`, which has one.
-        size: Rows that were scored.
-
-    Returns:
-        ``(batch,)`` bool or None.
-
-    Raises:
-        ValueError: If the mask has another length or dtype, or there are two of them.
-    """
-    if isinstance(batch, AugmentedBatch):
-        if given is not None:
-            raise ValueError(
-                "Expected `augmented` to be None beside an `AugmentedBatch`, but got a second "
-                "mask. The extra pass has measured the batch's own augmented rows; change "
-                "the mask in the batch."
-            )
-        given = batch.augmented
-    _check_rows("augmented", given, size, torch.bool)
-    return given
-
-
-def row_numbers(
-    batch: Any, name: Literal["group", "index"], given: Tensor | None, size: int
+def row_field(
+    batch: Any, name: Literal["augmented", "group", "index"], given: Tensor | None, size: int
 ) -> Tensor | None:
-    """Return the group or the index of every row, or None where nobody tells.
+    """Return the mask, the group or the index of every row, or None where nobody tells.
 
     Args:
         batch: The training batch.
@@ -88,20 +62,34 @@ def row_numbers(
         size: Rows that were scored.
 
     Returns:
-        ``(batch,)`` int64 or None.
+        ``(batch,)`` bool or int64, or None; None as mask means that all rows are augmented.
 
     Raises:
-        ValueError: If there are two of them, or it has another length or dtype.
+        ValueError: If there are two of them, it has another length or dtype, or the batch holds
+            an `AugmentedBatch` in a dictionary or list and nobody says whose rows were scored.
     """
     if isinstance(batch, AugmentedBatch):
         if given is not None:
             raise ValueError(
-                f"Expected `{name}` to be None beside an `AugmentedBatch`, but got a second "
-                "one. Change it in the batch."
+                f"Expected `{name}` to be None beside an `AugmentedBatch`, but got a second one. "
+                "The extra pass has measured the batch's own rows; change them in the batch."
             )
         given = getattr(batch, name)
-    _check_rows(name, given, size, torch.int64)
+    elif given is None and _holds_augmented(batch):
+        raise ValueError(
+            f"Expected `saflex_loss(..., {name}=)` where an `AugmentedBatch` is a part of the "
+            "training batch, but got None, which would take its clean rows for augmented ones. "
+            f"Pass `{name}=part.{name}` of the part that was scored."
+        )
+    _check_rows(name, given, size, _ROW_FIELDS[name])
     return given
+
+
+def _holds_augmented(batch: Any) -> bool:
+    if isinstance(batch, AugmentedBatch):
+        return True
+    parts = batch.values() if isinstance(batch, dict) else batch
+    return isinstance(batch, (dict, list, tuple)) and any(map(_holds_augmented, parts))
 
 
 _ROW_FIELDS = {

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from .arming import Arming
-from .checks import check_fit, count_batches, find_group_names
+from .checks import check_fit, check_model, count_batches, find_group_names
 from .functional import (
     EngineName,
     LabelRule,
@@ -26,10 +26,11 @@ from .notices import Notices, SAflexWarning
 from .pool import RowEvidenceName
 from .settings import check_choice, check_integers, describe_settings
 from .skips import SkippedSteps, check_skippable
-from .sources import check_rows, find_steering_loader, first_loader, other_roles
+from .sources import check_loader, find_steering_loader, first_loader, other_roles
 from .state import changed_settings, check_state
 from .steering import Steering
 from .step import SAflexStep
+from .strategy_calls import load_validation
 
 __all__ = ["SAflexCallback", "SAflexWarning"]
 
@@ -170,15 +171,18 @@ class SAflexCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything runs."""
         if stage == "fit":
-            wanted_by = self._steering.gathered.watch and self._steering.gathered.watch.wanted_by
-            check_fit(trainer, pl_module, self.preset, self.params, head_wanted_by=wanted_by)
+            check_fit(trainer, pl_module, self.preset)
             self._begin()  # a checkpoint's state is loaded after this hook
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the validation rows, unless they are the Trainer's own, and say what is learned."""
+        """Check the model, find rows other than the Trainer's own, and say what is learned."""
+        assert isinstance(pl_module, SAflexMixin)
+        watch = self._steering.gathered.watch
+        wanted_by = watch and watch.wanted_by
+        check_model(pl_module, self.preset, self.params, head_wanted_by=wanted_by)
         self._loader = find_steering_loader(trainer, pl_module, self._given_loader)
         if self._loader is not None:
-            check_rows(self._loader, self.val_batch_size, trainer.world_size)
+            self._check_loader(trainer)
         if self.gates:
             self._group_names = find_group_names(trainer, pl_module)
         rank_zero_info(
@@ -191,8 +195,8 @@ class SAflexCallback(pl.Callback):
         """Fall back on the Trainer's validation data; warn where steering rows also select."""
         owned = self._loader is None
         if owned:
-            self._loader = first_loader(trainer.val_dataloaders)
-            check_rows(self._loader, self.val_batch_size, trainer.world_size)
+            self._loader = first_loader(load_validation(trainer))
+            self._check_loader(trainer)
         roles = other_roles(trainer, self._loader)
         self._notices.say_same_rows({"select checkpoints", *roles} if owned else roles)
         self._steering.start(
@@ -210,6 +214,14 @@ class SAflexCallback(pl.Callback):
         loader = self._given_loader if self._loader is None else self._loader
         if loader is not None:
             self._notices.say_same_rows(other_roles(trainer, loader))
+
+    def _check_loader(self, trainer: pl.Trainer) -> None:
+        check_loader(
+            self._loader,
+            trainer,
+            batch_size=self.val_batch_size,
+            must_cache=self.cache_on_device is True,
+        )
 
     # Every training step
 

@@ -17,27 +17,19 @@ from .engines import UnsupportedModelError, make_engine
 from .functional import Preset
 from .mixin import SAflexMixin
 from .preflight import preflight_problems
+from .sources import ask_hook
 from .watch import find_last_layer
 
-__all__ = ["check_fit", "count_batches", "find_group_names"]
+__all__ = ["check_fit", "check_model", "count_batches", "find_group_names"]
 
 
-def check_fit(
-    trainer: Any,
-    module: Any,
-    preset: Preset,
-    params: list[str] | None,
-    *,
-    head_wanted_by: str | None,
-) -> None:
+def check_fit(trainer: Any, module: Any, preset: Preset) -> None:
     """Collect every incompatibility of Trainer, module and settings, and raise once.
 
     Args:
         trainer: The Trainer.
-        module: Its module.
+        module: Its module; its layers may not be there yet.
         preset: The settings.
-        params: Name patterns of the matched parameters.
-        head_wanted_by: The setting that needs a linear layer for its scores; None if none does.
 
     Raises:
         MisconfigurationException: If anything does not fit; the message lists all of it.
@@ -52,13 +44,30 @@ def check_fit(
         *_module_problems(module),
         *_strategy_problems(trainer.strategy, preset),
         *preflight_problems(trainer),
+        *_precision_problems(trainer, preset),
+        *_compile_problems(module, preset),
     ]
-    problems += _precision_problems(trainer, preset)
-    problems += _compile_problems(module, preset)
-    if isinstance(module, SAflexMixin):
-        problems += _engine_problems(module, preset, params)
-        if head_wanted_by is not None:
-            problems += _head_problems(module, head_wanted_by)
+    if problems:
+        raise MisconfigurationException("\n".join(problems))
+
+
+def check_model(
+    module: SAflexMixin, preset: Preset, params: list[str] | None, *, head_wanted_by: str | None
+) -> None:
+    """Check that the engine can serve a model, once its ``setup`` and ``configure_model`` ran.
+
+    Args:
+        module: The module.
+        preset: The settings.
+        params: Name patterns of the matched parameters.
+        head_wanted_by: The setting that needs a linear layer for its scores; None if none does.
+
+    Raises:
+        MisconfigurationException: If it cannot; the message lists every reason.
+    """
+    problems = list(_engine_problems(module, preset, params))
+    if head_wanted_by is not None:
+        problems += _head_problems(module, head_wanted_by)
     if problems:
         raise MisconfigurationException("\n".join(problems))
 
@@ -150,11 +159,7 @@ def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequenc
     Raises:
         MisconfigurationException: If there is no hook, no augmented group, or a name twice.
     """
-    names: Any = None
-    for owner in (trainer.datamodule, module):  # type: ignore[attr-defined]
-        hook = getattr(owner, "saflex_group_names", None)
-        if names is None and callable(hook):
-            names = hook()
+    names = ask_hook(trainer, module, "saflex_group_names")
     if names is None or len(names) < 2 or len(set(names)) < len(names):
         raise MisconfigurationException(
             "Expected `saflex_group_names()` of the datamodule or module to name the groups of "

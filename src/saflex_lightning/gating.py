@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from .bank import RunningMoments
@@ -18,12 +17,12 @@ from .evidence import (
     rescale_weights,
 )
 from .functional import ReduceSum, dense_target, loss_inner_products
+from .gated_rows import WITHOUT_GATES, check_gated_rows, swap_rows
 from .watch import FeatureWatch
 
-__all__ = ["Gates", "swap_rows"]
+__all__ = ["Gates"]
 
 _WARM_UP = 0.1  # share of training during which the gates watch and do not move
-_WITHOUT = "Pass `gates=False` to train without."
 
 
 class GatedRows(NamedTuple):
@@ -115,7 +114,7 @@ class Gates:
             if any(field is None for field in fields):
                 raise MisconfigurationException(
                     "Expected `AugmentedBatch` to tell `group` and `source` of its rows for "
-                    f"`gates=True`, but one of them is None. {_WITHOUT}"
+                    f"`gates=True`, but one of them is None. {WITHOUT_GATES}"
                 )
             self._check_once(batch.augmented, batch.group, batch)
             rejected = draw_rejected(self.log_weights, batch.group, generator)
@@ -141,7 +140,7 @@ class Gates:
             raise MisconfigurationException(
                 "Expected an `AugmentedBatch`, or `saflex_loss(..., augmented=, group=)`, for "
                 "`gates=True`, but the training batch does not tell which group made its rows. "
-                f"Yield an `AugmentedBatch` with `group` and `source`. {_WITHOUT}"
+                f"Yield an `AugmentedBatch` with `group` and `source`. {WITHOUT_GATES}"
             )
         if augmented is None:
             augmented = torch.ones(size, dtype=torch.bool, device=group.device)
@@ -261,67 +260,6 @@ class Gates:
     def _check_once(
         self, augmented: Tensor, group: Tensor, batch: AugmentedBatch | None = None
     ) -> None:
-        """Check the first batch that has augmented rows; looking at values waits for the device."""
-        if self._is_checked or not bool(augmented.any()):
-            return
-        self._is_checked = True
-        if bool(augmented.all()):
-            raise MisconfigurationException(
-                "Expected clean rows beside the augmented ones for `gates=True`, but every row of "
-                "the batch is augmented. Only the difference to clean rows tells whether a group "
-                f"helps: yield union batches. {_WITHOUT}"
-            )
-        found, last = group[augmented], len(self.names) - 1
-        if bool(((found < 1) | (found > last)).any()):
-            raise MisconfigurationException(
-                f"Expected the group of every augmented row to be in 1 to {last} for `gates=True`, "
-                f"as `saflex_group_names()` has {last + 1} names, but got "
-                f"{sorted(set(found.tolist()))}. Tell which operation made each row in "
-                f"`AugmentedBatch.group`. {_WITHOUT}"
-            )
-        if batch is not None:
-            _check_sources(batch)
-
-
-def swap_rows(batch: AugmentedBatch, rows: Tensor) -> None:
-    """Write the clean source of some rows in their place, in the batch's own tensors.
-
-    Inputs, target and index are the source's; the row then counts as clean.
-
-    Args:
-        batch: The batch.
-        rows: Which rows; each has a source, ``(batch,)`` bool.
-    """
-    here = torch.arange(len(rows), device=rows.device)
-    places = torch.where(rows, batch.source, here)
-
-    def swap(tensor: Tensor) -> Tensor:
-        return tensor.copy_(tensor[places])
-
-    apply_to_collection(batch.inputs, Tensor, swap)
-    swap(batch.target)
-    swap(batch.index)
-    batch.augmented.masked_fill_(rows, False)
-    batch.group.masked_fill_(rows, 0)
-    batch.source.masked_fill_(rows, -1)
-
-
-def _check_sources(batch: AugmentedBatch) -> None:
-    size = len(batch.augmented)
-    source = batch.source[batch.augmented]
-    inside = (source >= 0) & (source < size)
-    if not bool(inside.all()) or bool(batch.augmented[source].any()):
-        raise MisconfigurationException(
-            "Expected `AugmentedBatch.source` to be the position of a clean row of the batch for "
-            "every augmented row for `gates=True`, but some have none, or an augmented one. "
-            f"Yield union batches that tell the source. {_WITHOUT}"
-        )
-    leaves: list[object] = []
-    apply_to_collection(batch.inputs, object, leaves.append, wrong_dtype=(dict, list, tuple))
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != size:
-            found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise MisconfigurationException(
-                f"Expected the inputs of an `AugmentedBatch` to be tensors with {size} rows for "
-                f"`gates=True`, but got {found}. Put what is not a row elsewhere. {_WITHOUT}"
-            )
+        if not self._is_checked and bool(augmented.any()):
+            self._is_checked = True
+            check_gated_rows(augmented, group, len(self.names) - 1, batch)

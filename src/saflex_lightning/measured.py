@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .engines import Scores
-from .plain_loss import as_tuple
+from .engines import Scores, as_tuple
 
 __all__ = ["MeasuredScores", "find_call"]
 

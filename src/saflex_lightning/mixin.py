@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .batch import AugmentedBatch
 from .engines import Scores
 from .functional import SAflexSolution
+from .inputs import unwritten
 from .plain_loss import LossOptions, mean_cross_entropy
 from .step import SAflexStep
 from .val_batch import read_batch
@@ -43,6 +44,11 @@ class SAflexMixin:
                 "it derives from the twin package `pytorch_lightning`. Write "
                 "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the step at hand, whose graph no copy can hold."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return {name: value for name, value in state.items() if name != "_saflex_step"}
 
     def saflex_scores(self, *inputs: Any, **kwargs: Any) -> Scores:
         """Return the logits of some inputs; override it when ``forward`` returns something else.
@@ -103,7 +109,8 @@ class SAflexMixin:
             The scores with their graph.
 
         Raises:
-            UnsupportedModelError: If the engine cannot differentiate the model.
+            UnsupportedModelError: If the engine cannot differentiate the model, or the forward
+                writes in its inputs.
             RuntimeError: If memory runs out in the solve on one of several processes; on a single
                 one the step is trained plainly.
         """
@@ -112,6 +119,8 @@ class SAflexMixin:
             return self.saflex_scores(*inputs, **kwargs)
         started = time.perf_counter()
         inside = 0.0
+
+        probe_scores = unwritten(self.saflex_scores, (inputs, kwargs))
 
         def forward() -> Scores:
             nonlocal inside
@@ -123,10 +132,11 @@ class SAflexMixin:
         if step.gathered.watch is not None:
             forward = step.gathered.watch.watched(forward)
         probe, rows = None, None
-        if isinstance(step.batch, AugmentedBatch) and not self.saflex_rows_interact:
+        passes = step.engine.name != "head"  # which needs none beside the training forward
+        if passes and isinstance(step.batch, AugmentedBatch) and not self.saflex_rows_interact:
             mask = step.batch.augmented
-            probe, rows = step.rows.probe(self.saflex_scores, inputs, kwargs, mask)
-        probe = probe or (lambda: self.saflex_scores(*inputs, **kwargs))
+            probe, rows = step.rows.probe(probe_scores, inputs, kwargs, mask)
+        probe = probe or (lambda: probe_scores(*inputs, **kwargs))
         scores = step.measure(forward, probe, rows)
         step.seconds += time.perf_counter() - started - inside
         return scores

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .engines import Scores
+from .engines import Scores, as_tuple
 from .functional import contrastive_target
 
-__all__ = ["LossOptions", "as_tuple", "diagonal_target", "mean_cross_entropy"]
+__all__ = ["LossOptions", "diagonal_target", "mean_cross_entropy"]
 
 
 class LossOptions(NamedTuple):
@@ -23,7 +23,7 @@ class LossOptions(NamedTuple):
     label_smoothing: float = 0.0
 
     def same_kind(self, other: "LossOptions") -> bool:
-        """Say whether both weigh classes or not, and smooth alike.
+        """Say whether both weigh classes or not, and smooth labels or not.
 
         Args:
             other: Options to compare with.
@@ -32,7 +32,7 @@ class LossOptions(NamedTuple):
             True if a gradient made with one serves the other.
         """
         return (self.class_weight is None) == (other.class_weight is None) and (
-            self.label_smoothing == other.label_smoothing
+            bool(self.label_smoothing) == bool(other.label_smoothing)
         )
 
     def to(self, device: torch.device) -> "LossOptions":
@@ -80,15 +80,3 @@ def diagonal_target(scores: Tensor) -> Tensor:
         return contrastive_target(scores)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return contrastive_target(scores, rank=rank, world_size=world_size)
-
-
-def as_tuple(scores: Scores) -> tuple[Tensor, ...]:
-    """Return scores as a tuple of tasks.
-
-    Args:
-        scores: A tensor, or a tuple of them.
-
-    Returns:
-        A tuple.
-    """
-    return (scores,) if isinstance(scores, Tensor) else tuple(scores)

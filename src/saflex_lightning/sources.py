@@ -1,20 +1,51 @@
 """Where the rows that steer come from, whether they suffice, and what else they do in a run."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, Subset
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 __all__ = [
-    "check_rows",
+    "ask_hook",
+    "check_loader",
     "count_rows",
     "find_steering_loader",
     "first_loader",
+    "is_plain",
     "other_roles",
     "same_rows",
 ]
+
+
+def ask_hook(trainer: pl.Trainer, module: pl.LightningModule, name: str) -> Any:
+    """Return what a hook of the datamodule gives, else of the module.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+        name: Of the hook.
+
+    Returns:
+        The first answer that is not None, or None.
+    """
+    for owner in (trainer.datamodule, module):  # type: ignore[attr-defined]
+        hook = getattr(owner, name, None)
+        answer = hook() if callable(hook) else None
+        if answer is not None:
+            return answer
+    return None
 
 
 def find_steering_loader(trainer: pl.Trainer, module: pl.LightningModule, given: Any) -> Any:
@@ -28,14 +59,7 @@ def find_steering_loader(trainer: pl.Trainer, module: pl.LightningModule, given:
     Returns:
         A loader, or None where only the Trainer's own validation data remains.
     """
-    if given is not None:
-        return given
-    for owner in (trainer.datamodule, module):  # type: ignore[attr-defined]
-        hook = getattr(owner, "saflex_dataloader", None)
-        loader = hook() if callable(hook) else None
-        if loader is not None:
-            return loader
-    return None
+    return ask_hook(trainer, module, "saflex_dataloader") if given is None else given
 
 
 def first_loader(loaders: Any) -> Any:
@@ -53,29 +77,50 @@ def first_loader(loaders: Any) -> Any:
     return loaders
 
 
-def check_rows(loader: Any, batch_size: int | None, world_size: int) -> None:
-    """Check that there are enough validation rows.
+def check_loader(
+    loader: Any, trainer: pl.Trainer, *, batch_size: int | None, must_cache: bool
+) -> None:
+    """Check that a loader can be drawn from, and has enough validation rows.
 
     Args:
         loader: The loader found.
+        trainer: The Trainer.
         batch_size: Rows per batch and process that were asked for; None if none were.
-        world_size: Number of processes.
+        must_cache: Whether the rows must be kept on the device.
 
     Raises:
-        MisconfigurationException: If no loader, several, no rows or too few rows were found.
+        MisconfigurationException: If no loader, several, no rows or too few rows were found, or
+            the loader's own sampling stands against a setting.
     """
     if loader is None:
+        has_none = "no validation dataloader in the Trainer"
+        if not trainer.enable_validation:
+            has_none = "validation is off (`limit_val_batches` is 0 or no `validation_step`)"
         raise MisconfigurationException(
             "Expected validation rows for SAFLEX, but found no `val_dataloader` argument, no "
-            "`saflex_dataloader()` hook of the datamodule or module, and no validation dataloader "
-            "in the Trainer. Pass `SAflexCallback(val_dataloader=...)`."
+            "`saflex_dataloader()` hook of the datamodule or module, and "
+            f"{has_none}. Pass `SAflexCallback(val_dataloader=...)`."
         )
     if _holds_loaders(loader):
+        held = loader.flattened if isinstance(loader, CombinedLoader) else loader
         raise MisconfigurationException(
             f"Expected one dataloader of validation rows for SAFLEX, but got a "
-            f"{type(loader).__name__} of {len(loader)}. Pass one of them, or one loader over a "
+            f"{type(loader).__name__} of {len(held)}. Pass one of them, or one loader over a "
             "`torch.utils.data.ConcatDataset` of their datasets."
         )
+    if isinstance(loader, (str, Dataset, Iterator)) or not isinstance(loader, Iterable):
+        raise MisconfigurationException(
+            "Expected a dataloader of validation rows for SAFLEX, or an iterable of batches that "
+            f"can be iterated again, but got {type(loader).__name__}. Pass a `DataLoader` as "
+            "`val_dataloader`; a preset is passed by its name, `preset=`."
+        )
+    if not is_plain(loader) and (batch_size is not None or must_cache):
+        raise MisconfigurationException(
+            "Expected a `DataLoader` without sampling of its own for `val_batch_size` and "
+            f"`cache_on_device=True`, but got {type(loader).__name__}, whose batches are drawn as "
+            "they are. Set the batch size there, and leave the two settings alone."
+        )
+    world_size = trainer.world_size
     rows = count_rows(loader)
     if rows == 0:
         raise MisconfigurationException(
@@ -83,7 +128,8 @@ def check_rows(loader: Any, batch_size: int | None, world_size: int) -> None:
             "dataloader with at least one row per process."
         )
     share = None if rows is None else rows // world_size
-    needed = batch_size or (loader.batch_size if getattr(loader, "drop_last", False) else 1)
+    whole = loader.batch_size if isinstance(loader, DataLoader) and loader.drop_last else 1
+    needed = batch_size or whole or 1
     if share is not None and needed > share:
         raise MisconfigurationException(
             f"Expected at least {needed} validation rows per process, but found {share} "
@@ -136,14 +182,41 @@ def count_rows(loader: object) -> int | None:
     Returns:
         The number, or None where only iterating could tell.
     """
-    dataset = getattr(loader, "dataset", loader if isinstance(loader, (list, tuple)) else None)
-    return len(dataset) if isinstance(dataset, Sized) else None
+    if isinstance(loader, (list, tuple)):  # of batches
+        return None if loader else 0
+    batched = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    dataset = getattr(loader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) and (batched or not len(dataset)) else None
+
+
+def is_plain(loader: object) -> bool:
+    """Say whether a loader is a dataset in batches, with no sampling of its own.
+
+    Args:
+        loader: A dataloader or another iterable.
+
+    Returns:
+        True if its rows may be drawn in another order.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    # Others that derive from these choose rows: Lightning wraps a `SubsetRandomSampler` in a
+    # `DistributedSampler`, and a loader may prepare its batches.
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return False
+    sampler = loader.sampler
+    plain = type(sampler) in {SequentialSampler, DistributedSampler} or (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
+    )
+    return plain and type(loader.batch_sampler) is BatchSampler
 
 
 def _holds_loaders(loader: object) -> bool:
     if isinstance(loader, (list, tuple)):
         return any(isinstance(part, DataLoader) for part in loader)
-    return isinstance(loader, Mapping)
+    return isinstance(loader, (Mapping, CombinedLoader))
 
 
 def same_rows(first: object, second: object) -> bool:

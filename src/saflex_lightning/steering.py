@@ -10,19 +10,19 @@ from torch import Tensor
 
 from .batch import check_batch
 from .draws import mix_seed
-from .engines import RowSubset, Scores, adam_second_moments, evaluate
+from .engines import RowSubset, Scores, adam_second_moments, as_tuple, evaluate
 from .functional import Preset, ReduceSum, check_target
 from .gathered import Gathered
 from .matching import Matching
 from .mixin import SAflexMixin
 from .plain_loss import LossOptions, mean_cross_entropy
-from .sources import count_rows
+from .sources import count_rows, is_plain
 from .state import STATE_VERSION, check_gradient
 from .step import SAflexStep
 from .strategy_calls import largest_batch, make_reduce_sum, transfer
 from .val_batch import call_scores
 from .val_gradient import ValidationGradient
-from .val_stream import ValidationStream, is_plain
+from .val_stream import ValidationStream
 
 __all__ = ["Steering"]
 
@@ -306,7 +306,7 @@ class Steering:
 
     def _loss(self, scores: Scores, target: Tensor | None) -> Tensor:
         """Return the mean validation loss with the options of the training loss."""
-        first = scores if isinstance(scores, Tensor) else scores[0]
+        first = as_tuple(scores)[0]
         if target is not None:
             self._num_classes = first.shape[-1]
             # Looking at values waits for the device, so on others than the CPU it is done once.

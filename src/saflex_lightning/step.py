@@ -8,8 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from .batch import row_mask, row_numbers
-from .engines import Engine, RowSubset, Scores, Tangent
+from .batch import row_field
+from .engines import Engine, RowSubset, Scores, Tangent, as_tuple
 from .evidence import rescale_weights
 from .functional import (
     Preset,
@@ -20,11 +20,12 @@ from .functional import (
     solve,
     sum_over_ranks,
     weighted_mean,
+    widen,
 )
 from .gathered import Gathered
 from .learned import Learned
 from .measured import MeasuredScores, find_call
-from .plain_loss import LossOptions, as_tuple, diagonal_target, mean_cross_entropy
+from .plain_loss import LossOptions, diagonal_target, mean_cross_entropy
 from .skips import check_skippable
 
 __all__ = ["SAflexStep"]
@@ -165,7 +166,7 @@ class SAflexStep:
             probs,
             target,
             mask,
-            row_numbers(self.batch, "index", index, len(probs)),
+            row_field(self.batch, "index", index, len(probs)),
             reduce_sum=self.reduce_sum,
             rank=self.rank,
             world_size=self.world_size,
@@ -190,18 +191,18 @@ class SAflexStep:
         own_pairs = contrastive and scores.shape[0] == scores.shape[1]
         reduce_sum = None if own_pairs else self.reduce_sum
         check_target(target, scores, values=target.device.type == "cpu")
-        mask = row_mask(self.batch, augmented, scores.shape[0])
+        mask = row_field(self.batch, "augmented", augmented, scores.shape[0])
         gated = None
         if self.gathered.gates is not None:
-            group = row_numbers(self.batch, "group", group, scores.shape[0])
+            group = row_field(self.batch, "group", group, scores.shape[0])
             gated = self.gathered.gates.take(mask, group, scores.shape[0])
             mask = gated.augmented
         with torch.no_grad():
-            probs = torch.softmax(
-                scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)
-            )
+            probs = torch.softmax(widen(scores), -1)
+            finite = scores.isfinite().all(-1)
+            usable = self.usable & (finite if mask is None else finite | ~mask).all()
             solution = solve(
-                tangent.masked_fill(~self.usable, torch.nan),  # the solve then skips itself
+                tangent.masked_fill(~usable, torch.nan),  # the solve then skips itself
                 probs,
                 target,
                 mask,

@@ -4,13 +4,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from .functional import ReduceSum
 
-__all__ = ["largest_batch", "make_reduce_sum", "transfer"]
+__all__ = ["largest_batch", "load_validation", "make_reduce_sum", "transfer"]
 
 
 def make_reduce_sum(trainer: pl.Trainer) -> ReduceSum | None:
@@ -55,6 +56,25 @@ def transfer(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any
         trainer.training = True
 
 
+def load_validation(trainer: pl.Trainer) -> Any:
+    """Return the Trainer's validation loaders, and load them where that was left for later.
+
+    Args:
+        trainer: The Trainer, which is training. It loads them before the first epoch that
+            validates, or for the sanity check, which a resumed run skips.
+
+    Returns:
+        A loader, a collection of them, or None where there is no validation.
+    """
+    if trainer.enable_validation and trainer.val_dataloaders is None:
+        trainer.validating = True
+        try:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        finally:
+            trainer.training = True
+    return trainer.val_dataloaders
+
+
 def largest_batch(trainer: pl.Trainer, batch: Any) -> float:
     """Return the rows of this training batch on the rank that has the most.
 
@@ -64,8 +84,19 @@ def largest_batch(trainer: pl.Trainer, batch: Any) -> float:
 
     Returns:
         A number of rows; every rank must ask.
+
+    Raises:
+        MisconfigurationException: If the batch holds no tensor to count the rows of.
     """
-    size = torch.tensor(float(extract_batch_size(batch)), device=trainer.strategy.root_device)
+    try:
+        rows = float(extract_batch_size(batch))
+    except MisconfigurationException as error:
+        raise MisconfigurationException(
+            "Expected a training batch whose rows can be counted, to draw a share of as many "
+            f"validation rows, but got {type(batch).__name__}. Pass "
+            "`SAflexCallback(val_batch_size=...)`."
+        ) from error
+    size = torch.tensor(rows, device=trainer.strategy.root_device)
     largest = trainer.strategy.reduce(size, reduce_op="max")
     assert isinstance(largest, Tensor)
     return largest.item()

@@ -40,8 +40,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: If ``cfg.seed`` is no seed.
-        MisconfigurationException: If the launcher or the GPUs do not fit the Trainer, or its
-            processes would not share one directory.
+        MisconfigurationException: If the launcher or the GPUs do not fit the Trainer, its
+            processes would not share one directory, or a metric is to select an epoch and there
+            are no validation rows.
     """
     silence_hints()
     paper: Any = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
@@ -58,6 +59,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks)
     check_launch(trainer)
     _check_directories(trainer)
+    # Where a metric selects, its best epoch is tested.
+    selects = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and (
+        trainer.checkpoint_callback.monitor is not None
+    )
+    if selects:
+        _check_selection(trainer, datamodule)
 
     trainer.fit(model, datamodule=datamodule)
     report = read_report(trainer.callback_metrics)
@@ -66,10 +73,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         for name, value in trainer.callback_metrics.items()
         if name.startswith("val/")
     }
-    # Where a metric selects, its best epoch is tested.
-    selects = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and (
-        trainer.checkpoint_callback.monitor is not None
-    )
     ckpt_path = "best" if selects else None
     tests = trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
 
@@ -92,6 +95,18 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         Console().print(make_run_table(result))
     return result
+
+
+def _check_selection(trainer: L.Trainer, datamodule: Any) -> None:
+    """Refuse to train for an epoch to be selected by validation rows that are not there."""
+    trained_on = getattr(datamodule, "merge_val", False) or (
+        getattr(datamodule, "steering", None) == "late"
+    )
+    if trained_on or not trainer.limit_val_batches:
+        raise MisconfigurationException(
+            "Expected validation rows for `callbacks=best` to select an epoch by, but they are "
+            "trained on, or `limit_val_batches` is 0. Pass `callbacks=none` to test the last epoch."
+        )
 
 
 def _check_directories(trainer: L.Trainer) -> None:

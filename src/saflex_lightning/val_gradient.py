@@ -95,7 +95,10 @@ class ValidationGradient:
         if reduce_sum is not None:
             flat = reduce_sum(torch.cat([part.reshape(-1) for part in gradient])) / world_size
             pieces = flat.split([part.numel() for part in gradient])
-            gradient = [piece.view_as(part) for piece, part in zip(pieces, gradient, strict=True)]
+            gradient = [
+                piece.view_as(part).to(part.dtype)  # the flat one has the widest of all
+                for piece, part in zip(pieces, gradient, strict=True)
+            ]
         state = self._state
         state["norm"] = foreach.norm(gradient)
         finite = state["finite"] = torch.isfinite(state["norm"])

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import DataLoader
 
 from .draws import EndlessBatchSampler, mix_seed
 from .engines import unchanged_generators
+from .sources import is_plain
 
-__all__ = ["ValidationStream", "is_plain"]
+__all__ = ["ValidationStream"]
 
 _CACHE_BYTES = 256 * 2**20
 
@@ -77,6 +72,10 @@ class ValidationStream:
         self._loader: DataLoader[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         if not is_plain(loader):
+            if isinstance(loader, DataLoader):
+                # Persistent workers serve one iterator at a time, and the Trainer's own is another.
+                loader = self._loader = copy(loader)
+                loader._iterator = None
             self._iterator = _repeat(loader)
             for number in range(start):  # only by going there can its place be found
                 with self._own_random_state(number):
@@ -154,26 +153,6 @@ class ValidationStream:
         dataset: Any = loader.dataset
         batch = self._transfer(loader.collate_fn([dataset[row] for row in range(len(dataset))]))
         return batch if _tensors_only(batch, len(dataset)) else None
-
-
-def is_plain(loader: object) -> bool:
-    """Say whether a loader is a dataset in batches, with no sampling of its own.
-
-    Args:
-        loader: A dataloader or another iterable.
-
-    Returns:
-        True if the stream may draw from the loader's dataset in its own order.
-    """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    sampler = loader.sampler
-    plain = isinstance(sampler, (SequentialSampler, DistributedSampler)) or (
-        isinstance(sampler, RandomSampler)
-        and not sampler.replacement
-        and sampler.num_samples == len(sampler.data_source)
-    )
-    return plain and type(loader.batch_sampler) is BatchSampler
 
 
 def _repeat(loader: Iterable[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from saflex_lightning.recipes.tabular import sets as tabular_sets
-from saflex_lightning.recipes.tabular.sets import SETS
+from saflex_lightning.recipes.tabular.facts import SETS
 from saflex_lightning.train import train
 
 SHIPPED = ("arrhythmia", "qsar")
@@ -50,6 +50,16 @@ def test_two_epochs_on_a_shipped_set(tmp_path, dataset, method, steps):
     assert result["steps"] == steps
     assert 0.0 <= result["test_auroc"] <= 1.0
     assert result["paper"]["cells"] == [{"column": dataset, "metric": "test_auroc"}]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "metric"), [("qsar", "auroc"), ("letter", "accuracy"), ("volkert", "accuracy")]
+)
+def test_the_metric_is_that_of_the_set(tmp_path, dataset, metric):
+    cfg = compose_config(tmp_path, "experiment=tabular_mlp", f"data={dataset}", "data.path=DIR")
+    assert [cell.metric for cell in cfg.paper.cells] == [f"test_{metric}"]
+    cfg = compose_config(tmp_path, "experiment=tabular_mlp", "data.dataset=null")
+    assert [cell.metric for cell in cfg.paper.cells] == ["test_auroc"]
 
 
 def test_the_perceptron_learns_qsar(tmp_path):

@@ -86,10 +86,11 @@ def _keep_environment(monkeypatch):
 def test_runs_that_start_in_the_same_second_have_a_folder_each(monkeypatch):
     monkeypatch.delenv("SAFLEX_RUN_DIR", raising=False)
     with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
-        runs = [compose("train", return_hydra_config=True).hydra.run for _ in range(2)]
-        assert runs[0].dir != runs[1].dir
-    assert datetime.strptime(Path(runs[0].dir).name, "%H-%M-%S-%f")
-    assert runs[0].dir == runs[0].dir  # the clock is read once a run
+        jobs = [compose("train", return_hydra_config=True).hydra for _ in range(2)]
+        for runs in ([job.run for job in jobs], [job.sweep for job in jobs]):
+            assert runs[0].dir != runs[1].dir
+            assert datetime.strptime(Path(runs[0].dir).name, "%H-%M-%S-%f")
+            assert runs[0].dir == runs[0].dir  # the clock is read once a run
 
 
 def test_groups_and_defaults_are_the_ones_the_tests_know(tmp_path):
@@ -230,6 +231,21 @@ def test_methods_take_the_same_number_of_steps(tmp_path):
 def test_what_is_no_seed_is_refused_before_anything_is_made(tmp_path, seed):
     cfg = compose_config(tmp_path, f"seed={seed}", "data.path=/nowhere")
     with pytest.raises(ValueError, match="Expected `seed` to be an integer from 0 to 4294967295"):
+        train(cfg)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data.merge_val=true", "data.steering=train"),
+        ("data.steering=late",),
+        ("+trainer.limit_val_batches=0",),
+    ],
+)
+def test_an_epoch_is_not_selected_by_rows_that_are_not_there(tmp_path, overrides, monkeypatch):
+    monkeypatch.setattr(L.Trainer, "fit", lambda *_, **__: pytest.fail("has trained"))
+    cfg = compose_config(tmp_path, "callbacks=best", *overrides)
+    with pytest.raises(MisconfigurationException, match=r"select an epoch by.*`callbacks=none`"):
         train(cfg)
 
 

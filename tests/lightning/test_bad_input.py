@@ -8,7 +8,7 @@ from helpers.gated import Gated, gated_loader, steering, union_batch
 from helpers.training import NUM_FEATURES, Classifier, fit, make_loader, make_rows, seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from saflex_lightning import SAflexCallback, SAflexMixin, SAflexWarning, UnsupportedModelError
 from saflex_lightning.functional import check_target
@@ -20,6 +20,10 @@ class Counting(Classifier):
     def training_step(self, batch, batch_idx):
         self.steps += 1
         return super().training_step(batch, batch_idx)
+
+
+class WithoutValidation(Counting):
+    validation_step = pl.LightningModule.validation_step
 
 
 def refused(module, callback, match, *, error=MisconfigurationException, **kwargs):
@@ -143,8 +147,100 @@ def test_loader_larger_than_its_rows_is_told_to_shrink():
     refused(seeded(Counting), SAflexCallback(make_loader(10, 16, drop_last=True)), match)
 
 
+class Nothing:
+    def __iter__(self):
+        return iter(())
+
+
 def test_iterable_without_batches():
-    refused(seeded(Counting), SAflexCallback(iter(())), "yielded none")
+    refused(seeded(Counting), SAflexCallback(Nothing()), "yielded none")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("paper", "str"), (make_loader().dataset, "TensorDataset"), (iter([1]), "list_iterator")],
+    ids=["preset", "dataset", "iterator"],
+)
+def test_what_is_no_loader(given, found):
+    match = f"dataloader of validation rows .* but got {found}.*passed by its name, `preset=`"
+    assert refused(seeded(Counting), SAflexCallback(given), match).steps == 0
+
+
+@pytest.mark.parametrize("settings", [{"val_batch_size": 4}, {"cache_on_device": True}], ids=str)
+def test_settings_that_a_loader_with_its_own_sampling_cannot_follow(settings):
+    loader = make_loader(40, 8, sampler=SubsetRandomSampler(range(10)))
+
+    class Hooked(Counting):
+        def saflex_dataloader(self):
+            return loader
+
+    match = "without sampling of its own for `val_batch_size` and `cache_on_device=True`, but got D"
+    assert refused(seeded(Hooked), SAflexCallback(**settings), match).steps == 0
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no")
+@pytest.mark.parametrize(("make", "limit"), [(Counting, 0), (WithoutValidation, 1.0)])
+def test_validation_that_is_off(make, limit):
+    rows = {"val_dataloaders": make_loader(), "limit_val_batches": limit}
+    refused(seeded(make), SAflexCallback(), "validation is off", **rows)
+
+
+def test_no_pattern_of_parameters():
+    match = "hold at least one name pattern, but it is empty. Pass None"
+    assert refused(seeded(Counting), SAflexCallback(make_loader(), params=[]), match).steps == 0
+
+
+class InPlace(Counting):
+    def forward(self, inputs):
+        return self.net(inputs.sub_(0.5))
+
+
+@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode", "head"])
+def test_forward_that_writes_in_its_inputs(engine):
+    callback = SAflexCallback(make_loader(seed=7), engine=engine)
+    match = "leaves its inputs as they are.*wrote in them in place"
+    if engine == "head":  # no pass beside the training forward
+        fit(seeded(InPlace), callback)
+    else:
+        refused(seeded(InPlace), callback, match, error=UnsupportedModelError)
+
+
+@pytest.mark.parametrize("nest", [lambda batch: {"labeled": batch}, lambda batch: [batch, 1]])
+def test_augmented_batch_inside_another_batch(nest):
+    class Nested(Gated):
+        def training_step(self, batch, batch_idx):
+            batch = batch["labeled"] if isinstance(batch, dict) else batch[0]
+            return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
+
+    train = gated_loader(make_batch=lambda *rows: nest(union_batch(*rows)))
+    module, callback = seeded(Nested), SAflexCallback(steering())
+    match = r"`saflex_loss\(\.\.\., augmented=\)` where an `AugmentedBatch` is a part"
+    with pytest.raises(ValueError, match=match):
+        fit(module, callback, train=train)
+
+
+def test_batch_whose_rows_cannot_be_counted():
+    class Rows:
+        def __init__(self, inputs, target):
+            self.inputs, self.target = inputs, target
+
+    class Objects(Classifier):
+        def training_step(self, batch, batch_idx):
+            return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
+
+        def saflex_dataloader(self):
+            return make_loader(40, 8)
+
+    train = DataLoader(
+        TensorDataset(*make_rows(64)),
+        16,
+        collate_fn=lambda rows: Rows(
+            torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+        ),
+    )
+    with pytest.raises(MisconfigurationException, match=r"rows can be counted.*val_batch_size="):
+        fit(seeded(Objects), SAflexCallback(), train=train)
+    fit(seeded(Objects), SAflexCallback(val_batch_size=8), train=train)
 
 
 def test_saflex_loss_never_called_in_an_epoch():

@@ -109,7 +109,7 @@ def test_union_batches_refine_only_augmented_rows(preset, plain):
 def test_a_second_mask_beside_that_of_the_batch_is_refused():
     module = seeded(lambda: Recording(plain=True))
     module.options = {"augmented": torch.ones(32, dtype=torch.bool)}
-    with pytest.raises(ValueError, match="None beside an `AugmentedBatch`, but got a second mask"):
+    with pytest.raises(ValueError, match="None beside an `AugmentedBatch`, but got a second one"):
         fit(module, SAflexCallback(make_loader(seed=7)), train=collated(union_batch))
 
 
@@ -342,3 +342,40 @@ def test_an_augmented_batch_of_pairs_needs_no_target():
     for weights in module.weights:
         assert weights[~mask].eq(1).all()
         assert weights[mask].std() > 0
+
+
+def test_label_smoothing_may_change_from_step_to_step():
+    solutions = []
+
+    class Annealed(Recording):
+        def training_step(self, batch, batch_idx):
+            self.options = {"label_smoothing": 0.1 / (1 + self.global_step)}
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            solutions.append(self.saflex_solution)
+
+    fit(seeded(Annealed), SAflexCallback(make_loader(seed=7)), max_epochs=2)
+    assert solutions[0] is None  # the kind of loss is known from then on
+    assert all(solution is not None for solution in solutions[1:])
+
+
+@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode"])
+@pytest.mark.filterwarnings("ignore:Expected finite gradients")
+def test_classes_that_the_model_rules_out_leave_the_plain_loss(engine):
+    class RuledOut(Recording):
+        def forward(self, inputs):
+            never = torch.tensor([False, False, False, True])
+            return self.net(inputs).masked_fill(never, -torch.inf)
+
+        def training_step(self, batch, batch_idx):
+            inputs, target = batch[0], batch[1].clamp(max=2)
+            logits = self.saflex_forward(inputs)
+            loss = self.saflex_loss(logits, target)
+            torch.testing.assert_close(loss, cross_entropy(logits, target))
+            return loss
+
+    val = [(inputs, target.clamp(max=2)) for inputs, target in make_loader(40, 8, seed=7)]
+    module = seeded(lambda: RuledOut(plain=True))
+    fit(module, SAflexCallback(val, engine=engine), max_epochs=1)
+    assert all(weight.isfinite().all() for weight in module.parameters())

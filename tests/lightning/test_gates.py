@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from saflex_lightning import SAflexCallback
-from saflex_lightning.gating import swap_rows
+from saflex_lightning.gated_rows import swap_rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Expected more matched parameters than unknowns"  # the head engine on a tiny net

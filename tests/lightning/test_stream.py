@@ -6,14 +6,33 @@ import time
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.training import Classifier, fit, make_loader, make_rows, make_trainer, seeded
+from helpers.training import (
+    Classifier,
+    assert_same_state,
+    fit,
+    make_loader,
+    make_rows,
+    make_trainer,
+    seeded,
+    state_of,
+)
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from saflex_lightning import SAflexCallback, SAflexWarning
 from saflex_lightning.draws import EndlessBatchSampler
-from saflex_lightning.sources import same_rows
+from saflex_lightning.sources import count_rows, same_rows
 from saflex_lightning.val_stream import ValidationStream
 
 
@@ -96,6 +115,60 @@ def test_a_loader_with_its_own_sampler_is_repeated_as_it_is():
     loader = numbered(sampler=WeightedRandomSampler(weights, 8))
     assert draw(make_stream(loader), 6) == [[19] * 4] * 6
     assert draw(make_stream([[torch.tensor([1])], [torch.tensor([2])]]), 3) == [[1], [2], [1]]
+
+
+class Prepared(DataLoader):
+    """One whose batches are others than those of its rows."""
+
+    def __iter__(self):
+        return ([rows + 100] for (rows,) in super().__iter__())
+
+
+class EvenRows(DistributedSampler):
+    """A sampler of the user's own, on top of one that the stream knows."""
+
+    def __iter__(self):
+        return iter(range(0, 20, 2))
+
+
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        (Prepared(TensorDataset(torch.arange(20)), 4), range(100, 120)),
+        (numbered(sampler=EvenRows(range(20), 1, 0)), range(0, 20, 2)),
+        (
+            numbered(sampler=DistributedSamplerWrapper(SubsetRandomSampler(range(16, 20)), 1, 0)),
+            range(16, 20),
+        ),
+    ],
+    ids=["own batches", "own sampler", "a sampler that Lightning wrapped"],
+)
+def test_rows_are_those_that_a_loader_chooses(loader, expected):
+    assert set(flat(draw(make_stream(loader), 5))) == set(expected)
+
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        return iter(range(20))
+
+
+def test_workers_shared_with_another_iterator_start_nothing_anew():
+    loader = DataLoader(Numbers(), 4, num_workers=1, persistent_workers=True)
+    stream, rows = make_stream(loader), []
+    for _ in range(5):
+        rows += stream.draw().tolist()
+        assert next(iter(loader)).tolist() == [0, 1, 2, 3]  # as each validation does
+    assert rows == list(range(20))
+    stream.close()
+    assert len(multiprocessing.active_children()) == 1  # the other's
+    del loader
+
+
+def test_batches_in_a_list_are_not_taken_for_rows():
+    assert count_rows([make_rows(8)] * 5) is None
+    assert count_rows(DataLoader([make_rows(8)] * 5, batch_size=None)) is None
+    assert count_rows([]) == 0
+    assert count_rows(make_loader(40, 8)) == 40
 
 
 def test_asking_to_cache_what_cannot_be_cached_is_an_error():
@@ -304,3 +377,14 @@ def test_workers_persist_through_the_fit_and_end_with_it(fails):
         time.sleep(0.05)
     assert not multiprocessing.active_children()
     assert module._saflex_step is None
+
+
+def test_the_trainer_s_rows_are_loaded_where_it_would_only_later():
+    models = []
+    for sanity in (0, 1):
+        module = seeded(lambda: Classifier(plain=True))
+        rows = {"val_dataloaders": make_loader(40, 8, seed=9), "num_sanity_val_steps": sanity}
+        with pytest.warns(SAflexWarning, match="steer"):
+            fit(module, SAflexCallback(), check_val_every_n_epoch=2, max_epochs=4, **rows)
+        models.append({k: v for k, v in state_of(module).items() if k.startswith("net")})
+    assert_same_state(*models)

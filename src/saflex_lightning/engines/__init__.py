@@ -18,7 +18,7 @@ from .forward_mode import ForwardModeEngine
 from .gradient import evaluate, loss_gradient
 from .head import HeadEngine
 from .last_layer import LastLayer, LayerCalls
-from .parameters import Scores, map_scores, select_parameters
+from .parameters import Scores, as_tuple, map_scores, select_parameters
 from .rows import RowSubset
 from .tangent import Tangent, adam_second_moments, make_tangent
 from .unchanged import unchanged_generators, unchanged_state
@@ -36,6 +36,7 @@ __all__ = [
     "Tangent",
     "UnsupportedModelError",
     "adam_second_moments",
+    "as_tuple",
     "evaluate",
     "is_out_of_memory",
     "loss_gradient",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, refuse_unsupported
 from .gradient import loss_gradient
-from .parameters import Scores, map_scores, moved_parameters
+from .parameters import Scores, as_tuple, map_scores, moved_parameters
 from .precision import exact_products, full_precision
 from .tangent import Tangent
 from .unchanged import unchanged_state
@@ -20,15 +20,15 @@ class FiniteDifferenceEngine:
     r"""Measure :math:`Z \approx (f(\theta + \epsilon t) - f(\theta)) / \epsilon` from two forwards.
 
     The second point is the training forward itself, so the cost is one forward without a graph.
-    The parameters move by a fixed Euclidean length, ``3 * sqrt(machine epsilon)`` of their dtype
-    (0.001 in float32; ``README.md`` has the measurements behind it). Where the training forward
-    rounds its products (autocast, TF32 convolutions on CUDA devices) both points are computed in
-    full precision, which costs a second extra forward.
+    The parameters move by a fixed Euclidean length, ``3 * sqrt(machine epsilon)`` of their coarsest
+    dtype (0.001 in float32; ``README.md`` has the measurements behind it). Where the training
+    forward rounds its products (autocast, TF32 convolutions on CUDA devices) both points are
+    computed in full precision, which costs a second extra forward.
 
     The first call also compares an extra pass at unmoved parameters with the training forward:
     dropout that is compiled draws other numbers without a graph than with one, and the
     difference of two masks is no derivative. Where they differ, extra passes keep a graph from
-    then on.
+    then on. Where the training forward rounds, two extra passes are compared instead.
 
     Args:
         module: The model.
@@ -46,6 +46,7 @@ class FiniteDifferenceEngine:
         self._buffers: list[Tensor] | None = None
         self._with_graph = False  # whether extra passes need one
         self._repeats: bool | None = None  # whether extra passes repeat the training forward
+        self._repeat_each_other = False  # whether that was seen of two extra passes
         dtypes = {parameter.dtype for parameter in self.params}
         if any(torch.finfo(dtype).bits < 32 for dtype in dtypes):
             raise UnsupportedModelError(
@@ -90,7 +91,7 @@ class FiniteDifferenceEngine:
             UnsupportedModelError: If an extra pass cannot repeat the training forward.
         """
         probe = probe or forward
-        step = 3 * torch.finfo(self.params[0].dtype).eps ** 0.5
+        step = 3 * max(torch.finfo(parameter.dtype).eps for parameter in self.params) ** 0.5
         if self._buffers is None and self.params[0].device.type == "cpu":
             # Fresh memory costs a CPU more than the addition that fills it, and a GPU nothing.
             self._buffers = [torch.empty_like(parameter) for parameter in self.params]
@@ -113,10 +114,16 @@ class FiniteDifferenceEngine:
         with torch.no_grad(), guard:
             ahead, is_exact = moved_point()
             here = None if is_exact and self._repeats else point()[0]
+            again = None if is_exact or self._repeat_each_other else point()[0]
         scores = forward()
         base = map_scores(lambda s: s.detach() if rows is None else s.detach()[rows], scores)
         if here is None:
             here = base
+        elif again is not None:
+            error = _relative_error(here, again)
+            self._repeat_each_other = error is not None
+            if error is not None and error > _DIFFERENT:
+                raise UnsupportedModelError(_NO_REPEAT.format(error))
         elif is_exact and self._repeats is None:
             self._repeats = self._check_repeats(here, base)
         scale = tangent.norm / step
@@ -136,27 +143,34 @@ class FiniteDifferenceEngine:
         Raises:
             UnsupportedModelError: If they differ although the extra pass kept a graph.
         """
-        tasks = [training] if isinstance(training, Tensor) else training
-        repeats = [extra] if isinstance(extra, Tensor) else extra
-        spread = torch.stack([scores.std(correction=0) for scores in tasks]).min().item()
-        errors = [(a - b).abs().max() for a, b in zip(tasks, repeats, strict=True)]
-        error = torch.stack(errors).max().item()
-        if not (0 < spread < math.inf and error < math.inf):
-            return None  # a head that starts at zero, or scores that are not finite
-        if error <= _EQUAL * spread:
+        error = _relative_error(extra, training)
+        if error is None:
+            return None
+        if error <= _EQUAL:
             return True
         if not self._with_graph:
             self._with_graph = True
             return None
-        if error > _DIFFERENT * spread:
-            raise UnsupportedModelError(
-                "Expected a forward to repeat itself under the same random state for "
-                f"engine='finite_difference', but its scores differ by {error:.2g} at a spread of "
-                f"{spread:.2g}. Draw random numbers from torch's global generator, or pass "
-                "engine='head'."
-            )
+        if error > _DIFFERENT:
+            raise UnsupportedModelError(_NO_REPEAT.format(error))
         return False
 
 
+def _relative_error(extra: Scores, expected: Scores) -> float | None:
+    """Return the largest difference of two passes over the spread of the scores, if it tells."""
+    tasks, repeats = as_tuple(expected), as_tuple(extra)
+    spread = torch.stack([scores.std(correction=0) for scores in tasks]).min().item()
+    errors = [(a - b).abs().max() for a, b in zip(tasks, repeats, strict=True)]
+    error = torch.stack(errors).max().item()
+    if not (0 < spread < math.inf and error < math.inf):
+        return None  # a head that starts at zero, or scores that are not finite
+    return error / spread
+
+
 _EQUAL, _DIFFERENT = 1e-5, 1e-2  # of the scores' spread: rounding below, other draws above
+_NO_REPEAT = (
+    "Expected a forward to repeat itself under the same random state for "
+    "engine='finite_difference', but its scores differ by {:.2g} of their spread. Draw random "
+    "numbers from torch's global generator, or pass engine='head'."
+)
 _INSTEAD = "Pass engine='forward_mode' or engine='head'."

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from saflex_lightning.functional import widen
 
 from .errors import refuse_unsupported
-from .parameters import Scores, map_scores
+from .parameters import Scores, as_tuple, map_scores
 from .precision import full_precision
 from .unchanged import unchanged_state
 
@@ -46,7 +46,7 @@ def loss_gradient(
 
     def compute() -> Sequence[Tensor]:
         with unchanged_state(module), full_precision(params), torch.enable_grad():
-            module.eval()
+            _evaluate_mode(module)
             scores = map_scores(widen, forward())
             value = loss(scores)
             if narrow:
@@ -54,11 +54,11 @@ def loss_gradient(
             return torch.autograd.grad(value, params, materialize_grads=True)
 
     def plain() -> Tensor:
-        module.eval()
+        _evaluate_mode(module)
         return loss(map_scores(widen, forward()))
 
     with refuse_unsupported(module, engine, "Pass engine='head'.", plain=plain, retry=compute):
-        return tuple(widen(part) for part in compute())
+        return tuple(_widen_dense(part) for part in compute())
 
 
 def evaluate(module: nn.Module, forward: Callable[[], Scores]) -> Scores:
@@ -73,8 +73,19 @@ def evaluate(module: nn.Module, forward: Callable[[], Scores]) -> Scores:
     """
     params = list(module.parameters())
     with unchanged_state(module), full_precision(params), torch.no_grad():
-        module.eval()
+        _evaluate_mode(module)
         return forward()
+
+
+def _evaluate_mode(module: nn.Module) -> None:
+    # Without `eval()`, which some models override to change parameters, as LoRA merges its own.
+    for part in module.modules():
+        if part.training:
+            part.training = False
+
+
+def _widen_dense(gradient: Tensor) -> Tensor:
+    return widen(gradient.to_dense() if gradient.is_sparse else gradient)  # of `nn.Embedding`
 
 
 def _rescaled_gradient(value: Tensor, scores: Scores, params: Sequence[Tensor]) -> list[Tensor]:
@@ -93,7 +104,7 @@ def _rescaled_gradient(value: Tensor, scores: Scores, params: Sequence[Tensor]) 
     Returns:
         One tensor per parameter, float32; not finite where no scale fits.
     """
-    tasks = (scores,) if isinstance(scores, Tensor) else scores
+    tasks = as_tuple(scores)
     cotangents = torch.autograd.grad(value, tasks, retain_graph=True, materialize_grads=True)
     peak = torch.stack([part.abs().amax() for part in cotangents]).amax()
     gradients: list[Tensor] = []
@@ -106,7 +117,7 @@ def _rescaled_gradient(value: Tensor, scores: Scores, params: Sequence[Tensor]) 
             retain_graph=True,
             materialize_grads=True,
         )
-        gradients = [torch.ldexp(widen(part), exponent) for part in parts]
+        gradients = [torch.ldexp(_widen_dense(part), exponent) for part in parts]
         if torch.stack([part.isfinite().all() for part in gradients]).all():
             break
     return gradients

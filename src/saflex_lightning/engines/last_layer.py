@@ -94,11 +94,13 @@ class LastLayer:
         """
         calls: LayerCalls = []
 
-        def record(_part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls.append((args[0], output))
+        def record(
+            _part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            calls.append((args[0] if args else kwargs["input"], output))
 
         assert self._layer is not None
-        handle = self._layer.register_forward_hook(record)
+        handle = self._layer.register_forward_hook(record, with_kwargs=True)
         try:
             yield calls
         finally:

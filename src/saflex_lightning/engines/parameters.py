@@ -33,9 +33,15 @@ def select_parameters(module: nn.Module, patterns: Sequence[str] | None = None) 
         Parameters in the module's order; tied ones appear once.
 
     Raises:
-        ValueError: If a pattern matches no trainable parameter or none is trainable.
+        ValueError: If there is no pattern, a pattern matches no trainable parameter, or there is
+            none.
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if patterns is not None and not patterns:
+        raise ValueError(
+            "Expected `params` to hold at least one name pattern, but it is empty. Pass None to "
+            "match every trainable parameter."
+        )
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in trainable):
             raise ValueError(
@@ -54,6 +60,18 @@ def select_parameters(module: nn.Module, patterns: Sequence[str] | None = None) 
         for name, parameter in trainable.items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     ]
+
+
+def as_tuple(scores: Scores) -> tuple[Tensor, ...]:
+    """Return scores as a tuple of tasks.
+
+    Args:
+        scores: A tensor, or a tuple of them.
+
+    Returns:
+        A tuple.
+    """
+    return (scores,) if isinstance(scores, Tensor) else tuple(scores)
 
 
 def map_scores(function: Callable[..., Tensor], *scores: Scores) -> Scores:

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .parameters import Scores
+from .parameters import Scores, as_tuple
 from .unchanged import unchanged_state
 
 __all__ = ["RowSubset"]
 
+_RATES = ("p", "drop_prob", "dropout")  # what layers call their dropout rate
 _TOLERANCE = 1e-3  # of the scores' spread: far above rounding, far below batch statistics
 
 
@@ -20,7 +21,7 @@ class RowSubset:
     Batch normalisation in training mode, dropout and contrastive scores all make the scores of a
     row depend on what else is in the batch or on the order of random draws. Instead of guessing
     from module types, a subset is scored once and compared; the answer is kept until the training
-    mode of some submodule changes.
+    mode or the dropout rate of some submodule changes.
 
     Args:
         module: The model.
@@ -28,7 +29,7 @@ class RowSubset:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._modes: tuple[bool, ...] | None = None
+        self._modes: tuple[object, ...] | None = None
         self._independent = False
 
     def probe(
@@ -50,7 +51,7 @@ class RowSubset:
             The pass over augmented rows with their positions, or two None to use every row.
         """
         parts = list(self.module.modules())
-        modes = tuple(part.training for part in parts)
+        modes = tuple((part.training, *map(part.__dict__.get, _RATES)) for part in parts)
         if modes == self._modes and not self._independent:
             return None, None  # before the mask is read, which waits for the device
         rows = augmented.nonzero().squeeze(-1)
@@ -95,8 +96,7 @@ class RowSubset:
                 alone = subset()
             except Exception:
                 return False  # a model that needs the whole batch, or more than these few rows
-        tasks = [everything] if isinstance(everything, Tensor) else everything
-        parts = [alone] if isinstance(alone, Tensor) else alone
+        tasks, parts = as_tuple(everything), as_tuple(alone)
         if not all(bool(scores.std(correction=0) > 0) for scores in tasks):
             return None
         return all(_same(full[rows], part, full) for full, part in zip(tasks, parts, strict=True))

@@ -74,19 +74,26 @@ def adam_second_moments(
 
     Returns:
         One tensor per parameter in float32 or wider, zeros where an optimizer has not stepped it
-        yet; None before the first step of an Adam-like optimizer, or when none is Adam-like.
+        yet; None before the first step of an Adam-like optimizer, or where another kind of
+        optimizer holds one of the parameters, for the two kinds of steps have no common scale.
     """
     wanted, moments, corrections = set(params), dict[Tensor, Tensor](), dict[Tensor, float]()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in wanted.intersection(group["params"]):
+                if len(group.get("betas", ())) != 2:
+                    return None
                 state: Mapping[str, Any] = optimizer.state.get(parameter, {})
-                if "exp_avg_sq" in state and "betas" in group:
-                    moment = _whole(widen(state["exp_avg_sq"]))
-                    correction = 1 - group["betas"][1] ** state["step"]
+                step = state.get("step", group.get("step"))
+                found = state.get("exp_avg_sq")
+                if step is not None and found is not None and found.shape == parameter.shape:
+                    moment = _whole(widen(found))
+                    # 0 before the first step, as where a fused one was skipped for overflow
+                    correction = 1 - group["betas"][1] ** step
                     if isinstance(correction, Tensor) and correction.device.type != "cpu":
-                        moment, correction = moment / correction, 1.0  # waits for no device
-                    moments[parameter], corrections[parameter] = moment, float(correction)
+                        moment = moment / torch.where(correction > 0, correction, 1)
+                        correction = 1.0  # waits for no device
+                    moments[parameter], corrections[parameter] = moment, float(correction) or 1.0
     if not moments:
         return None
     for parameter in wanted - moments.keys():

@@ -29,7 +29,8 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
     """
     parts = list(module.modules())
     kept = [(part, part.training, dict(part._buffers)) for part in parts]
-    tensors = [b for _, _, slots in kept for b in slots.values() if b is not None]
+    buffers = [b for _, _, slots in kept for b in slots.values() if b is not None]
+    tensors = [buffer for buffer in buffers if not _is_expanded(buffer)]
     saved = [torch.empty_like(tensor) for tensor in tensors]
     foreach.copy_(saved, tensors)
     params = [p for part in parts for p in part._parameters.values()]
@@ -44,6 +45,15 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
                 part._buffers.update(slots)
             # Through `data`, since what is the same again must not invalidate earlier graphs.
             foreach.copy_([tensor.data for tensor in tensors], saved)
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Say whether several entries share memory, so that nobody can write in place."""
+    if buffer.layout != torch.strided:
+        return False
+    return any(
+        size > 1 and not step for size, step in zip(buffer.shape, buffer.stride(), strict=True)
+    )
 
 
 @contextmanager

@@ -92,7 +92,8 @@ def soft_cross_entropy(
         labels = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
     if class_weight is not None:
         labels = labels * class_weight.to(log_p)
-    return -(labels * log_p).sum(-1)
+    # A class that is ruled out by a score of minus infinity costs nothing where no label is on it.
+    return -(labels * log_p.masked_fill(labels == 0, 0)).sum(-1)
 
 
 def weighted_mean(losses: Tensor, weights: Tensor, total: Tensor) -> Tensor:

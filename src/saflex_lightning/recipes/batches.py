@@ -67,6 +67,12 @@ class AugmentedImages(Dataset[TrainingRow]):
         if self.augmentation is not None:
             with seeded_draws(self.seed, epoch, row):
                 augmented = self.augmentation(clean, target)
+            if augmented.image.shape != clean.shape:
+                raise ValueError(
+                    f"Expected an augmentation that keeps the shape {tuple(clean.shape)} of the "
+                    f"images, but it made {tuple(augmented.image.shape)}. Set `size` in "
+                    "`augmentation_settings` to the side of the images."
+                )
         return TrainingRow(epoch, row, target, clean, augmented)
 
 

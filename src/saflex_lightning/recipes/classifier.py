@@ -1,7 +1,6 @@
 """The LightningModule that trains the classifiers of every recipe."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -10,65 +9,23 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
+from saflex_lightning.recipes.optimizer import (
+    OptimizerName,
+    Schedule,
+    learning_rate_factor,
+    make_optimizer,
+)
 from saflex_lightning.recipes.options import check_choice
 from saflex_lightning.recipes.small_loss import small_loss
 
-__all__ = ["Classifier", "balanced_class_weight", "learning_rate_factor", "make_optimizer"]
+__all__ = ["Classifier", "balanced_class_weight"]
 
-OptimizerName = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["constant", "cosine", "steps"]
 Batch = AugmentedBatch | tuple[Any, Tensor]
-
-
-def learning_rate_factor(schedule: Schedule, epoch: int, max_epochs: int) -> float:
-    """Return what the learning rate is multiplied with in an epoch, in (0, 1].
-
-    ``"cosine"`` falls along half a cosine; ``"steps"`` is a tenth from half of the epochs on and a
-    hundredth from three quarters on (the MedMNIST protocol).
-
-    Args:
-        schedule: Name of the schedule.
-        epoch: Epochs done, from 0.
-        max_epochs: Epochs of the whole training; not read by ``"constant"``.
-
-    Example:
-        >>> [learning_rate_factor("steps", epoch, 4) for epoch in range(4)]
-        [1.0, 1.0, 0.1, 0.01]
-    """
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * epoch / max_epochs))
-    if schedule == "steps":
-        return (1.0, 1.0, 0.1, 0.01)[min(4 * epoch // max_epochs, 3)]
-    return 1.0
-
-
-def make_optimizer(
-    name: OptimizerName,
-    params: Iterable[nn.Parameter],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    momentum: float = 0.9,
-) -> Optimizer:
-    """Return an optimizer by name.
-
-    Args:
-        name: ``"adam"``, ``"adamw"`` or ``"sgd"``.
-        params: What it updates.
-        lr: Learning rate.
-        weight_decay: Added to the gradient by ``"adam"`` and ``"sgd"``, decoupled in ``"adamw"``.
-        momentum: Momentum of ``"sgd"``, in [0, 1); the others have their own averages.
-    """
-    if name == "sgd":
-        return SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    make = AdamW if name == "adamw" else Adam
-    return make(params, lr=lr, weight_decay=weight_decay)
 
 
 def balanced_class_weight(class_counts: Tensor) -> Tensor:
@@ -232,7 +189,7 @@ class Classifier(SAflexMixin, L.LightningModule):
     ) -> None:
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)
-            metric.update(logits, target)
+            metric.update(logits.softmax(-1), target)  # of logits torchmetrics guesses by range
             self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

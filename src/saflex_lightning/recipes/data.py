@@ -145,6 +145,7 @@ class MedMNISTDataModule(L.LightningDataModule):
         super().__init__()
         check_choice("dataset", dataset, get_args(SetName))
         check_choice("augmentation", augmentation, get_args(AugmentationName))
+        check_choice("batch", batch, ("union", "replace"))
         check_choice("steering", steering, get_args(SteeringName))
         check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
         check_merging(steering, merge_val=merge_val)

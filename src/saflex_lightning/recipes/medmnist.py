@@ -92,8 +92,8 @@ def _find_file(path: str | Path | None) -> Path:
     if not file.is_file():
         raise FileNotFoundError(
             f"Expected `path` to name a MedMNIST .npz file, but there is no file at {file}. "
-            "Download one from Zenodo record 10519652, or leave `path` out to use the BloodMNIST "
-            "subset that ships with the package."
+            "Download one from Zenodo record 10519652; the folder that holds several is `root`, "
+            "and `dataset='blood_subset'` ships with the package."
         )
     return file
 

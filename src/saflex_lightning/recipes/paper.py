@@ -104,7 +104,12 @@ def make_paper_tables(results: Sequence[dict[str, Any]]) -> list[Table]:
 def _make_table(name: str, results: list[dict[str, Any]]) -> Table:
     common = set.intersection(*(set(result["overrides"]) for result in results))
     columns = list(
-        dict.fromkeys(cell["column"] for result in results for cell in result["paper"]["cells"])
+        dict.fromkeys(
+            cell["column"]
+            for result in results
+            for cell in result["paper"]["cells"]
+            if cell["column"] is not None  # a set of one's own
+        )
     )
     heading = f"{name.replace('table', 'Table ')}: {read_paper_tables()[name]['what']}"
     table = Table(

@@ -69,9 +69,9 @@ class ClassBatchSampler(Sampler[list[int]]):
         counts = target.bincount()
         if batch_size < len(counts) or (counts == 0).any():
             raise ValueError(
-                "Expected `batch_size` to be at least the number of classes and every class to "
-                f"have rows, but got {batch_size} and rows per class {counts.tolist()}. Pass a "
-                "larger `batch_size`, or split the rows class by class."
+                "Expected `steering_batch_size` to be at least the number of classes and every "
+                f"class to have rows, but got {batch_size} and rows per class {counts.tolist()}. "
+                "Pass a larger `steering_batch_size`, or split the rows class by class."
             )
         self.batch_size = batch_size
         self.seed = seed

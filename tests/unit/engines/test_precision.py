@@ -98,6 +98,10 @@ def test_a_second_extra_pass_is_taken_only_where_the_forward_rounds():
     model.seen.clear()
     with torch.autocast(**AUTOCAST):
         engine.measure(lambda: model(inputs), tangent)
+        # The first time one pass more, to see that two of them agree.
+        assert model.seen == 3 * ["torch.float32 highest"] + ["torch.bfloat16 highest"]
+        model.seen.clear()
+        engine.measure(lambda: model(inputs), tangent)
     assert model.seen == 2 * ["torch.float32 highest"] + ["torch.bfloat16 highest"]
     model.seen.clear()
     torch.set_float32_matmul_precision("medium")

@@ -78,6 +78,29 @@ def test_a_generator_of_the_model_s_own_is_refused():
         engine.measure(lambda: model(INPUTS), tangent)
 
 
+@pytest.mark.parametrize("kind", ["of its own", "of torch"])
+def test_under_autocast_two_extra_passes_are_compared(kind):
+    torch.manual_seed(0)
+    own = torch.Generator().manual_seed(5) if kind == "of its own" else None
+    model = Noisy(lambda hidden: torch.rand(hidden.shape, generator=own))
+    engine = make_engine("finite_difference", model)
+    tangent = tangent_of(engine)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if own is not None:
+            with pytest.raises(UnsupportedModelError, match="global generator"):
+                engine.measure(lambda: model(INPUTS), tangent)
+        for _ in range(2 * (own is None)):
+            torch.manual_seed(3)
+            _, found = engine.measure(lambda: model(INPUTS), tangent)
+    if own is None:
+        model, inputs = model.double(), INPUTS.double()
+        model.noise = lambda hidden: torch.rand(hidden.shape).double()
+        params = [parameter for parameter in model.parameters()]
+        exact = Tangent(tuple(part.double() for part in tangent.direction), tangent.norm)
+        expected = central_difference(lambda: model(inputs), params, exact, seed=3)
+        assert relative_error(found, expected) < 5e-3
+
+
 def test_a_head_that_starts_at_zero_hides_nothing():
     torch.manual_seed(0)
     model, inputs = Noisy(noise_by_graph).double(), INPUTS.double()

@@ -38,6 +38,16 @@ def test_an_independent_model_is_probed_on_augmented_rows_and_gives_the_same_tan
     torch.testing.assert_close(some, everything[rows], rtol=5e-3, atol=5e-4)
 
 
+def test_a_dropout_rate_that_starts_at_zero_is_looked_at_again():
+    model, inputs = make(dropout=0.5)
+    part = next(part for part in model.modules() if isinstance(part, nn.Dropout))
+    rate, part.p = part.p, 0.0
+    subset = RowSubset(model)
+    assert torch.equal(probe_rows(subset, model, inputs), ROWS)
+    part.p = rate
+    assert probe_rows(subset, model, inputs) is None
+
+
 def test_synchronized_batch_norm_is_not_tried_in_training_mode():
     model, inputs = make(norm=True)
     model.norm = nn.SyncBatchNorm(8)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.cases import relative_error
 from helpers.models import CLASSES, Aliased, Tied, make_mlp
 from torch import Tensor, nn
 
@@ -115,6 +116,41 @@ def test_a_zero_gradient_gives_a_zero_tangent(second_moments):
     assert total_norm(direction) == 0
 
 
+def test_one_parameter_of_double_precision_does_not_shorten_the_step_of_the_others():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+            self.network = make_mlp()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.network(inputs) * self.scale
+
+    torch.manual_seed(0)
+    model, inputs = Scaled(), torch.randn(64, 5)
+    tangent = make_tangent([torch.randn_like(parameter) for parameter in model.parameters()])
+    found, exact = (
+        make_engine(name, model).measure(lambda: model(inputs), tangent)[1]
+        for name in ("finite_difference", "forward_mode")
+    )
+    assert relative_error(found, exact) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["finite_difference", "forward_mode"])
+def test_rows_of_a_sparse_embedding_have_a_gradient(name):
+    torch.manual_seed(0)
+    gradients = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.EmbeddingBag(7, 5, sparse=sparse), nn.Linear(5, CLASSES))
+        codes = torch.tensor([[0, 1], [2, 2], [3, 0], [1, 1], [0, 0], [4, 2]])
+        engine = make_engine(name, model)
+        gradients.append(
+            engine.gradient(lambda: model(codes), lambda s: F.cross_entropy(s, TARGET))  # noqa: B023
+        )
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("name", ["finite_difference", "forward_mode"])
 def test_a_zero_tangent_moves_no_score(name):
     model = make_mlp()
@@ -221,3 +257,81 @@ def test_other_optimizers_have_no_second_moments_of_this_kind(kind):
     optimizer = kind(model.parameters(), lr=1e-3)
     take_steps(optimizer, model, 1)
     assert adam_second_moments(list(model.parameters()), [optimizer]) is None
+
+
+class GroupStep(torch.optim.Adam):
+    """Counts its steps in the group, as LAMB does, or not at all."""
+
+    counts = True
+
+    def step(self, closure=None):
+        result = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                step = self.state[parameter].pop("step")
+                if self.counts:
+                    group["step"] = int(step)
+        return result
+
+
+def stepped(make, model=None):
+    model = make_mlp() if model is None else model
+    optimizer = make(model.parameters())
+    F.cross_entropy(model(INPUTS), TARGET).backward()
+    optimizer.step()
+    return list(model.parameters()), optimizer
+
+
+def test_steps_counted_by_the_group_correct_the_bias():
+    torch.manual_seed(0)
+    params, optimizer = stepped(GroupStep)
+    expected = [parameter.grad**2 for parameter in params]
+    torch.testing.assert_close(adam_second_moments(params, [optimizer]), expected)
+
+
+def test_moments_of_another_kind_are_left_alone(monkeypatch):
+    monkeypatch.setattr(GroupStep, "counts", False)
+    params, optimizer = stepped(GroupStep)
+    assert adam_second_moments(params, [optimizer]) is None
+    params, optimizer = stepped(torch.optim.Adam)
+    for parameter in params:
+        optimizer.state[parameter]["exp_avg_sq"] = torch.tensor(1.0)  # one per layer
+    assert adam_second_moments(params, [optimizer]) is None
+    optimizer.param_groups[0]["betas"] = (0.9, 0.9, 0.99)
+    assert adam_second_moments(params, [optimizer]) is None
+
+
+def test_parameters_of_another_kind_of_optimizer_leave_no_common_scale():
+    model = make_mlp()
+    head, body = model[2].parameters(), model[0].parameters()
+    F.cross_entropy(model(INPUTS), TARGET).backward()
+    optimizers = [torch.optim.SGD(body, 0.1), torch.optim.Adam(head)]
+    for optimizer in optimizers:
+        optimizer.step()
+    assert adam_second_moments(list(model.parameters()), optimizers) is None
+    moments = adam_second_moments(list(model[2].parameters()), optimizers)
+    torch.testing.assert_close(moments, [p.grad**2 for p in model[2].parameters()])
+
+
+def test_a_fused_step_that_overflowed_leaves_zeros():
+    params, optimizer = stepped(torch.optim.Adam)
+    for parameter in params:
+        state = optimizer.state[parameter]
+        state["step"].zero_()
+        state["exp_avg_sq"].zero_()
+    moments = adam_second_moments(params, [optimizer])
+    assert all(not moment.any() for moment in moments)
+    assert make_tangent([p.grad for p in params], moments).norm.isfinite()
+
+
+def test_a_head_may_be_called_by_keyword():
+    model = make_mlp()
+    engine = make_engine("head", model)
+    hidden = model[1](model[0](INPUTS)).detach()
+
+    def forward() -> Tensor:
+        return model[2](input=model[1](model[0](INPUTS)))
+
+    gradient = engine.gradient(forward, lambda scores: F.cross_entropy(scores, TARGET))
+    _, found = engine.measure(forward, make_tangent(gradient))
+    torch.testing.assert_close(found, -(hidden @ gradient[0].T + gradient[1]))

@@ -246,3 +246,44 @@ def test_state_is_kept_by_as_many_copies_whatever_the_number_of_buffers():
             model(torch.randn(8, 4))
         counts.append(copies.count)
     assert 0 < counts[0] == counts[1]
+
+
+class Merging(nn.Module):
+    """Changes its weight where it is put in evaluation mode, as LoRA merges its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, CLASSES)
+
+    def train(self, mode: bool = True) -> "Merging":
+        if not mode:
+            self.head.weight.data.add_(1.0)
+        return super().train(mode)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_a_model_does_on_its_way_to_evaluation_is_not_done(name):
+    torch.manual_seed(0)
+    model, inputs = Merging(), torch.randn(6, 5)
+    before = contents(model)
+    engine = make_engine(name, model)
+    engine.gradient(lambda: model(inputs), lambda scores: F.cross_entropy(scores, TARGET))
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_buffer_whose_entries_share_memory_is_left_alone(name):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(5, CLASSES)), torch.randn(6, 5)
+    model.register_buffer("prior", torch.tensor(-1.1).expand(CLASSES))
+    engine = make_engine(name, model)
+
+    def forward() -> Tensor:
+        return model[0](inputs) if name == "head" else model[0](inputs) + model.prior
+
+    gradient = engine.gradient(forward, lambda scores: F.cross_entropy(scores, TARGET))
+    engine.measure(forward, make_tangent(gradient))
+    assert model.prior.tolist() == pytest.approx([-1.1] * CLASSES)

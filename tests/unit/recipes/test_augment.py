@@ -145,3 +145,13 @@ def test_names_of_groups(folder):
     assert MedMNISTDataModule(augmentation="augmix").saflex_group_names() == ("clean", "AugMix")
     names = MedMNISTDataModule(augmentation="soft_crop").saflex_group_names()
     assert names == ("clean", "soft_crop")
+
+
+def test_augmentation_that_changes_the_size_is_refused(folder):
+    with pytest.raises(ValueError, match=r"shape \(3, 28, 28\) .* made \(3, 14, 14\)\. Set `size`"):
+        first_batch(folder, "crop", augmentation_settings={"size": 14})
+
+
+def test_batches_of_another_kind_are_refused(folder):
+    with pytest.raises(ValueError, match=r"`batch` to be one of \['replace', 'union'\], but got"):
+        first_batch(folder, "crop", batch="replaced")

@@ -1,4 +1,4 @@
-"""The classifier: optimizers, schedules, class weights, metrics, and the step Lightning takes."""
+"""The classifier: class weights, metrics, and the step Lightning takes."""
 
 from types import SimpleNamespace
 
@@ -13,11 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import AugmentedBatch, SAflexCallback
 from saflex_lightning.recipes import Classifier
-from saflex_lightning.recipes.classifier import (
-    balanced_class_weight,
-    learning_rate_factor,
-    make_optimizer,
-)
+from saflex_lightning.recipes.classifier import balanced_class_weight
 
 
 class TwoColumns(nn.Module):
@@ -72,19 +68,6 @@ def make_trainer(*callbacks, **settings):
     )
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("cosine", [1.0, 0.9045, 0.6545, 0.3455, 0.0955]),
-        ("steps", [1.0, 1.0, 1.0, 0.1, 0.01]),
-    ],
-)
-def test_schedule(schedule, expected):
-    factors = [learning_rate_factor(schedule, epoch, 5) for epoch in range(5)]
-    assert factors == pytest.approx(expected, abs=1e-4)
-
-
 def test_optimizer_follows_the_schedule():
     model = Classifier(nn.Linear(2, 2), 2, lr=0.5, schedule="steps")
     model._trainer = SimpleNamespace(max_epochs=4)
@@ -105,22 +88,6 @@ def test_schedule_needs_the_number_of_epochs(max_epochs):
         model.configure_optimizers()
     model.schedule = "constant"
     model.configure_optimizers()
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    # Two steps by hand, from 1, along a gradient of 1: sgd adds half of the weight to the gradient
-    # and remembers 0.9 of the first step; Adam's second step is 0.999 of its first because the
-    # gradient fell from 1.5 to 1.45; adamw shrinks the weight by a factor of its own.
-    [("sgd", 0.5725), ("adam", 0.8001027), ("adamw", 0.7075)],
-)
-def test_optimizer_by_name(name, expected):
-    weight = nn.Parameter(torch.ones((), dtype=torch.float64))
-    optimizer = make_optimizer(name, [weight], lr=0.1, weight_decay=0.5, momentum=0.9)
-    for _ in range(2):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-    assert weight.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("armed", [False, True])
@@ -154,6 +121,16 @@ def test_metrics_of_two_classes_by_hand(monkeypatch):
     assert logged["test/accuracy"].compute().item() == pytest.approx(3 / 4)
     assert logged["test/auroc"].compute().item() == pytest.approx(3 / 4)
     assert logged["test/f1"].compute().item() == pytest.approx((4 / 5 + 2 / 3) / 2)
+
+
+def test_scores_between_0_and_1_are_no_probabilities(monkeypatch):
+    model = Classifier(nn.Identity(), 2)
+    logged = {}
+    monkeypatch.setattr(model, "log", lambda name, metric, **_: logged.update({name: metric}))
+    scores = torch.tensor([[0.9, 0.9], [0.0, 0.1], [0.5, 0.9], [0.1, 0.8]])
+    model.test_step((scores, torch.tensor([0, 1, 0, 1])), 0)
+    # By the margins 0.0, 0.1, 0.4, 0.7 of class 1: three of four pairs are in order.
+    assert logged["test/auroc"].compute().item() == pytest.approx(3 / 4)
 
 
 def test_metrics_of_each_stage_are_logged():

@@ -218,7 +218,7 @@ class TestSteering:
 
     def test_batches_smaller_than_the_number_of_classes_are_refused(self):
         data = set_up(steering_draw="balanced", steering_batch_size=7)
-        with pytest.raises(ValueError, match="`batch_size` to be at least the number of classes"):
+        with pytest.raises(ValueError, match="`steering_batch_size` to be at least the number of"):
             data.saflex_dataloader()
 
     def test_split_is_stratified_and_follows_its_seed(self):
@@ -238,7 +238,7 @@ class TestMergedValidationRows:
         val = {normalize(image).numpy().tobytes() for image in read_medmnist()["val"].images}
         assert len(trained & val) > 350  # a last, smaller batch is left out
         assert data.val_dataloader() == []
-        with pytest.raises(MisconfigurationException, match="`steering` to be 'train' or 'split'"):
+        with pytest.raises(MisconfigurationException, match="`steering` other than 'val'"):
             data.saflex_dataloader()
 
     @pytest.mark.parametrize(("steering", "rows"), [("train", 1600), ("split", 320)])

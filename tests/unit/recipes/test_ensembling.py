@@ -94,9 +94,13 @@ def test_ensembling_needs_no_validation_during_training():
     assert seen == [12, 12]  # one batch of the two for each mixture
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 def test_ensembling_without_validation_rows_is_refused():
     with pytest.raises(Exception, match="Expected validation rows for `WeightEnsembling`"):
         fit(make_tuner(), WeightEnsembling(), train=union_batches(), max_epochs=1)
+    none = {"val_dataloaders": [], "num_sanity_val_steps": 0}
+    with pytest.raises(Exception, match="Expected validation rows for `WeightEnsembling`"):
+        fit(make_tuner(), WeightEnsembling(), train=union_batches(), max_epochs=1, **none)
     with pytest.raises(ValueError, match="`intervals` to be at least 1, but got 0"):
         WeightEnsembling(0)
 
@@ -165,6 +169,16 @@ def test_head_is_fitted_before_the_first_step():
     torch.testing.assert_close(watch.head, state_of(probe), rtol=1e-4, atol=1e-5)
     module.load_state_dict(watch.end)
     assert not torch.equal(module.network.head.weight, watch.head["weight"])
+
+
+def test_probe_first_reads_no_more_batches_than_the_training():
+    module, batches = make_tower_classifier(), union_batches()
+    network, seen = module.network, []
+    make = network.features
+    network.features = lambda images: seen.append(len(images)) or make(images)
+    fit(module, FitHeadFirst(), train=batches, max_epochs=1, limit_train_batches=1)
+    assert seen == [len(next(iter(batches)).inputs)] * 2  # for the probe, and in training
+    assert len(batches) > 1
 
 
 def test_probe_first_needs_a_tower():

@@ -274,7 +274,7 @@ class TestSteering:
         index, source = joined(data, "index"), joined(data, "source")
         assert sorted(index.tolist()) == list(range(NUM_REAL + 6 + NUM_GENERATED))
         assert (source >= 0).equal(joined(data, "augmented"))
-        with pytest.raises(MisconfigurationException, match=r"`steering` to be 'train' or 'split'"):
+        with pytest.raises(MisconfigurationException, match=r"`steering` other than 'val'"):
             data.saflex_dataloader()
 
     def test_validation_images_may_be_trained_on_late(self, folders):

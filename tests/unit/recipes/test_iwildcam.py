@@ -46,13 +46,22 @@ def test_validation_rows_may_be_trained_on(root):
     assert len(rows) == 16
     assert data.saflex_dataloader().dataset.rows.images.files == rows.rows.images.files
     assert data.val_dataloader() == []
-    with pytest.raises(MisconfigurationException, match="`steering` to be 'train' or 'split' with"):
+    with pytest.raises(MisconfigurationException, match="`steering` other than 'val' with"):
         set_up(root, merge_val=True).saflex_dataloader()
 
 
 def test_labels_without_a_name_are_numbered(root):
     (root / "categories.csv").write_text("y,name\n0,empty\n2,impala\n")
     assert set_up(root).class_names() == ["empty", "unknown animal 1", "impala"]
+
+
+def test_names_are_those_of_the_file_as_it_is_downloaded(root):
+    unused = "99999,domestic dog\n"  # occurs in no split
+    (root / "categories.csv").write_text("y,name\n0,empty\n1,mazama\n2,mazama\n" + unused)
+    assert set_up(root, num_classes=3).class_names() == ["empty", "mazama", "mazama"]
+    english = "y,name,english\n0,empty,empty\n1,mazama,brocket\n2,puma,\n"
+    (root / "categories.csv").write_text(english)
+    assert set_up(root).class_names() == ["empty", "brocket", "puma"]
 
 
 def test_another_number_of_classes_is_refused(root):

@@ -73,5 +73,6 @@ def test_a_loader_goes_on_where_its_last_pass_stopped():
 
 @pytest.mark.parametrize(("target", "size"), [([0, 1, 2], 2), ([0, 2, 2], 3)])
 def test_impossible_batches(target, size):
-    with pytest.raises(ValueError, match="`batch_size` to be at least the number of classes and"):
+    match = "`steering_batch_size` to be at least the number of classes and"
+    with pytest.raises(ValueError, match=match):
         ClassBatchSampler(torch.tensor(target), size, balanced=False, seed=0)

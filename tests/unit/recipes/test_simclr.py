@@ -36,6 +36,13 @@ def test_views_depend_on_seed_epoch_and_row_alone(data):
     assert not torch.equal(rows[1, 5][0], rows[1, 6][0])
 
 
+def test_more_images_in_a_batch_than_there_are():
+    data = TwoViewsDataModule(batch_size=1201)
+    data.setup("fit")
+    with pytest.raises(ValueError, match="`batch_size` to be at most 1200"):
+        data.train_dataloader()
+
+
 def test_loss_without_the_callback_is_info_nce(data):
     model, batch = make_model(), next(iter(data.train_dataloader()))
     model.log = lambda *args, **kwargs: None

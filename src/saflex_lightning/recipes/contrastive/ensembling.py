@@ -85,7 +85,12 @@ class WeightEnsembling(L.Callback):
         Raises:
             MisconfigurationException: If there are no validation rows.
         """
-        if not trainer.enable_validation:  # type: ignore[attr-defined]
+        enabled = trainer.enable_validation  # type: ignore[attr-defined]
+        if enabled and trainer.val_dataloaders is None:  # loaded before the first validation
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
+        if not enabled or not sum(trainer.num_val_batches):
             raise MisconfigurationException(
                 "Expected validation rows for `WeightEnsembling` to pick a mixture by, but the "
                 "Trainer has none. Pass a validation dataloader, or remove the callback."
@@ -101,10 +106,6 @@ class WeightEnsembling(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score every mixture, load the best and write it down where that was asked for."""
-        if trainer.val_dataloaders is None:  # no epoch was validated
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            trainer.training = True
         end = _copy_state(pl_module)
         for step in range(self.intervals + 1):
             alpha = step / self.intervals

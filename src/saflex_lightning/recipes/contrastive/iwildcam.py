@@ -175,6 +175,9 @@ class IWildCamDataModule(L.LightningDataModule):
         return DataLoader(rows, self.eval_batch_size, **options)
 
 
+_UNUSED = 99_999  # the label of categories that occur in no split
+
+
 def _read_table(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     if not file.is_file():
         raise FileNotFoundError(
@@ -194,8 +197,12 @@ def _read_table(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def _read_categories(file: Path, num_classes: int | None) -> list[str]:
-    """Return the names in the order of their labels; labels without a name get a number."""
-    names = {int(row["y"]): row["name"] for row in _read_table(file, ("y", "name"))}
+    """Return the names in the order of their labels; labels without a name get a number.
+
+    An added column ``english`` goes before the scientific ``name``, as in FLYP's captions.
+    """
+    rows = [row for row in _read_table(file, ("y", "name")) if int(row["y"]) < _UNUSED]
+    names = {int(row["y"]): row.get("english") or row["name"] for row in rows}
     if num_classes is not None and max(names) + 1 != num_classes:
         raise ValueError(
             f"Expected {num_classes} classes in {file}, but its labels `y` end at {max(names)}. "

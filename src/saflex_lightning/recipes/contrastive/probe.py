@@ -1,5 +1,6 @@
 """Linear classifiers on fixed features, and fine-tuning that starts from one (LP-FT)."""
 
+from itertools import islice
 from typing import Any, cast
 
 import lightning as L
@@ -124,7 +125,8 @@ class FitHeadFirst(L.Callback):
             return
         features, labels = [], []
         with evaluating(pl_module):
-            for batch in cast("Any", trainer.train_dataloader):
+            loader = cast("Any", trainer.train_dataloader)
+            for batch in islice(loader, int(trainer.num_training_batches)):
                 inputs, target = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
                 features.append(network.features(inputs))
                 labels.append(target)

@@ -12,7 +12,7 @@ def make_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[s
     """Return every class in every template, class by class.
 
     Args:
-        class_names: One name per class.
+        class_names: One name per class; classes of one name cannot be told apart by it.
         templates: Captions with ``{}`` where the name goes.
 
     Returns:
@@ -20,17 +20,16 @@ def make_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[s
         ``k * len(templates) + t``.
 
     Raises:
-        ValueError: If there is no class or no template, a name occurs twice, or a template has no
-            ``{}``.
+        ValueError: If there is no class or no template, or a template has no ``{}``.
 
     Example:
         >>> make_prompts(["cat", "dog"], ["a photo of a {}.", "{} in the wild."])[1]
         'cat in the wild.'
     """
-    if not class_names or len(set(class_names)) != len(class_names):
+    if not class_names:
         raise ValueError(
-            f"Expected `class_names` to hold one name per class, but got {list(class_names)}. "
-            "Pass names that differ: classes are told apart by them."
+            "Expected `class_names` to hold one name per class, but it is empty. Pass the names in "
+            "the order of the labels."
         )
     if not templates or any("{}" not in template for template in templates):
         raise ValueError(

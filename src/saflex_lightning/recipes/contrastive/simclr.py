@@ -13,6 +13,7 @@ from saflex_lightning import SAflexMixin, gather_rows
 from saflex_lightning.functional import contrastive_scores
 from saflex_lightning.recipes.augment import seeded_draws
 from saflex_lightning.recipes.batches import EpochSampler, normalize
+from saflex_lightning.recipes.data_checks import check_batch_size
 from saflex_lightning.recipes.medmnist import read_medmnist
 from saflex_lightning.recipes.resumable import ResumableLoader
 
@@ -143,11 +144,16 @@ class TwoViewsDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Views]:
-        """Return the loader of training pairs, as many in every batch."""
+        """Return the loader of training pairs, as many in every batch.
+
+        Raises:
+            ValueError: If a batch asks for more images than a process has.
+        """
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {
             "num_replicas": 1,
             "rank": 0,
         }
+        check_batch_size(self.batch_size, len(self._train) // share["num_replicas"])
         sampler = EpochSampler(self._train, seed=self.seed, **share)
         return ResumableLoader(self._train, self.batch_size, sampler=sampler, drop_last=True)
 

@@ -31,8 +31,9 @@ from saflex_lightning.recipes.tabular.batches import (
     make_cutmix,
 )
 from saflex_lightning.recipes.tabular.csv_file import Roles
+from saflex_lightning.recipes.tabular.facts import SetName
 from saflex_lightning.recipes.tabular.preprocessing import Preprocessing
-from saflex_lightning.recipes.tabular.sets import SetName, read_table
+from saflex_lightning.recipes.tabular.sets import read_table
 from saflex_lightning.recipes.tabular.table import (
     Table,
     TabularInputs,
@@ -137,6 +138,7 @@ class TabularDataModule(L.LightningDataModule):
             steering_batch_size=steering_batch_size,
         )
         check_shares(steering_fraction=steering_fraction)
+        check_choice("batch", batch, ("union", "replace"))
         check_choice("steering", steering, get_args(SteeringName))
         check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
         check_merging(steering, merge_val=merge_val)

@@ -1,9 +1,10 @@
 """SAINT: attention between the columns of a row and between the rows of a batch.
 
 Written from the paper (Somepalli et al. 2021, arXiv 2106.01342). Where its text and its authors'
-code differ or are silent, this follows the code's structure: pre-normalised residual blocks, gated
-feed-forward layers, head dimensions 16 (columns) and 64 (rows), a head with 1,000 hidden units, and
-no dropout of attention weights (their code sets a rate and does not use it).
+code differ or are silent, this follows the code's structure: gated feed-forward layers, head
+dimensions 16 (columns) and 64 (rows), a head with 1,000 hidden units, and no dropout of attention
+weights (their code sets a rate and does not use it). One thing is not theirs: a block adds to its
+input, x + f(norm(x)), where their code adds to the normalised one, norm(x) + f(norm(x)).
 """
 
 import math
@@ -136,7 +137,8 @@ class SAINT(nn.Module):
         cardinalities: Codes of each categorical column; None for no such column.
         attention: ``"colrow"``: columns, then rows, in every block; ``"col"`` or ``"row"``: one of
             them.
-        dim: Size of a token. The authors use at most 8 where there are more than 100 columns.
+        dim: Size of a token; None is 32, or 8 where there are more than 100 columns, as the authors
+            have it (row attention grows with the square of columns times size).
         depth: Blocks.
         heads: Heads of each attention.
         dropout: Of the feed-forward layers, in [0, 1).
@@ -157,7 +159,7 @@ class SAINT(nn.Module):
         *,
         cardinalities: list[int] | None = None,
         attention: AttentionName = "colrow",
-        dim: int = 32,
+        dim: int | None = None,
         depth: int = 1,
         heads: int = 4,
         dropout: float = 0.8,
@@ -170,8 +172,10 @@ class SAINT(nn.Module):
                 f"{attention!r}. Choose one."
             )
         cardinalities = list(cardinalities or ())
+        columns = num_numeric + len(cardinalities)
+        dim = dim or (8 if columns > 100 else 32)
         self.embed = ColumnEmbedding(num_numeric, cardinalities, dim)
-        row_dim = dim * (1 + num_numeric + len(cardinalities))
+        row_dim = dim * (1 + columns)
         blocks: list[nn.Module] = []
         for _ in range(depth):
             if "col" in attention:

@@ -236,7 +236,7 @@ class TestSteering:
         assert len(batches(data)) == 130 + 30 == len(data._train)
         assert len(parts._train) == 130
         assert data.val_dataloader() == []
-        with pytest.raises(MisconfigurationException, match="`steering` to be 'train' or 'split'"):
+        with pytest.raises(MisconfigurationException, match="`steering` other than 'val'"):
             data.saflex_dataloader()
         assert len(rows_of(data._test)) == len(rows_of(parts._test)) == 40
         steered = set_up(file, merge_val=True, steering="train").saflex_dataloader()
@@ -279,6 +279,7 @@ def cutmix(name="cutmix", **settings):
         ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1"),
         ({"steering_batch_size": 0}, "`steering_batch_size` to be at least 1"),
         ({"steering_draw": "even"}, r"`steering_draw` to be one of \['balanced', .* got 'even'"),
+        ({"batch": "both"}, r"`batch` to be one of \['replace', 'union'\], but got 'both'"),
         (cutmix(num_groups=0), "`num_groups` to be at least 1"),
         ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
         (cutmix(probability=0.0), r"`probability` to be in \(0, 1\], but got 0.0"),

@@ -172,6 +172,11 @@ def test_columns_of_one_kind_are_enough(kind):
     assert model(numeric[:, :0], categorical).shape == (ROWS, CLASSES)
 
 
+@pytest.mark.parametrize(("columns", "dim"), [(100, 32), (101, 8)])
+def test_tokens_are_small_where_columns_are_many(columns, dim):
+    assert SAINT(columns, 2, attention="col").embed.answer.shape == (dim,)
+
+
 def test_saint_starts_with_the_sizes_of_its_authors():
     model = SAINT(41, 2)
     attend, feed, attend_rows, feed_rows = model.blocks

@@ -8,7 +8,8 @@ import pytest
 from helpers.tables import SHARED, make_table, write_csv, write_npz
 
 from saflex_lightning.recipes.tabular.csv_file import Roles
-from saflex_lightning.recipes.tabular.sets import SETS, make_rare, read_table
+from saflex_lightning.recipes.tabular.facts import SETS
+from saflex_lightning.recipes.tabular.sets import make_rare, read_table
 
 STAND_INS = {"kdd99_rare", "letter"}
 shared_data = pytest.mark.skipif(

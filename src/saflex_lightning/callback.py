@@ -61,8 +61,9 @@ class SAflexCallback(pl.Callback):
             first training batch, at most the rows there are.
         every_n_steps: Refine one of so many training batches; the others are trained plainly.
         start_epoch: First epoch to refine, from 0.
-        params: Name patterns of the parameters to match; None means all trainable ones. Each new
-            gradient looks anew, so fine-tuning schedules may freeze and unfreeze.
+        params: Name patterns of the parameters to match; None means all trainable ones that an
+            optimizer holds. Each new gradient looks anew, so fine-tuning schedules may freeze and
+            unfreeze.
         num_workers: Worker processes that load validation batches, where the loader is not given.
         cache_on_device: Keep the validation rows on the device: True, False, or ``"auto"`` for
             under 256 MB.

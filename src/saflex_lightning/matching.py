@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 from torch import Tensor
 
-from .engines import Engine, make_engine, select_parameters
+from .engines import ENGINES, Engine, make_engine, select_parameters
 from .functional import EngineName
 from .mixin import SAflexMixin
 
@@ -11,12 +11,13 @@ __all__ = ["Matching"]
 
 
 class Matching:
-    """Match the trainable parameters of a module, also where a fine-tuning schedule changes them.
+    """Match the parameters that are trained, also where a fine-tuning schedule changes them.
 
     Args:
         engine: Name of the engine.
         module: The module.
-        params: Name patterns of the matched parameters; None takes every trainable one.
+        params: Name patterns of the matched parameters; None takes every trainable one that an
+            optimizer of the Trainer holds: the others do not move.
     """
 
     def __init__(
@@ -37,8 +38,7 @@ class Matching:
         """
         if self._name == "head":
             return  # it asks its layer each time
-        wanted = select_parameters(module, self._patterns)
-        if list(map(id, wanted)) != list(map(id, self.engine.params)):
+        if list(map(id, self._select(module))) != list(map(id, self.engine.params)):
             self._build(module)
 
     def fits(self, names: tuple[str, ...]) -> bool:
@@ -57,10 +57,23 @@ class Matching:
         """Return the names of the matched parameters, in the order of the gradient's parts."""
         return tuple(self._names[parameter] for parameter in self.engine.params)
 
+    def _select(self, module: pl.LightningModule) -> list[Tensor]:
+        trainable = select_parameters(module, self._patterns)
+        held = {
+            parameter
+            for optimizer in module.trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        trained = [parameter for parameter in trainable if parameter in held]
+        return trained if trained and self._patterns is None else trainable
+
     def _build(self, module: pl.LightningModule) -> None:
         assert isinstance(module, SAflexMixin)
-        self.engine: Engine = make_engine(
-            self._name, module, params=self._patterns, head=module.saflex_head()
+        self.engine: Engine = (
+            make_engine("head", module, params=self._patterns, head=module.saflex_head())
+            if self._name == "head"
+            else ENGINES[self._name](module, self._select(module))
         )
         self._names: dict[Tensor, str] = {
             parameter: name for name, parameter in module.named_parameters()

@@ -83,3 +83,23 @@ def test_a_module_is_copied_within_a_step():
     fit(seeded(Classifier), callback(), copying, max_epochs=1)
     assert copying.copied._saflex_step is None
     fit(copying.copied, callback(), max_epochs=1)
+
+
+class Probed(Classifier):
+    """Trains its head alone: by what the optimizer holds, or by freezing the rest too."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        if frozen:
+            self.net[:-1].requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.net[-1].parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode"])
+def test_parameters_that_no_optimizer_holds_are_not_matched(engine):
+    models = [seeded(lambda: Probed(frozen)) for frozen in (True, False)]  # noqa: B023
+    for model in models:
+        fit(model, callback(engine=engine), max_epochs=1)
+    assert_same_state(*map(state_of, models))

@@ -93,13 +93,11 @@ def check_loader(
             the loader's own sampling stands against a setting.
     """
     if loader is None:
-        has_none = "no validation dataloader in the Trainer"
-        if not trainer.enable_validation:
-            has_none = "validation is off (`limit_val_batches` is 0 or no `validation_step`)"
         raise MisconfigurationException(
             "Expected validation rows for SAFLEX, but found no `val_dataloader` argument, no "
-            "`saflex_dataloader()` hook of the datamodule or module, and "
-            f"{has_none}. Pass `SAflexCallback(val_dataloader=...)`."
+            "`saflex_dataloader()` hook of the datamodule or module, and no validation dataloader "
+            "in the Trainer that is in use: `limit_val_batches` may be 0, or `validation_step` "
+            "missing. Pass `SAflexCallback(val_dataloader=...)`."
         )
     if _holds_loaders(loader):
         held = loader.flattened if isinstance(loader, CombinedLoader) else loader
@@ -108,7 +106,8 @@ def check_loader(
             f"{type(loader).__name__} of {len(held)}. Pass one of them, or one loader over a "
             "`torch.utils.data.ConcatDataset` of their datasets."
         )
-    if isinstance(loader, (str, Dataset, Iterator)) or not isinstance(loader, Iterable):
+    is_rows = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+    if is_rows or isinstance(loader, (str, Iterator)) or not isinstance(loader, Iterable):
         raise MisconfigurationException(
             "Expected a dataloader of validation rows for SAFLEX, or an iterable of batches that "
             f"can be iterated again, but got {type(loader).__name__}. Pass a `DataLoader` as "

@@ -182,7 +182,7 @@ def test_settings_that_a_loader_with_its_own_sampling_cannot_follow(settings):
 @pytest.mark.parametrize(("make", "limit"), [(Counting, 0), (WithoutValidation, 1.0)])
 def test_validation_that_is_off(make, limit):
     rows = {"val_dataloaders": make_loader(), "limit_val_batches": limit}
-    refused(seeded(make), SAflexCallback(), "validation is off", **rows)
+    refused(seeded(make), SAflexCallback(), "that is in use: `limit_val_batches`", **rows)
 
 
 def test_no_pattern_of_parameters():

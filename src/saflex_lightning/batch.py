@@ -78,8 +78,8 @@ def row_field(
     elif given is None and _holds_augmented(batch):
         raise ValueError(
             f"Expected `saflex_loss(..., {name}=)` where an `AugmentedBatch` is a part of the "
-            "training batch, but got None, which would take its clean rows for augmented ones. "
-            f"Pass `{name}=part.{name}` of the part that was scored."
+            f"training batch, but got None, and which part was scored cannot be told. Pass "
+            f"`{name}=part.{name}` of that one."
         )
     _check_rows(name, given, size, _ROW_FIELDS[name])
     return given

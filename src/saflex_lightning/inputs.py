@@ -14,14 +14,14 @@ __all__ = ["unwritten"]
 def unwritten(scores: Callable[..., Scores], inputs: Any) -> Callable[..., Scores]:
     """Return a function that scores, and refuses a model that writes in its inputs.
 
-    The training forward would otherwise see what an extra pass has left of them.
+    A later forward would otherwise see what an earlier one has left of them.
 
     Args:
         scores: Function from inputs to scores.
-        inputs: The training inputs, tensors in any collection.
+        inputs: The inputs that are watched, tensors in any collection.
 
     Returns:
-        The function; it raises `UnsupportedModelError` once a training input was written in.
+        The function; it raises `UnsupportedModelError` once one of them was written in.
     """
     tensors: list[Tensor] = []
     apply_to_collection(inputs, Tensor, tensors.append, allow_frozen=True)

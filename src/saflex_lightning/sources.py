@@ -183,9 +183,11 @@ def count_rows(loader: object) -> int | None:
     """
     if isinstance(loader, (list, tuple)):  # of batches
         return None if loader else 0
-    batched = isinstance(loader, DataLoader) and loader.batch_sampler is not None
     dataset = getattr(loader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) and (batched or not len(dataset)) else None
+    if not isinstance(dataset, Sized):
+        return None
+    holds_batches = isinstance(loader, DataLoader) and loader.batch_sampler is None
+    return None if holds_batches and len(dataset) else len(dataset)
 
 
 def is_plain(loader: object) -> bool:

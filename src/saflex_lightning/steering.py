@@ -13,6 +13,7 @@ from .draws import mix_seed
 from .engines import RowSubset, Scores, adam_second_moments, as_tuple, evaluate
 from .functional import Preset, ReduceSum, check_target
 from .gathered import Gathered
+from .inputs import unwritten
 from .matching import Matching
 from .mixin import SAflexMixin
 from .plain_loss import LossOptions, mean_cross_entropy
@@ -164,7 +165,7 @@ class Steering:
         """Draw a validation batch; refresh the gradient where due, remember its features."""
         assert isinstance(module, SAflexMixin)
         inputs, target = module.saflex_val_batch(stream.draw())
-        forward: Callable[[], Scores] = lambda: call_scores(module, inputs)  # noqa: E731
+        forward: Callable[[], Scores] = unwritten(lambda: call_scores(module, inputs), inputs)
         watch = self.gathered.watch
         if watch is not None:
             forward = watch.watched(forward)

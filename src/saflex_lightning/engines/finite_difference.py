@@ -53,6 +53,7 @@ class FiniteDifferenceEngine:
                 "Expected parameters of float32 or wider for engine='finite_difference', but got "
                 f"{sorted(map(str, dtypes))}: its small step would be rounded away. {_INSTEAD}"
             )
+        self._step = 3 * max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
 
     def gradient(
         self, forward: Callable[[], Scores], loss: Callable[[Scores], Tensor]
@@ -91,7 +92,6 @@ class FiniteDifferenceEngine:
             UnsupportedModelError: If an extra pass cannot repeat the training forward.
         """
         probe = probe or forward
-        step = 3 * max(torch.finfo(parameter.dtype).eps for parameter in self.params) ** 0.5
         if self._buffers is None and self.params[0].device.type == "cpu":
             # Fresh memory costs a CPU more than the addition that fills it, and a GPU nothing.
             self._buffers = [torch.empty_like(parameter) for parameter in self.params]
@@ -107,7 +107,7 @@ class FiniteDifferenceEngine:
                 return map_scores(Tensor.detach, probe()), not (ignored or switched)
 
         def moved_point() -> tuple[Scores, bool]:
-            with moved_parameters(self.params, tangent.direction, step, self._buffers):
+            with moved_parameters(self.params, tangent.direction, self._step, self._buffers):
                 return point()
 
         guard = refuse_unsupported(self.module, self.name, _INSTEAD, plain=probe, retry=moved_point)
@@ -126,7 +126,7 @@ class FiniteDifferenceEngine:
                 raise UnsupportedModelError(_NO_REPEAT.format(error))
         elif is_exact and self._repeats is None:
             self._repeats = self._check_repeats(here, base)
-        scale = tangent.norm / step
+        scale = tangent.norm / self._step
         return scores, map_scores(lambda there, start: (there - start) * scale, ahead, here)
 
     def _check_repeats(self, extra: Scores, training: Scores) -> bool | None:

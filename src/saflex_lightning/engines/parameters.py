@@ -33,8 +33,8 @@ def select_parameters(module: nn.Module, patterns: Sequence[str] | None = None) 
         Parameters in the module's order; tied ones appear once.
 
     Raises:
-        ValueError: If there is no pattern, a pattern matches no trainable parameter, or there is
-            none.
+        ValueError: If ``patterns`` is empty, one of them matches no trainable parameter, or no
+            parameter is trainable.
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if patterns is not None and not patterns:

@@ -90,7 +90,7 @@ def check_steering(steering: str, *, merge_val: bool) -> None:
     """
     if merge_val and steering == "val":
         raise MisconfigurationException(
-            "Expected `steering` other than 'val' with `merge_val`=True. The validation rows are "
-            "trained on; choose 'train', the clean training rows, or where there is one 'split', "
-            "a part of them."
+            "Expected `steering` other than 'val' with `merge_val`=True, but got 'val'. The "
+            "validation rows are trained on; choose 'train', the clean training rows, or where "
+            "there is one 'split', a part of them."
         )

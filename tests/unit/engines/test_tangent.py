@@ -138,7 +138,6 @@ def test_one_parameter_of_double_precision_does_not_shorten_the_step_of_the_othe
 
 @pytest.mark.parametrize("name", ["finite_difference", "forward_mode"])
 def test_rows_of_a_sparse_embedding_have_a_gradient(name):
-    torch.manual_seed(0)
     gradients = []
     for sparse in (True, False):
         torch.manual_seed(0)

@@ -1,6 +1,5 @@
 """Linear classifiers on fixed features, and fine-tuning that starts from one (LP-FT)."""
 
-from itertools import islice
 from typing import Any, cast
 
 import lightning as L
@@ -125,8 +124,10 @@ class FitHeadFirst(L.Callback):
             return
         features, labels = [], []
         with evaluating(pl_module):
-            loader = cast("Any", trainer.train_dataloader)
-            for batch in islice(loader, int(trainer.num_training_batches)):
+            # The Trainer may ask for a part of the loader; the limit can be infinite.
+            for number, batch in enumerate(cast("Any", trainer.train_dataloader)):
+                if number >= trainer.num_training_batches:
+                    break
                 inputs, target = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
                 features.append(network.features(inputs))
                 labels.append(target)

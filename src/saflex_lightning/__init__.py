@@ -1,11 +1,12 @@
 """SAFLEX for PyTorch Lightning: learned sample weights and soft labels for augmented data."""
 
 from .batch import AugmentedBatch
-from .callback import SAflexCallback, SAflexWarning
+from .callback import SAflexCallback
 from .engines import UnsupportedModelError
-from .functional import SAflexSolution
-from .gather import gather_rows
-from .mixin import SAflexMixin
+from .fit.report import SAflexWarning
+from .functional.contrastive import gather_rows
+from .functional.solve import SAflexSolution
+from .module import SAflexMixin
 
 __all__ = [
     "AugmentedBatch",

@@ -1,11 +1,31 @@
-"""What a data pipeline tells the solve about the rows of a batch."""
+"""What a data pipeline tells about the rows of a batch, and how any batch is read."""
 
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-__all__ = ["AugmentedBatch", "check_batch", "row_field"]
+__all__ = [
+    "AugmentedBatch",
+    "check_batch",
+    "check_replaceable",
+    "read_batch",
+    "replace_rows",
+    "row_field",
+]
+
+_ROW_FIELDS = {
+    "augmented": torch.bool,
+    "group": torch.int64,
+    "index": torch.int64,
+    "source": torch.int64,
+}
+_INPUTS = ("inputs", "input", "x", "image", "images")
+_TARGETS = ("target", "targets", "y", "label", "labels")
 
 
 class AugmentedBatch(NamedTuple):
@@ -35,14 +55,7 @@ class AugmentedBatch(NamedTuple):
 
 
 def check_batch(batch: Any) -> None:
-    """Refuse an `AugmentedBatch` whose fields cannot belong to one another.
-
-    Args:
-        batch: The training batch; others have nothing to check.
-
-    Raises:
-        ValueError: If a field has another length than the target, or another dtype.
-    """
+    """Refuse an `AugmentedBatch` whose fields cannot belong to one another."""
     if isinstance(batch, AugmentedBatch):
         target: Any = batch.target  # None where scores are contrastive
         size = len(batch.augmented if target is None else target)
@@ -55,15 +68,6 @@ def row_field(
 ) -> Tensor | None:
     """Return the mask, the group or the index of every row, or None where nobody tells.
 
-    Args:
-        batch: The training batch.
-        name: Field of `AugmentedBatch`.
-        given: The caller's own; not beside an `AugmentedBatch`, which has one.
-        size: Rows that were scored.
-
-    Returns:
-        ``(batch,)`` bool or int64, or None; None as mask means that all rows are augmented.
-
     Raises:
         ValueError: If there are two of them, it has another length or dtype, or the batch holds
             an `AugmentedBatch` in a dictionary or list and nobody says whose rows were scored.
@@ -72,7 +76,7 @@ def row_field(
         if given is not None:
             raise ValueError(
                 f"Expected `{name}` to be None beside an `AugmentedBatch`, but got a second one. "
-                "The extra pass has measured the batch's own rows; change them in the batch."
+                "The batch's own rows are refined; change them in the batch."
             )
         given = getattr(batch, name)
     elif given is None and _holds_augmented(batch):
@@ -85,19 +89,71 @@ def row_field(
     return given
 
 
+def read_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """Return the inputs and the target of a batch; see `SAflexMixin.saflex_val_batch`.
+
+    Raises:
+        TypeError: If the batch has no such fields, or several that could be meant.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    if is_dataclass(batch):
+        found: Mapping[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    else:
+        found = batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+    inputs = [name for name in _INPUTS if name in found]
+    targets = [name for name in _TARGETS if name in found]
+    if len(inputs) != 1 or len(targets) != 1:
+        raise TypeError(
+            "Expected a validation batch to be a tuple or list of (inputs, target), or a mapping "
+            f"or dataclass with one of {_INPUTS} and one of {_TARGETS}, but got "
+            f"{type(batch).__name__} with fields {sorted(map(str, found))}. Override "
+            "`saflex_val_batch(batch)` to return (inputs, target)."
+        )
+    return found[inputs[0]], found[targets[0]]
+
+
+def check_replaceable(batch: AugmentedBatch, otherwise: str) -> None:
+    """Refuse a batch whose augmented rows cannot give way to the clean rows they were made from."""
+    size = len(batch.augmented)
+    source = batch.source[batch.augmented]
+    inside = (source >= 0) & (source < size)
+    if not bool(inside.all()) or bool(batch.augmented[source].any()):
+        raise MisconfigurationException(
+            "Expected `AugmentedBatch.source` to be the position of a clean row of the batch for "
+            "every augmented row for `gates=True`, but some have none, or an augmented one. "
+            f"Yield union batches that tell the source. {otherwise}"
+        )
+
+
+def replace_rows(values: Any, places: Tensor) -> Any:
+    """Return values with row ``places[i]`` in the place of row i, in new tensors.
+
+    Raises:
+        MisconfigurationException: If a leaf is no tensor with these rows.
+    """
+    size = len(places)
+
+    def replace(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size:
+            return leaf[places]
+        if leaf is None or isinstance(leaf, (bool, int, float)):
+            return leaf
+        found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+        raise MisconfigurationException(
+            f"Expected the inputs of `saflex_forward` to be tensors with {size} rows for "
+            f"`gates=True`, but got {found}. Put what is not a row elsewhere. Pass `gates=False` "
+            "to train without."
+        )
+
+    return apply_to_collection(values, object, replace, wrong_dtype=(dict, list, tuple))
+
+
 def _holds_augmented(batch: Any) -> bool:
     if isinstance(batch, AugmentedBatch):
         return True
     parts = batch.values() if isinstance(batch, dict) else batch
     return isinstance(batch, (dict, list, tuple)) and any(map(_holds_augmented, parts))
-
-
-_ROW_FIELDS = {
-    "augmented": torch.bool,
-    "group": torch.int64,
-    "index": torch.int64,
-    "source": torch.int64,
-}
 
 
 def _check_rows(

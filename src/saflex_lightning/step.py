@@ -1,123 +1,157 @@
-"""One training step: what the callback hands to the module, and what the loss does with it."""
+"""One refined training step: the derivative of its scores, the solve, and the loss."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from .batch import row_field
-from .engines import Engine, RowSubset, Scores, Tangent, as_tuple
-from .evidence import rescale_weights
-from .functional import (
-    Preset,
-    ReduceSum,
-    SAflexSolution,
+from .batch import replace_rows, row_field
+from .engines.engine import Finish
+from .engines.head import Recording, same_values
+from .engines.untouched import unwritten
+from .evidence.gates import GatedRows
+from .evidence.products import rescale_weights
+from .functional.contrastive import contrastive_target
+from .functional.losses import (
+    LossOptions,
+    Scores,
+    as_tuple,
     check_target,
+    dense_target,
+    mean_cross_entropy,
     soft_cross_entropy,
-    solve,
-    sum_over_ranks,
     weighted_mean,
     widen,
 )
-from .gathered import Gathered
-from .learned import Learned
-from .measured import MeasuredScores, find_call
-from .plain_loss import LossOptions, diagonal_target, mean_cross_entropy
-from .skips import check_skippable
+from .functional.ranks import Ranks
+from .functional.solve import SAflexSolution, solve
 
-__all__ = ["SAflexStep"]
+if TYPE_CHECKING:
+    from .fit.run import Fit
+
+__all__ = ["Step"]
 
 
 @dataclass
-class SAflexStep:
-    """What the callback hands to the module for one training step, and what comes back.
+class Call:
+    """What one forward returned, how it moves, and the features behind it."""
 
-    The first block is set by the callback when it arms the module; the second is filled by
-    `SAflexMixin.saflex_forward` and `SAflexMixin.saflex_loss`.
+    scores: Scores
+    jvp: Scores
+    features: Tensor | None
+    is_used: bool = False
+
+
+@dataclass(frozen=True)
+class SolvedTask:
+    """One task of the loss: its solution, and what it was solved from."""
+
+    solution: SAflexSolution
+    target: Tensor
+    augmented: Tensor | None
+    probs: Tensor
+    features: Tensor | None
+    gated: GatedRows | None
+
+
+class Step:
+    """What the callback hands to the module for one training batch, and what comes back.
+
+    Args:
+        fit: What the fit holds.
+        number: Of the training batch.
+        batch: The training batch.
+        generator: Source of Gumbel noise, of its own on every rank.
+        gate_draws: Source of what the gates draw.
     """
 
-    preset: Preset
-    engine: Engine
-    tangent: Tangent
-    usable: Tensor
-    rows: RowSubset
-    options: LossOptions
-    num_classes: int
-    batch: Any
-    generator: torch.Generator
-    gathered: Gathered = field(default_factory=Gathered)
-    rank: int = 0
-    world_size: int = 1
-    reduce_sum: ReduceSum | None = None
-    seconds: float = 0.0
-
-    out_of_memory: bool = False
-    measured: list[MeasuredScores] = field(default_factory=list)
-    options_seen: LossOptions | None = None
-    learned: tuple[Learned, ...] = ()
-    batch_size: int = 0
-
-    @property
-    def solutions(self) -> tuple[SAflexSolution, ...]:
-        """The solution of each task; empty before the loss."""
-        return tuple(task.solution for task in self.learned)
+    def __init__(
+        self,
+        fit: "Fit",
+        number: int,
+        batch: Any,
+        *,
+        generator: torch.Generator,
+        gate_draws: torch.Generator,
+    ) -> None:
+        self.fit = fit
+        self.number = number
+        self.batch = batch
+        self.generator = generator
+        self.gate_draws = gate_draws
+        self.seconds = 0.0
+        self.calls: list[Call] = []
+        self.tasks: Sequence[SolvedTask] = ()
+        self.options: LossOptions | None = None  # of the loss, once it was asked for
+        self._open: tuple[Finish, Recording | None] | None = None
+        # Rows that give way to the clean rows they were made from, and the row in each place.
+        self.rejected = None if fit.gates is None else fit.gates.draw(batch, gate_draws)
+        self._places: Tensor | None = None
+        if self.rejected is not None:
+            here = torch.arange(len(self.rejected), device=self.rejected.device)
+            self._places = torch.where(self.rejected, batch.source, here)
 
     @property
     def finite(self) -> Tensor:
         """Whether every task was solved without meeting a non-finite number, scalar bool."""
-        return torch.stack([solution.finite for solution in self.solutions]).all()
+        return torch.stack([task.solution.finite for task in self.tasks]).all()
 
-    def measure(
-        self, forward: Callable[[], Scores], probe: Callable[[], Scores], rows: Tensor | None
-    ) -> Scores:
-        """Run the training forward once, and keep its scores with their tangent.
+    @property
+    def batch_size(self) -> int:
+        """Rows of the training batch that were solved."""
+        return len(self.tasks[0].target)
 
-        Where memory runs out before the forward, the step is left unrefined.
+    def forward(self, score: Callable[..., Scores], inputs: Any, kwargs: Any) -> Scores:
+        """Return the scores of the training forward; what is extra comes before it."""
+        started = time.perf_counter()
+        if self._places is not None:
+            inputs, kwargs = replace_rows((inputs, kwargs), self._places)
+        self.begin(unwritten(lambda: score(*inputs, **kwargs), (inputs, kwargs)))
+        self.seconds += time.perf_counter() - started
+        scores = score(*inputs, **kwargs)
+        started = time.perf_counter()
+        self.end(scores)
+        self.seconds += time.perf_counter() - started
+        return scores
 
-        Args:
-            forward: The training forward.
-            probe: What the engine's extra pass runs.
-            rows: Rows of the batch that it computes, int64; None means all.
-
-        Returns:
-            The scores with their graph.
-
-        Raises:
-            MisconfigurationException: If features are watched and the scores of the call before
-                are still waiting for their loss: only those of the last call are kept.
-            RuntimeError: If memory runs out on one of several processes.
-        """
-        watch = self.gathered.watch
-        if watch is not None and not all(call.is_used for call in self.measured):
+    def begin(self, run: Callable[[], Scores]) -> None:
+        """Do what must come before the training forward; ``run`` is for passes beside it."""
+        fit = self.fit
+        if fit.memory is not None and not all(call.is_used for call in self.calls):
             raise MisconfigurationException(
-                f"Expected `saflex_loss` to follow each `saflex_forward` with {watch.wanted_by}, "
+                f"Expected `saflex_loss` to follow each `saflex_forward` with {fit.memory_for}, "
                 "but two forwards came before a loss. Compute the loss of the first scores before "
                 "the second forward, and scores that need none with `self(...)`."
             )
-        is_forward = False
+        finish = fit.engine.jvp(run, fit.gradient.direction)
+        self._open = finish, fit.last_layer and fit.last_layer.record()
 
-        def training_forward() -> Scores:
-            nonlocal is_forward
-            is_forward = True
-            return forward()
+    def end(self, scores: Scores) -> None:
+        """Keep the scores of the training forward with their derivative."""
+        assert self._open is not None
+        (finish, recording), self._open = self._open, None
+        features = None if recording is None else widen(recording.take(scores))
+        self.calls.append(Call(scores, finish.of(scores), features))
 
-        try:
-            scores, tangent = self.engine.measure(
-                training_forward, self.tangent, probe=probe, rows=rows
-            )
-            self.measured.append(MeasuredScores(scores, tangent, rows))
-            return scores
-        except (RuntimeError, MemoryError) as error:
-            if is_forward:
-                raise
-            check_skippable(error, self.world_size)
-        self.out_of_memory = True
-        return forward()  # past the handler, whose error holds what the failed pass held
+    def release(self) -> None:
+        """Let go of the batch and of the graph; what was learned stays."""
+        self.batch = None
+        self.calls.clear()
 
-    def refine(
+    def close(self) -> None:
+        """Give up a forward that failed."""
+        if self._open is not None:
+            finish, recording = self._open
+            finish.close()
+            if recording is not None:
+                recording.close()
+            self._open = None
+
+    def loss(
         self,
         logits: Scores,
         target: Tensor | None,
@@ -128,140 +162,116 @@ class SAflexStep:
     ) -> Tensor:
         """Solve every task, keep what was learned, and return the mean of their losses.
 
-        Args:
-            logits: What the forward returned.
-            target: As for `SAflexMixin.saflex_loss`.
-            options: Options of the loss.
-            augmented: Mask given by the caller.
-            group: Groups given by the caller.
-            index: Identities given by the caller.
-
-        Returns:
-            Scalar; plain cross-entropy where the validation gradient was made with other options.
+        It is plain cross-entropy where the validation gradient was made with other options.
         """
-        self.options_seen = options
-        tangents = self._row_tangents(logits)
-        self.batch_size = tangents[0].shape[0]
-        if not self.options.same_kind(options):
+        started = time.perf_counter()
+        self.options = options
+        call = self._call_of(logits)
+        if not self.fit.options.same_kind(options):
             return mean_cross_entropy(logits, target, options)
         tasks = [
-            self._refine_task(scores, tangent, target, options, augmented, group, index)
-            for scores, tangent in zip(as_tuple(logits), tangents, strict=True)
+            self._solve(scores, jvp, call.features, target, options, augmented, group, index)
+            for scores, jvp in zip(as_tuple(logits), as_tuple(call.jvp), strict=True)
         ]
-        losses, self.learned = zip(*tasks, strict=True)
+        losses, self.tasks = zip(*tasks, strict=True)
+        self.seconds += time.perf_counter() - started
         return torch.stack(losses).mean()
 
-    def _weigh_rows(
-        self,
-        weights: Tensor,
-        probs: Tensor,
-        target: Tensor,
-        mask: Tensor | None,
-        index: Tensor | None,
-    ) -> Tensor:
-        """Multiply weights by the evidence about each row of a pool, where that is asked for."""
-        if self.gathered.pool is None:
-            return weights
-        factors = self.gathered.pool.factors(
-            probs,
-            target,
-            mask,
-            row_field(self.batch, "index", index, len(probs)),
-            reduce_sum=self.reduce_sum,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        mask = torch.ones_like(weights, dtype=torch.bool) if mask is None else mask
-        return rescale_weights(weights, factors, mask, self.reduce_sum)
-
-    def _refine_task(
+    def _solve(
         self,
         scores: Tensor,
-        tangent: Tensor,
+        jvp: Tensor,
+        features: Tensor | None,
         target: Tensor | None,
         options: LossOptions,
         augmented: Tensor | None,
         group: Tensor | None,
         index: Tensor | None,
-    ) -> tuple[Tensor, Learned]:
-        """Solve one task and return its loss and what was learned."""
+    ) -> tuple[Tensor, SolvedTask]:
+        """Return the loss of one task, and what was learned."""
+        fit, size = self.fit, len(scores)
         contrastive = target is None
-        target = diagonal_target(scores) if target is None else target
+        target = contrastive_target(scores) if target is None else target
+        if self._places is not None:
+            target = target[self._places]
         # Where each process scores its own pairs alone, a column means something else on each.
         own_pairs = contrastive and scores.shape[0] == scores.shape[1]
-        reduce_sum = None if own_pairs else self.reduce_sum
         check_target(target, scores, values=target.device.type == "cpu")
-        mask = row_field(self.batch, "augmented", augmented, scores.shape[0])
+        mask = row_field(self.batch, "augmented", augmented, size)
         gated = None
-        if self.gathered.gates is not None:
-            group = row_field(self.batch, "group", group, scores.shape[0])
-            gated = self.gathered.gates.take(mask, group, scores.shape[0])
+        if fit.gates is not None:
+            every = torch.ones(size, dtype=torch.bool, device=scores.device)
+            group = row_field(self.batch, "group", group, size)
+            mask = every if mask is None else mask
+            gated = fit.gates.take(mask, group, self.rejected, self.gate_draws)
             mask = gated.augmented
         with torch.no_grad():
             probs = torch.softmax(widen(scores), -1)
             finite = scores.isfinite().all(-1)
-            usable = self.usable & (finite if mask is None else finite | ~mask).all()
+            usable = fit.gradient.is_usable(self.number)
+            usable = usable & (finite if mask is None else finite | ~mask).all()
             solution = solve(
-                tangent.masked_fill(~usable, torch.nan),  # the solve then skips itself
+                jvp.masked_fill(~usable, torch.nan),  # the solve then skips itself
                 probs,
                 target,
                 mask,
-                score_space=self.preset.score_space,
-                normalize=self.preset.normalize,
-                label_rule=self.preset.label_rule,
-                label_penalty=self.preset.label_penalty,
-                temperature=self.preset.temperature,
-                gumbel=self.preset.gumbel,
-                weight_rule=self.preset.weight_rule,
+                fit.settings,
                 balance_classes=not contrastive,
-                class_weight=options.class_weight,
-                label_smoothing=options.label_smoothing,
+                options=options,
                 generator=self.generator,
-                reduce_sum=reduce_sum,
+                ranks=Ranks() if own_pairs else fit.ranks,
             )
-            weights = self._weigh_rows(solution.weights, probs, target, mask, index)
-            if self.gathered.gates is not None and gated is not None:
-                weights = self.gathered.gates.reweigh(weights, gated, self.reduce_sum)
-                self.gathered.gates.note(probs, target, gated, *options)
+            weights = solution.weights
+            if fit.rows is not None:
+                assert features is not None
+                every = torch.ones_like(weights, dtype=torch.bool)
+                chosen = every if mask is None else mask
+                index = row_field(self.batch, "index", index, size)
+                if index is not None and self._places is not None:
+                    index = index[self._places]
+                labels = dense_target(target, probs.shape[-1], probs.dtype)
+                factors = fit.rows.factors(features, labels, chosen, index, fit.ranks)
+                weights = rescale_weights(weights, factors, chosen, fit.ranks)
+            if fit.gates is not None and gated is not None:
+                weights = fit.gates.reweigh(weights, gated, fit.ranks)
             solution = replace(solution, weights=weights)
-            share = solution.weights
+            share = weights
             if options.class_weight is not None and target.ndim == 1:
-                share = share * options.class_weight[target]  # as F.cross_entropy averages
-            total = sum_over_ranks(share.sum(), self.reduce_sum)
-        losses = soft_cross_entropy(
-            scores,
-            solution.soft_labels,
-            class_weight=options.class_weight,
-            label_smoothing=options.label_smoothing,
-        )
-        loss = self.world_size * weighted_mean(losses, solution.weights, total)
-        return loss, Learned(solution, target, mask, gated and gated.left_fraction)
+                share = share * options.class_weight[target.long()]  # as F.cross_entropy averages
+            total = fit.ranks.sum(share.sum())
+        losses = soft_cross_entropy(scores, solution.soft_labels, **options._asdict())
+        loss = fit.ranks.size * weighted_mean(losses, weights, total)
+        return loss, SolvedTask(solution, target, mask, probs, features, gated)
 
-    def _row_tangents(self, logits: Scores) -> tuple[Tensor, ...]:
-        """Return the tangent of every row of every task, after checking that it fits the logits."""
-        if not self.measured:
+    def _call_of(self, logits: Scores) -> Call:
+        """Return the forward that made the logits.
+
+        Raises:
+            MisconfigurationException: If there was none.
+            ValueError: If they are none's, changed, or scored over other classes than validation.
+        """
+        if not self.calls:
             raise MisconfigurationException(
                 "Expected `self.saflex_forward(...)` to run before `self.saflex_loss(...)` in "
                 "`training_step`, but it did not. Compute the logits with `saflex_forward`."
             )
-        measured = find_call(self.measured, logits)
-        measured.is_used = True
-        scores, tangents = as_tuple(logits), as_tuple(measured.tangent)
-        if measured.rows is not None and len(scores) == len(tangents):
-            tangents = tuple(
-                tangent.new_zeros(task.shape).index_copy(0, measured.rows, tangent)
-                for task, tangent in zip(scores, tangents, strict=True)
-            )
-        found, expected = [tuple(s.shape) for s in scores], [tuple(t.shape) for t in tangents]
-        if found != expected:
+        for call in self.calls:
+            given, made = as_tuple(logits), as_tuple(call.scores)
+            if len(given) == len(made) and all(map(same_values, given, made)):
+                call.is_used = True
+                break
+        else:
+            shapes = [tuple(scores.shape) for scores in as_tuple(self.calls[0].scores)]
+            found = [tuple(scores.shape) for scores in as_tuple(logits)]
             raise ValueError(
-                f"Expected `logits` of shape {expected}, as from `saflex_forward`, but got "
-                f"{found}. Pass them on unchanged."
+                f"Expected `logits` as one of the {len(self.calls)} calls of `saflex_forward` in "
+                f"this step returned them, of shape {shapes}, but got others, of shape {found}. "
+                "Pass them on unchanged."
             )
         one = isinstance(logits, Tensor)  # the classes of proxy tasks are the batch's own
-        if one and self.num_classes and logits.shape[-1] != self.num_classes:
+        if one and self.fit.num_classes and logits.shape[-1] != self.fit.num_classes:
             raise ValueError(
-                f"Expected the training batch to be scored over {self.num_classes} classes like "
-                f"the validation batch, but got {logits.shape[-1]}. Use one head for both."
+                f"Expected the training batch to be scored over {self.fit.num_classes} classes "
+                f"like the validation batch, but got {logits.shape[-1]}. Use one head for both."
             )
-        return tangents
+        return call

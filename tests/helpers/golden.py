@@ -38,7 +38,12 @@ CASES = {
     },
     "robust, head, not normalized": {"engine": "head", "normalize": False, "precondition": False},
     "Theorem 1": {"preset": "paper", "label_rule": "argmax", "weight_rule": "sum"},
-    "Ren et al.": {"label_rule": "keep", "weight_rule": "positive", "every_n_steps": 3},
+    "Ren et al.": {
+        "engine": "finite_difference",
+        "label_rule": "keep",
+        "weight_rule": "positive",
+        "every_n_steps": 3,
+    },
 }
 KINDS = {"Mixup": "soft", "class weights and smoothing": "weighted", "dropout": "dropout"}
 CASES |= {name: {"engine": "forward_mode"} for name in KINDS}

@@ -1,19 +1,28 @@
-"""The default engine: one more forward pass at slightly moved parameters."""
+"""The engine for models without a forward mode: one more forward pass at moved parameters."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError, refuse_unsupported
-from .gradient import loss_gradient
-from .parameters import Scores, as_tuple, map_scores, moved_parameters
-from .precision import exact_products, full_precision
-from .tangent import Tangent
-from .unchanged import unchanged_state
+from saflex_lightning.functional.losses import Scores, as_tuple, map_scores
+
+from .direction import Direction, joint_norm
+from .engine import Finish
+from .errors import UnsupportedModelError
+from .gradient import loss_gradient, refuse_unsupported
+from .parameters import moved_parameters
+from .untouched import full_precision, untouched
 
 __all__ = ["FiniteDifferenceEngine"]
+
+_INSTEAD = "Pass engine='forward_mode' or engine='head'."
+_REPEATED = 1e-5  # of the scores' spread: rounding lies below, other random draws far above
+_AGREED = 0.3  # of the derivative: the error of a step lies below, that of a surrogate above
+_NOISE = 100  # units of rounding of the scores that a difference cannot tell from a derivative
+_GROUPS = 16  # of submodules that are looked at together
 
 
 class FiniteDifferenceEngine:
@@ -21,21 +30,12 @@ class FiniteDifferenceEngine:
 
     The second point is the training forward itself, so the cost is one forward without a graph.
     The parameters move by a fixed Euclidean length, ``3 * sqrt(machine epsilon)`` of their coarsest
-    dtype (0.001 in float32; ``README.md`` has the measurements behind it). Where the training
-    forward rounds its products (autocast, TF32 convolutions on CUDA devices) both points are
-    computed in full precision, which costs a second extra forward.
+    dtype (0.001 in float32; ``README.md`` has the measurements behind it). Parameters in half
+    precision, autocast and TF32 are refused: the difference would drown in rounding.
 
-    The first call also compares an extra pass at unmoved parameters with the training forward:
-    dropout that is compiled draws other numbers without a graph than with one, and the
-    difference of two masks is no derivative. Where they differ, extra passes keep a graph from
-    then on. Where the training forward rounds, two extra passes are compared instead.
-
-    Args:
-        module: The model.
-        params: Parameters that move.
-
-    Raises:
-        UnsupportedModelError: If a parameter has less than single precision.
+    Before its first use the engine looks whether a pass repeats itself, and whether the backward
+    pass of the model is its derivative: straight-through estimators, fake quantisation and gradient
+    reversal have another one, which a difference of values cannot see.
     """
 
     name = "finite_difference"
@@ -43,10 +43,7 @@ class FiniteDifferenceEngine:
     def __init__(self, module: nn.Module, params: Sequence[Tensor]) -> None:
         self.module = module
         self.params = list(params)
-        self._buffers: list[Tensor] | None = None
-        self._with_graph = False  # whether extra passes need one
-        self._repeats: bool | None = None  # whether extra passes repeat the training forward
-        self._repeat_each_other = False  # whether that was seen of two extra passes
+        self._is_checked = False
         dtypes = {parameter.dtype for parameter in self.params}
         if any(torch.finfo(dtype).bits < 32 for dtype in dtypes):
             raise UnsupportedModelError(
@@ -56,121 +53,140 @@ class FiniteDifferenceEngine:
         self._step = 3 * max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
 
     def gradient(
-        self, forward: Callable[[], Scores], loss: Callable[[Scores], Tensor]
+        self, run: Callable[[], Scores], loss: Callable[[Scores], Tensor]
     ) -> tuple[Tensor, ...]:
-        """Return the gradient of the validation loss; see `loss_gradient`.
+        """Return the gradient of the loss; see `loss_gradient`."""
+        return loss_gradient(self.module, self.params, run, loss, engine=self.name)
 
-        Args:
-            forward: Computes the scores of a validation batch.
-            loss: Computes its mean loss.
-
-        Returns:
-            One tensor per parameter.
-        """
-        return loss_gradient(self.module, self.params, forward, loss, engine=self.name)
-
-    def measure(
-        self,
-        forward: Callable[[], Scores],
-        tangent: Tangent,
-        *,
-        probe: Callable[[], Scores] | None = None,
-        rows: Tensor | None = None,
-    ) -> tuple[Scores, Scores]:
-        """Run the training forward and return its scores with their tangent.
-
-        Args:
-            forward: The training forward; called exactly once, last.
-            tangent: Direction of the derivative.
-            probe: What the extra pass runs instead of ``forward``; same rows or those in ``rows``.
-            rows: Rows of the batch that ``probe`` computes, int64; None means all.
-
-        Returns:
-            The scores with their graph, and the detached tangent of the probed rows.
+    def jvp(self, run: Callable[[], Scores], direction: Direction) -> Finish:
+        """Run the forward at moved parameters; the training forward that follows is the other point.
 
         Raises:
-            UnsupportedModelError: If an extra pass cannot repeat the training forward.
+            UnsupportedModelError: If a pass does not repeat itself, products are rounded, or the
+                model's backward pass is not its derivative.
         """
-        probe = probe or forward
-        if self._buffers is None and self.params[0].device.type == "cpu":
-            # Fresh memory costs a CPU more than the addition that fills it, and a GPU nothing.
-            self._buffers = [torch.empty_like(parameter) for parameter in self.params]
 
-        def point() -> tuple[Scores, bool]:
-            """Return the scores at the parameters as they are, and whether that was exact."""
-            with (
-                unchanged_state(self.module),
-                full_precision(self.params) as ignored,
-                exact_products(self.params[0].device.type) as switched,
-                torch.set_grad_enabled(self._with_graph),
-            ):
-                return map_scores(Tensor.detach, probe()), not (ignored or switched)
+        def ahead() -> Scores:
+            with moved_parameters(self.params, direction.parts, self._step):
+                return self._pass(run)
 
-        def moved_point() -> tuple[Scores, bool]:
-            with moved_parameters(self.params, tangent.direction, self._step, self._buffers):
-                return point()
-
-        guard = refuse_unsupported(self.module, self.name, _INSTEAD, plain=probe, retry=moved_point)
+        guard = refuse_unsupported(self.module, self.name, _INSTEAD, plain=run, retry=ahead)
         with torch.no_grad(), guard:
-            ahead, is_exact = moved_point()
-            here = None if is_exact and self._repeats else point()[0]
-            again = None if is_exact or self._repeat_each_other else point()[0]
-        scores = forward()
-        base = map_scores(lambda s: s.detach() if rows is None else s.detach()[rows], scores)
-        if here is None:
-            here = base
-        elif again is not None:
-            error = _relative_error(here, again)
-            self._repeat_each_other = error is not None
-            if error is not None and error > _DIFFERENT:
-                raise UnsupportedModelError(_NO_REPEAT.format(error))
-        elif is_exact and self._repeats is None:
-            self._repeats = self._check_repeats(here, base)
-        scale = tangent.norm / self._step
-        return scores, map_scores(lambda there, start: (there - start) * scale, ahead, here)
+            if not self._is_checked:
+                self._check(run)
+            moved = ahead()
+        scale = direction.norm / self._step
+        return Finish(
+            lambda scores: map_scores(lambda a, b: (a - b.detach()) * scale, moved, scores)
+        )
 
-    def _check_repeats(self, extra: Scores, training: Scores) -> bool | None:
-        """Compare the scores of an extra pass with those of the training forward; waits for them.
+    def _pass(self, run: Callable[[], Scores], *, graph: bool = False) -> Scores:
+        device_type = self.params[0].device.type
+        with untouched(self.module), torch.set_grad_enabled(graph):
+            if rounded := _rounded_products(device_type):
+                raise UnsupportedModelError(
+                    f"Expected exact float32 products for engine='finite_difference', but {rounded}"
+                    f" rounds them, and a difference of two nearby points drowns in that. {_INSTEAD}"
+                )
+            with full_precision(device_type) as ignored:
+                scores = run()
+            if ignored:
+                raise UnsupportedModelError(
+                    "Expected a forward in float32 or wider for engine='finite_difference', but "
+                    f"{ignored[0]} rounds it, and a difference of two nearby points drowns in that."
+                    f" {_INSTEAD}"
+                )
+            return scores if graph else map_scores(Tensor.detach, scores)
 
-        Args:
-            extra: Scores at unmoved parameters.
-            training: What they should be.
+    def _check(self, run: Callable[[], Scores]) -> None:
+        """Compare two passes with one another, and differences with a backward pass."""
+        with_graph, without = self._pass(run, graph=True), self._pass(run)
+        tasks = [scores.detach() for scores in as_tuple(with_graph)]
+        spread = torch.stack([scores.std(correction=0) for scores in tasks]).min().item()
+        errors = [(a - b).abs().max() for a, b in zip(tasks, as_tuple(without), strict=True)]
+        error = torch.stack(errors).max().item()
+        if not (0 < spread < math.inf and error < math.inf):
+            return  # a head that starts at zero, or scores that are not finite: next time
+        if error > _REPEATED * spread:
+            raise UnsupportedModelError(
+                "Expected a forward to repeat itself under the same random state for "
+                f"engine='finite_difference', but its scores differ by {error / spread:.2g} of "
+                "their spread. Draw random numbers from torch's global generator, or pass "
+                "engine='head'."
+            )
+        self._is_checked = True
+        if name := self._find_surrogate(run, with_graph):
+            raise UnsupportedModelError(
+                "Expected a backward pass that is the derivative of the forward pass for "
+                f"engine='finite_difference', but at the parameters of submodule `{name}` it is "
+                "not, as with straight-through estimators, fake quantisation or gradient reversal. "
+                f"{_INSTEAD}"
+            )
 
-        Returns:
-            True if they are equal; False if rounding alone parts them, so that both points should
-            come from extra passes; None if only another call can tell.
+    def _find_surrogate(self, run: Callable[[], Scores], scores: Scores) -> str | None:
+        r"""Return the last submodule, in the model's order, whose backward pass is no derivative.
 
-        Raises:
-            UnsupportedModelError: If they differ although the extra pass kept a graph.
+        For a random cotangent u, t is the part of :math:`J^\top u` that belongs to some parameters,
+        scaled to length 1; then :math:`\langle u, J t \rangle` is the length it had. Groups of
+        submodules are looked at first, so that the number of passes does not grow with the model.
         """
-        error = _relative_error(extra, training)
-        if error is None:
-            return None
-        if error <= _EQUAL:
-            return True
-        if not self._with_graph:
-            self._with_graph = True
-            return None
-        if error > _DIFFERENT:
-            raise UnsupportedModelError(_NO_REPEAT.format(error))
-        return False
+        generator = torch.Generator().manual_seed(0)
+        tasks = as_tuple(scores)
+        cotangents = [torch.randn(task.shape, generator=generator).to(task) for task in tasks]
+        parts = torch.autograd.grad(tasks, self.params, cotangents, materialize_grads=True)
+        slopes = {id(p): part for p, part in zip(self.params, parts, strict=True)}
+        size = joint_norm([task.detach() for task in tasks])
+        noise = _NOISE * torch.finfo(size.dtype).eps / self._step * float(size)
+
+        def differs(params: Sequence[Tensor]) -> bool:
+            along = [slopes[id(p)].to_dense() for p in params]
+            expected = joint_norm(along)
+            ends = []
+            for step in (self._step, -self._step):
+                direction = [part / expected.clamp(min=1e-30) for part in along]
+                with moved_parameters(params, direction, step):
+                    ends.append(as_tuple(self._pass(run)))
+            found = sum(
+                (u * (a - b)).sum() for u, a, b in zip(cotangents, *ends, strict=True)
+            ) / (2 * self._step)
+            error = abs(float(found) - float(expected))
+            return error > _AGREED * max(abs(float(found)), float(expected)) + noise
+
+        owned = [
+            (name, own)
+            for name, part in self.module.named_modules()
+            if (own := [p for p in part._parameters.values() if id(p) in slopes])
+        ]
+        width = -(-len(owned) // _GROUPS)
+        for first in reversed(range(0, len(owned), width)):
+            group = owned[first : first + width]
+            if differs(list({id(p): p for _, own in group for p in own}.values())):
+                return next((name for name, own in reversed(group) if differs(own)), group[-1][0])
+        return None
 
 
-def _relative_error(extra: Scores, expected: Scores) -> float | None:
-    """Return the largest difference of two passes over the spread of the scores, if it tells."""
-    tasks, repeats = as_tuple(expected), as_tuple(extra)
-    spread = torch.stack([scores.std(correction=0) for scores in tasks]).min().item()
-    errors = [(a - b).abs().max() for a, b in zip(tasks, repeats, strict=True)]
-    error = torch.stack(errors).max().item()
-    if not (0 < spread < math.inf and error < math.inf):
-        return None  # a head that starts at zero, or scores that are not finite
-    return error / spread
+def _rounded_products(device_type: str) -> str | None:
+    """Return the name of a switch that lets float32 products be rounded to TF32 or bfloat16."""
+    for name, read in _switches(device_type):
+        try:
+            value = read()
+        except (AttributeError, RuntimeError):
+            continue  # torch has two interfaces; it refuses to read the one not in use
+        if value in {True, "high", "medium", "tf32", "bf16"}:
+            return name
+    return None
 
 
-_EQUAL, _DIFFERENT = 1e-5, 1e-2  # of the scores' spread: rounding below, other draws above
-_NO_REPEAT = (
-    "Expected a forward to repeat itself under the same random state for "
-    "engine='finite_difference', but its scores differ by {:.2g} of their spread. Draw random "
-    "numbers from torch's global generator, or pass engine='head'."
-)
-_INSTEAD = "Pass engine='forward_mode' or engine='head'."
+def _switches(device_type: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    backends: Any = torch.backends
+    if device_type == "cuda":
+        yield "torch.backends.cudnn.allow_tf32", lambda: backends.cudnn.allow_tf32
+        yield "torch.backends.cuda.matmul.allow_tf32", lambda: backends.cuda.matmul.allow_tf32
+    for backend in {"cuda": ("cuda", "cudnn"), "cpu": ("mkldnn",)}.get(device_type, ()):
+        for product in ("matmul", "conv", "rnn"):
+            yield (
+                f"torch.backends.{backend}.{product}.fp32_precision",
+                lambda backend=backend, product=product: getattr(
+                    getattr(backends, backend), product
+                ).fp32_precision,
+            )

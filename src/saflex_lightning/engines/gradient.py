@@ -1,18 +1,17 @@
-"""The validation pass in evaluation mode, and the gradient by backward differentiation."""
+"""The gradient of the validation loss, and the name of a submodule that a pass fails in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from saflex_lightning.functional import widen
+from saflex_lightning.functional.losses import Scores, as_tuple, map_scores, widen
 
-from .errors import refuse_unsupported
-from .parameters import Scores, as_tuple, map_scores
-from .precision import full_precision
-from .unchanged import unchanged_state
+from .errors import UnsupportedModelError
+from .untouched import full_precision, untouched
 
-__all__ = ["evaluate", "loss_gradient"]
+__all__ = ["loss_gradient", "refuse_unsupported"]
 
 _PEAKS = (10, 0, -10, -20)  # powers of two: largest cotangent of the scores, try after try
 
@@ -20,68 +19,32 @@ _PEAKS = (10, 0, -10, -20)  # powers of two: largest cotangent of the scores, tr
 def loss_gradient(
     module: nn.Module,
     params: Sequence[Tensor],
-    forward: Callable[[], Scores],
+    run: Callable[[], Scores],
     loss: Callable[[Scores], Tensor],
     *,
     engine: str,
 ) -> tuple[Tensor, ...]:
-    """Return the gradient of a loss with the model in evaluation mode.
+    """Return the gradient of the loss of the scores that ``run`` computes, one per parameter.
 
-    Running statistics are used instead of batch statistics and dropout is off; the module's modes,
-    buffers, ``.grad`` and the random state are as before afterwards. The loss sees scores of
-    float32 or wider, and the result has that precision whatever the parameters have. The backward
-    pass of a model with float16 parameters is scaled to their range.
-
-    Args:
-        module: The model.
-        params: Parameters to differentiate with respect to.
-        forward: Computes the scores of a validation batch.
-        loss: Computes the mean loss of the scores, scalar.
-        engine: Name of the engine that asks, for its error.
-
-    Returns:
-        One tensor per parameter; zeros where the loss does not depend on it.
+    The model runs in the mode it is in, in full precision. The loss sees scores of float32 or
+    wider, and the result has that precision whatever the parameters have; the backward pass of a
+    model with float16 parameters is scaled to their range.
     """
     narrow = any(parameter.dtype == torch.float16 for parameter in module.parameters())
 
     def compute() -> Sequence[Tensor]:
-        with unchanged_state(module), full_precision(params), torch.enable_grad():
-            _evaluate_mode(module)
-            scores = map_scores(widen, forward())
+        with full_precision(params[0].device.type), torch.enable_grad():
+            scores = map_scores(widen, run())
             value = loss(scores)
             if narrow:
                 return _rescaled_gradient(value, scores, params)
             return torch.autograd.grad(value, params, materialize_grads=True)
 
     def plain() -> Tensor:
-        _evaluate_mode(module)
-        return loss(map_scores(widen, forward()))
+        return loss(map_scores(widen, run()))
 
     with refuse_unsupported(module, engine, "Pass engine='head'.", plain=plain, retry=compute):
         return tuple(_widen_dense(part) for part in compute())
-
-
-def evaluate(module: nn.Module, forward: Callable[[], Scores]) -> Scores:
-    """Return scores with the model in evaluation mode, without a graph and in full precision.
-
-    Args:
-        module: The model; it is as before afterwards.
-        forward: Computes the scores.
-
-    Returns:
-        The scores.
-    """
-    params = list(module.parameters())
-    with unchanged_state(module), full_precision(params), torch.no_grad():
-        _evaluate_mode(module)
-        return forward()
-
-
-def _evaluate_mode(module: nn.Module) -> None:
-    # Without `eval()`, which some models override to change parameters, as LoRA merges its own.
-    for part in module.modules():
-        if part.training:
-            part.training = False
 
 
 def _widen_dense(gradient: Tensor) -> Tensor:
@@ -94,15 +57,8 @@ def _rescaled_gradient(value: Tensor, scores: Scores, params: Sequence[Tensor]) 
     The mean loss of a batch moves each score by a fraction of 1 / batch, and what that becomes in
     earlier layers can vanish in float16. So the cotangent of the scores is scaled to a largest
     entry near 1,000, which the result undoes in float32. Where that overflows, the pass is
-    repeated with a smaller one. Looking for an overflow waits for the device.
-
-    Args:
-        value: The loss, scalar.
-        scores: What it was computed from, float32.
-        params: Parameters to differentiate with respect to.
-
-    Returns:
-        One tensor per parameter, float32; not finite where no scale fits.
+    repeated with a smaller one; where no scale fits, the result is not finite. Looking for an
+    overflow waits for the device.
     """
     tasks = as_tuple(scores)
     cotangents = torch.autograd.grad(value, tasks, retain_graph=True, materialize_grads=True)
@@ -121,3 +77,59 @@ def _rescaled_gradient(value: Tensor, scores: Scores, params: Sequence[Tensor]) 
         if torch.stack([part.isfinite().all() for part in gradients]).all():
             break
     return gradients
+
+
+@contextmanager
+def refuse_unsupported(
+    module: nn.Module,
+    engine: str,
+    instead: str,
+    *,
+    plain: Callable[[], object],
+    retry: Callable[[], object],
+) -> Iterator[None]:
+    """Turn a failure inside an engine's own pass into an error that names the submodule.
+
+    A model that fails in the ``plain`` pass, without the engine, shows its own error, and so does
+    a pass that works when a ``retry`` repeats it: a lack of memory, a worker that died meanwhile.
+    """
+    try:
+        yield
+    except Exception as error:
+        no_memory = (torch.cuda.OutOfMemoryError, MemoryError)
+        if isinstance(error, (UnsupportedModelError, *no_memory)):
+            raise
+        with untouched(module), torch.no_grad():
+            plain()
+        name = _failing_submodule(module, retry)
+        if name is None:
+            raise
+        raise UnsupportedModelError(
+            f"Expected every submodule to work with engine='{engine}', but {name} raised "
+            f"{type(error).__name__}: {error} {instead}"
+        ) from error
+
+
+def _failing_submodule(module: nn.Module, retry: Callable[[], object]) -> str | None:
+    entered: list[nn.Module] = []
+
+    def enter(submodule: nn.Module, _args: object) -> None:
+        entered.append(submodule)
+
+    def leave(submodule: nn.Module, _args: object, _output: object) -> None:
+        if entered and entered[-1] is submodule:
+            entered.pop()
+
+    names = {submodule: name for name, submodule in module.named_modules()}
+    handles = [submodule.register_forward_pre_hook(enter) for submodule in names]
+    handles += [submodule.register_forward_hook(leave) for submodule in names]
+    try:
+        retry()
+        return None
+    except Exception:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    culprit = entered[-1] if entered else module
+    return f"submodule `{names.get(culprit) or 'the model itself'}` ({type(culprit).__name__})"

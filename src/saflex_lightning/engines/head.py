@@ -1,22 +1,120 @@
-"""The cheap engine: the last linear layer alone, in closed form."""
+"""The default engine: the last linear layer alone, in closed form, without an extra pass."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saflex_lightning.functional import widen
+from saflex_lightning.functional.losses import Scores, widen
 
+from .direction import Direction
+from .engine import Finish
 from .errors import UnsupportedModelError
-from .gradient import evaluate
-from .last_layer import LastLayer
-from .parameters import Scores
-from .precision import full_precision
-from .tangent import Tangent
+from .untouched import full_precision
 
-__all__ = ["HeadEngine"]
+__all__ = ["HeadEngine", "LastLayer", "Recording", "linear_jvp"]
 
-_INSTEAD = "Pass engine='finite_difference', or name the layer with `saflex_head()`."
+# Nodes of a graph that leave every value in its place.
+_COPIES = ("CloneBackward0", "ToCopyBackward0", "AliasBackward0")
+
+
+def linear_jvp(features: Tensor, direction: Direction) -> Tensor:
+    r"""Return :math:`Z = h T_W^\top + t_b`, how a linear layer's output moves along a direction.
+
+    ``direction`` has the parts of the weight ``(classes, features)`` and, maybe, the bias.
+    """
+    wide = torch.promote_types(features.dtype, direction.norm.dtype)
+    weight, *bias = (part.to(wide) for part in direction.parts)
+    with torch.no_grad(), full_precision(features.device.type):
+        jvp = features.to(wide) @ weight.T
+        return (jvp + bias[0] if bias else jvp) * direction.norm
+
+
+class LastLayer:
+    """The linear layer whose output is the scores.
+
+    Args:
+        layer: The layer.
+        name: Its name, for errors.
+        wanted_by: The setting that needs it, for errors.
+        instead: What to do where it does not make the scores, as an instruction.
+    """
+
+    def __init__(self, layer: nn.Linear, name: str, *, wanted_by: str, instead: str) -> None:
+        self.layer = layer
+        self.name = name
+        self.wanted_by = wanted_by
+        self.instead = instead
+
+    def record(self) -> "Recording":
+        """Begin to record what the layer sees, until `Recording.take`."""
+        return Recording(self)
+
+
+class Recording:
+    """The input and output of a layer's last call in one forward."""
+
+    def __init__(self, last: LastLayer) -> None:
+        self._last = last
+        self._output: Tensor | None = None
+        self._handle = last.layer.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(
+        self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        self._features = (args[0] if args else kwargs["input"]).detach()
+        self._output, self._node, self._version = output, output.grad_fn, output._version
+
+    def close(self) -> None:
+        """End it."""
+        self._handle.remove()
+
+    def take(self, scores: Scores) -> Tensor:
+        """End it and return the layer's input, ``(batch, features)``.
+
+        Raises:
+            UnsupportedModelError: If the scores are not the layer's output.
+        """
+        self.close()
+        last, output, self._output = self._last, self._output, None
+        if output is None:
+            raise UnsupportedModelError(
+                f"Expected submodule `{last.name}` to be called for {last.wanted_by}, but no call "
+                "was seen; a compiled model hides its layers. Leave the head out of what "
+                f"`torch.compile` takes. {last.instead}"
+            )
+        if not isinstance(scores, Tensor) or self._features.ndim != 2:
+            raise UnsupportedModelError(
+                f"Expected submodule `{last.name}` to map (batch, features) to the scores, but the "
+                f"model does something else with it. {last.instead}"
+            )
+        unchanged = output._version == self._version
+        if not (unchanged and same_values(scores, output, self._node)):
+            raise UnsupportedModelError(
+                f"Expected the output of submodule `{last.name}` to be the scores, but they "
+                f"differ. {last.instead}"
+            )
+        return self._features
+
+
+def same_values(scores: Tensor, source: Tensor, node: Any = None) -> bool:
+    """Say whether scores are a tensor, a copy or a cast of it, with every value in its place.
+
+    Graphs tell (``node`` is what the source's was when it was made); without one, values are
+    compared, which waits for the device.
+    """
+    if scores is source:
+        return True
+    node = source.grad_fn if node is None else node
+    if scores.shape != source.shape or (scores.grad_fn is None) != (node is None):
+        return False
+    if node is None:
+        return torch.equal(scores.detach().nan_to_num(), source.detach().to(scores).nan_to_num())
+    found: Any = scores.grad_fn
+    while found is not node and found.name() in _COPIES:
+        found = found.next_functions[0][0]
+    return found is node
 
 
 class HeadEngine:
@@ -24,115 +122,39 @@ class HeadEngine:
 
     Exact for the parameters of that layer and blind to all others: a different, cheaper
     algorithm. Neither the validation pass nor the training pass needs an extra backward or forward.
-
-    Args:
-        module: The model.
-        head: The layer whose output is the scores; None finds the last ``nn.Linear`` called.
-
-    Raises:
-        UnsupportedModelError: If the model has no linear layer, or the head is frozen or of
-            another type.
     """
 
     name = "head"
 
-    def __init__(self, module: nn.Module, head: nn.Module | None = None) -> None:
-        self.module = module
-        self._last = LastLayer(module, head, wanted_by="engine='head'", instead=_INSTEAD)
-        if self._last.layer is not None:
-            _check_parameters(self._last.layer)
-
-    @property
-    def head(self) -> nn.Linear:
-        """The layer in use.
-
-        Returns:
-            The linear layer whose output is the scores.
-
-        Raises:
-            RuntimeError: If no pass has been run yet to find it.
-        """
-        if self._last.layer is None:
-            raise RuntimeError("Expected `gradient` to be called once before `head` is read.")
-        return self._last.layer
+    def __init__(self, last: LastLayer) -> None:
+        self.last = last
 
     @property
     def params(self) -> list[Tensor]:
-        """The head's weight and, where it has one that is trainable, its bias.
-
-        Returns:
-            One or two parameters.
-        """
-        bias = self.head._parameters["bias"]
-        if bias is None or not bias.requires_grad:
-            return [self.head.weight]
-        return [self.head.weight, bias]
+        """The layer's weight and, where it has one that is trainable, its bias."""
+        layer = self.last.layer
+        bias = layer._parameters["bias"]
+        return [layer.weight] if bias is None or not bias.requires_grad else [layer.weight, bias]
 
     def gradient(
-        self, forward: Callable[[], Scores], loss: Callable[[Scores], Tensor]
+        self, run: Callable[[], Scores], loss: Callable[[Scores], Tensor]
     ) -> tuple[Tensor, ...]:
-        """Return the head's gradient of the validation loss, without a backward pass.
-
-        Args:
-            forward: Computes the scores of a validation batch.
-            loss: Computes its mean loss.
-
-        Returns:
-            One tensor per parameter, in float32 or wider: ``(classes, features)`` and, with a bias,
-            ``(classes,)``.
-        """
-        _check_parameters(self._last.find(forward))
-        with self._last.recorded() as inputs:
-            scores = evaluate(self.module, forward)
-        scores = widen(self._last.check(scores, inputs).detach()).requires_grad_()
+        """Return the gradient of the loss for the layer, without a backward pass through it."""
+        recording = self.last.record()
+        try:
+            with torch.no_grad(), full_precision(self.last.layer.weight.device.type):
+                scores = run()
+        finally:
+            recording.close()
+        features = recording.take(scores)
+        assert isinstance(scores, Tensor)
+        logits = widen(scores.detach()).requires_grad_()
         with torch.enable_grad():
-            (residual,) = torch.autograd.grad(loss(scores), scores)
-        features = inputs[-1][0].to(residual.dtype)
+            (residual,) = torch.autograd.grad(loss(logits), logits)
+        features = features.to(residual.dtype)
         return (residual.T @ features, residual.sum(0))[: len(self.params)]
 
-    def measure(
-        self,
-        forward: Callable[[], Scores],
-        tangent: Tangent,
-        *,
-        probe: Callable[[], Scores] | None = None,
-        rows: Tensor | None = None,
-    ) -> tuple[Scores, Scores]:
-        """Run the training forward and return its scores with their tangent.
-
-        Args:
-            forward: The training forward; called exactly once.
-            tangent: Direction of the derivative, for the head's parameters.
-            probe: Finds the head where `gradient` has not yet; not needed otherwise.
-            rows: Rows of the batch whose tangent is wanted, int64; None means all.
-
-        Returns:
-            The scores with their graph, and the detached tangent of the rows.
-        """
-        # A resumed run has a tangent before its first gradient.
-        _check_parameters(self._last.find(probe or forward))
-        with self._last.recorded() as inputs:
-            scores = forward()
-        self._last.check(scores, inputs)
-        features = inputs[-1][0].detach()
-        if rows is not None:
-            features = features[rows]
-        wide = torch.promote_types(features.dtype, tangent.norm.dtype)
-        with full_precision(self.params), torch.no_grad():
-            product = features.to(wide) @ tangent.direction[0].to(wide).T
-            if len(tangent.direction) > 1:
-                product = product + tangent.direction[1].to(wide)
-            return scores, product * tangent.norm
-
-
-def _check_parameters(head: nn.Linear) -> None:
-    if "weight" not in head._parameters:
-        raise UnsupportedModelError(
-            "Expected the weight of the last linear layer to be a parameter for engine='head', but "
-            f"it is computed from others (weight or spectral norm). {_INSTEAD}"
-        )
-    if not head.weight.requires_grad:
-        raise UnsupportedModelError(
-            "Expected the last linear layer to be trainable for engine='head', but it is frozen. "
-            f"{_INSTEAD}"
-        )
+    def jvp(self, run: Callable[[], Scores], direction: Direction) -> Finish:
+        """Record what the layer sees in the training forward that follows."""
+        recording = self.last.record()
+        return Finish(lambda scores: linear_jvp(recording.take(scores), direction), recording.close)

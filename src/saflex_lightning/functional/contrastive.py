@@ -1,12 +1,15 @@
 """Contrastive learning as classification: the pairs of a batch are the classes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["contrastive_scores", "contrastive_target", "info_nce", "same_class_target"]
+from .ranks import Ranks
+
+__all__ = ["contrastive_scores", "contrastive_target", "gather_rows", "same_class_target"]
 
 
 def contrastive_scores(
@@ -44,35 +47,24 @@ def contrastive_scores(
     return logit_scale * first @ gather(second).T, logit_scale * second @ gather(first).T
 
 
-def contrastive_target(
-    scores: Tensor, *, rank: int = 0, world_size: int = 1
-) -> Int[Tensor, " batch"]:
+def contrastive_target(scores: Tensor) -> Int[Tensor, " batch"]:
     """Return the diagonal target: row i belongs to proxy class i.
 
-    Args:
-        scores: Similarities, ``(batch, batch)``, or ``(batch, world_size * batch)`` where the
-            pairs of all processes are the classes.
-        rank: This process; its pairs are block number ``rank`` of the columns.
-        world_size: Number of processes whose pairs are columns.
-
-    Returns:
-        ``(batch,)`` int64.
+    Where the pairs of all processes are the columns, those of rank r are block number r.
 
     Raises:
-        ValueError: If the scores have another shape.
-
-    Example:
-        >>> contrastive_target(torch.zeros(2, 4), rank=1, world_size=2)
-        tensor([2, 3])
+        ValueError: If the scores are neither square nor as wide as the pairs of all processes.
     """
-    if scores.ndim != 2 or scores.shape[1] != world_size * scores.shape[0]:
-        wide = "" if world_size == 1 else f" or one {world_size} times as wide as high"
+    ranks = Ranks.current()
+    rows, columns = scores.shape if scores.ndim == 2 else (0, -1)
+    if columns not in {rows, ranks.size * rows}:
+        wide = "" if ranks.size == 1 else f" or one {ranks.size} times as wide as high"
         raise ValueError(
             f"Expected a square similarity matrix{wide} when no target is given, but got shape "
             f"{tuple(scores.shape)}. Pass `target` for classification."
         )
-    rows = scores.shape[0]
-    return torch.arange(rank * rows, (rank + 1) * rows, device=scores.device)
+    first = 0 if columns == rows else ranks.rank * rows
+    return torch.arange(first, first + rows, device=scores.device)
 
 
 def same_class_target(
@@ -101,37 +93,43 @@ def same_class_target(
     return same / same.sum(-1, keepdim=True)
 
 
-def info_nce(
-    first: Float[Tensor, "batch features"],
-    second: Float[Tensor, "batch features"],
-    logit_scale: Tensor | float = 1.0,
-) -> Float[Tensor, " batch"]:
-    r"""Return the symmetric contrastive loss of each pair.
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, one block per rank, connected to those of this process.
 
-    .. math:: \ell_i = -\tfrac12 \Big(\log \frac{e^{s_{ii}}}{\sum_j e^{s_{ij}}}
-        + \log \frac{e^{s_{ii}}}{\sum_j e^{s_{ji}}}\Big)
+    Backward gives each process the sum over ranks of the gradients of its rows, so that averaging
+    parameter gradients over ranks, as DDP does, gives the gradient of the mean of the ranks'
+    losses. Forward mode carries tangents across (``torch.distributed.all_gather`` alone drops
+    both). Without a process group it returns ``rows``.
 
-    No reduction.
+    Every rank must call it at the same point with the same number of rows.
 
     Args:
-        first: Features of one view or modality, ``(batch, features)``.
-        second: Features of the other, ``(batch, features)``.
-        logit_scale: Inverse temperature of the similarities, positive.
+        rows: Features of this process, ``(batch, features)``.
 
     Returns:
-        Loss of each pair in nats, ``(batch,)``.
-
-    Example:
-        >>> info_nce(torch.eye(2), torch.eye(2), 10.0).round(decimals=6)
-        tensor([4.5000e-05, 4.5000e-05])
-
-    References:
-        Ding et al. 2024, Eq. 12.
+        ``(world_size * batch, features)``.
     """
-    per_first, per_second = contrastive_scores(first, second, logit_scale)
-    target = contrastive_target(per_first)
-    cross_entropy = torch.nn.functional.cross_entropy
-    return (
-        cross_entropy(per_first, target, reduction="none")
-        + cross_entropy(per_second, target, reduction="none")
-    ) / 2
+    return _GatherRows.apply(rows) if Ranks.current().size > 1 else rows
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return _all_gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _all_gather(tangents[0])
+
+
+def _all_gather(rows: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    blocks = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(blocks, rows)
+    return torch.cat(blocks)

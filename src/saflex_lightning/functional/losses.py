@@ -1,56 +1,77 @@
 """Cross-entropy per sample, with labels that may be learned, and the checks of its target."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .contrastive import contrastive_target
+
 __all__ = [
+    "NO_OPTIONS",
+    "LossOptions",
+    "Scores",
+    "as_tuple",
     "check_target",
     "dense_target",
-    "log_probabilities",
+    "map_scores",
+    "mean_cross_entropy",
     "soft_cross_entropy",
     "weighted_mean",
     "widen",
 ]
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, or in its own dtype where that is wider.
+Scores = Tensor | tuple[Tensor, ...]
 
-    Args:
-        tensor: A floating-point tensor.
 
-    Returns:
-        The tensor itself or a copy.
+def as_tuple(scores: Scores) -> tuple[Tensor, ...]:
+    """Return scores as a tuple of tasks."""
+    return (scores,) if isinstance(scores, Tensor) else tuple(scores)
+
+
+def map_scores(function: Callable[..., Tensor], *scores: Scores) -> Scores:
+    """Apply a function to a score tensor, or to each task of tuples of them."""
+    if isinstance(scores[0], Tensor):
+        return function(*scores)
+    return tuple(function(*tasks) for tasks in zip(*scores, strict=True))
+
+
+class LossOptions(NamedTuple):
+    """Options of the training loss that the validation gradient shares.
+
+    Attributes:
+        class_weight: ``(classes,)`` or None.
+        label_smoothing: In [0, 1).
     """
+
+    class_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def same_kind(self, other: "LossOptions") -> bool:
+        """Say whether a gradient made with one serves the other."""
+        return (self.class_weight is None) == (other.class_weight is None) and (
+            bool(self.label_smoothing) == bool(other.label_smoothing)
+        )
+
+    def to(self, device: torch.device) -> "LossOptions":
+        """Return the options with the class weights on a device."""
+        weight = None if self.class_weight is None else self.class_weight.to(device)
+        return self._replace(class_weight=weight)
+
+
+NO_OPTIONS = LossOptions()
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in its own dtype where that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def log_probabilities(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
-    """Return log-softmax over classes, in float32 or wider whatever the dtype of ``logits``.
-
-    Args:
-        logits: Model scores, ``(batch, classes)``.
-
-    Returns:
-        Log-probabilities in nats, ``(batch, classes)``.
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.log_softmax(logits, dim=-1, dtype=wide)
-
-
 def dense_target(target: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """Return the target as one row of class probabilities per sample.
-
-    Args:
-        target: ``(batch,)`` integer labels in [0, classes) or ``(batch, classes)`` rows that sum
-            to 1.
-        num_classes: Number of classes.
-        dtype: Floating dtype of the result.
-
-    Returns:
-        ``(batch, classes)``; rows sum to 1.
-    """
+    """Return ``(batch,)`` labels or ``(batch, classes)`` probabilities as the latter."""
     if target.ndim == 1:
         return torch.nn.functional.one_hot(target.long(), num_classes).to(dtype)
     return target.to(dtype)
@@ -86,7 +107,7 @@ def soft_cross_entropy(
     References:
         Ding et al. 2024, Eq. 1 (the loss whose weights and labels are learned).
     """
-    log_p = log_probabilities(logits)
+    log_p = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
     labels = soft_labels.to(log_p.dtype)
     if label_smoothing:
         labels = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
@@ -110,17 +131,25 @@ def weighted_mean(losses: Tensor, weights: Tensor, total: Tensor) -> Tensor:
     return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 
+def mean_cross_entropy(logits: Scores, target: Tensor | None, options: LossOptions) -> Tensor:
+    """Return ``F.cross_entropy``, averaged over tasks when the scores are a tuple."""
+    weight = options.class_weight
+    losses = [
+        torch.nn.functional.cross_entropy(
+            scores,
+            contrastive_target(scores) if target is None else target,
+            weight=None if weight is None else weight.to(scores.dtype),
+            label_smoothing=options.label_smoothing,
+        )
+        for scores in as_tuple(logits)
+    ]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+
 def check_target(target: Tensor, logits: Tensor, *, values: bool = True) -> None:
-    """Check that a target fits classification scores.
+    """Refuse a target that does not fit classification scores, ``(batch, classes)``.
 
-    Args:
-        target: What the caller passed as the target.
-        logits: Scores, ``(batch, classes)``.
-        values: Look at the values too, not at shapes and types alone (this waits for the device).
-
-    Raises:
-        ValueError: If shapes do not fit, labels are out of range, or rows do not sum to 1.
-        TypeError: If the dtype fits neither labels nor probabilities.
+    Looking at ``values`` too, and not at shapes and types alone, waits for the device.
     """
     if logits.ndim != 2 or logits.shape[-1] < 1:
         raise ValueError(

@@ -1,0 +1,168 @@
+"""What a pass of ours leaves as it was: buffers, modes, random state, signals, precision."""
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from .errors import UnsupportedModelError
+
+__all__ = [
+    "copy_all",
+    "delayed_signals",
+    "full_precision",
+    "untouched",
+    "untouched_generators",
+    "unwritten",
+]
+
+_SIGNALS = tuple(map(int, signal.valid_signals()))
+_foreach_copy_: Any = torch._foreach_copy_  # documented, and exported under private names alone
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Restore buffers (objects and values), training modes and random state on every exit."""
+    parts = list(module.modules())
+    kept = [(part, part.training, dict(part._buffers)) for part in parts]
+    buffers = [b for _, _, slots in kept for b in slots.values() if b is not None]
+    tensors = [buffer for buffer in buffers if not _is_expanded(buffer)]
+    saved = [torch.empty_like(tensor) for tensor in tensors]
+    copy_all(saved, tensors)
+    params = [p for part in parts for p in part._parameters.values()]
+    with delayed_signals(), untouched_generators(params):
+        try:
+            yield
+        finally:
+            for part, mode, slots in kept:
+                if part.training != mode:  # an assignment to a module is slow
+                    part.training = mode
+                part._buffers.clear()
+                part._buffers.update(slots)
+            # Through `data`, since what is the same again must not invalidate earlier graphs.
+            copy_all([tensor.data for tensor in tensors], saved)
+
+
+@contextmanager
+def untouched_generators(tensors: Iterable[Tensor | None] = ()) -> Iterator[None]:
+    """Restore the random state of torch, NumPy and Python; of the tensors' CUDA devices too."""
+    devices = {tensor.device for tensor in tensors if tensor is not None and tensor.is_cuda}
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def unwritten(run: Callable[[], Any], inputs: Any) -> Callable[[], Any]:
+    """Return a forward that is refused once it has written in its inputs, which are read again."""
+    tensors: list[Tensor] = []
+    apply_to_collection(inputs, Tensor, tensors.append, allow_frozen=True)
+    tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+    versions = [tensor._version for tensor in tensors]
+
+    def run_unwritten() -> Any:
+        result = run()
+        if [tensor._version for tensor in tensors] != versions:
+            raise UnsupportedModelError(
+                "Expected a forward that leaves its inputs as they are, for it runs more than once "
+                "in a step, but it wrote in them in place. Write `x = x - mean` in place of "
+                "`x.sub_(mean)`, pass `inplace=False` to the first layers, or engine='head', which "
+                "runs it once."
+            )
+        return result
+
+    return run_unwritten
+
+
+@contextmanager
+def delayed_signals() -> Iterator[None]:
+    """Handle signals that arrive in the block when it is over.
+
+    A handler may look at the model (SLURM's requeue signal writes a checkpoint) or raise wherever
+    the program is, a clean-up included (Ctrl-C, and torch's watch over its loader workers). A
+    signal that arrives a second time is handled at once, so that a block that hangs can be left.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread runs handlers
+        return
+    handlers: dict[int, Any] = {}
+    arrived: list[int] = []
+    is_over = False
+
+    def delay(number: int, frame: FrameType | None) -> None:
+        if is_over or number in arrived:
+            handlers[number](number, frame)
+        else:
+            arrived.append(number)
+
+    try:
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, delay)
+        yield
+    finally:
+        is_over = True
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[list[str]]:
+    """Run the block without autocast, the model's own included; yield what was switched off.
+
+    Weights that autocast cast before the block are not reused in it, nor the block's after it.
+    """
+    ignored = ["autocast"] if torch.is_autocast_enabled(device_type) else []
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device_type, enabled=False):
+            switch = torch.set_autocast_enabled
+
+            def ignore(*setting: object) -> None:
+                # A forward that opens autocast itself would switch it on again.
+                if setting[-1]:
+                    ignored.append("autocast inside the model")
+
+            torch.set_autocast_enabled = ignore
+            try:
+                yield ignored
+            finally:
+                torch.set_autocast_enabled = switch
+    finally:
+        torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same kinds, on a GPU in one launch for each kind."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        same_targets, same_sources = kinds.setdefault((target.dtype, target.device), ([], []))
+        same_targets.append(target)
+        same_sources.append(source)
+    for same_targets, same_sources in kinds.values():
+        _foreach_copy_(same_targets, same_sources)
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Say whether several entries share memory, so that nobody can write in place."""
+    if buffer.layout != torch.strided:
+        return False
+    return any(
+        size > 1 and not step for size, step in zip(buffer.shape, buffer.stride(), strict=True)
+    )

@@ -1,0 +1,1 @@
+"""One fit: what it holds, what it refuses, and what it tells."""

@@ -1,0 +1,313 @@
+"""Everything that can be known to be wrong before a step is taken, said at once."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import nn
+
+from saflex_lightning.engines.parameters import select_parameters
+from saflex_lightning.functional.settings import Settings
+from saflex_lightning.module import SAflexMixin
+from saflex_lightning.validation.source import ask_hook
+
+__all__ = [
+    "check_fit",
+    "check_launch",
+    "check_model",
+    "check_saved_gradient",
+    "check_state",
+    "count_batches",
+    "find_group_names",
+    "launch_problems",
+]
+
+STATE_VERSION = 3
+_INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning ignores SLURM
+
+
+def check_fit(trainer: Any, module: Any, settings: Settings) -> None:
+    """Collect every incompatibility of Trainer, module and settings, and raise once."""
+    if not isinstance(trainer, pl.Trainer):
+        raise MisconfigurationException(
+            "Expected `SAflexCallback` in a `lightning.pytorch.Trainer`, but found "
+            f"`{type(trainer).__module__}.{type(trainer).__name__}`. Write "
+            "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
+        )
+    problems = [
+        *_module_problems(module),
+        *_strategy_problems(trainer.strategy, settings),
+        *_launch_problems_of(trainer),
+        *_precision_problems(trainer, settings),
+        *_compile_problems(module, settings),
+    ]
+    if problems:
+        raise MisconfigurationException("\n".join(problems))
+
+
+def check_model(module: pl.LightningModule, settings: Settings) -> None:
+    """Refuse patterns and heads that do not fit a model, once it was set up."""
+    assert isinstance(module, SAflexMixin)
+    problems: list[str] = []
+    if settings.engine == "head" and settings.params is not None:
+        problems.append(
+            f"Expected `params` to be None with engine='head', but got {settings.params!r}. The "
+            "head engine matches the last linear layer only; remove `params`."
+        )
+    head: object = module.saflex_head()
+    if not isinstance(head, (nn.Linear, type(None))):
+        problems.append(
+            f"Expected `saflex_head()` to return an `nn.Linear`, but got {type(head).__name__}. "
+            "Return the layer whose output is the scores, or None to have it found."
+        )
+    try:
+        select_parameters(module, settings.params)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise MisconfigurationException("\n".join(problems))
+
+
+def _module_problems(module: Any) -> Iterator[str]:
+    if not isinstance(module, SAflexMixin):
+        yield (
+            f"Expected the module to derive from `SAflexMixin`, but {type(module).__name__} does "
+            f"not. Write `class {type(module).__name__}(SAflexMixin, LightningModule)` and use "
+            "`self.saflex_forward` and `self.saflex_loss` in `training_step`."
+        )
+
+
+def _strategy_problems(strategy: Strategy, settings: Settings) -> Iterator[str]:
+    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    if whole and not isinstance(strategy, DeepSpeedStrategy):  # which derives from `DDPStrategy`
+        return
+    if not isinstance(strategy, ModelParallelStrategy):
+        yield (
+            "Expected a single device, `strategy='ddp'` or `ModelParallelStrategy`, but got "
+            f"`{type(strategy).__name__}`. Choose `ddp`, or shard the model with `fully_shard` in "
+            "`configure_model` under `ModelParallelStrategy` and pass engine='head'."
+        )
+        return
+    if settings.engine != "head":
+        yield (
+            "Expected engine='head' under `ModelParallelStrategy`, but got "
+            f"engine={settings.engine!r}, which may need whole parameters. Pass engine='head', or "
+            "choose `ddp`."
+        )
+    tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
+    if tensor_parallel > 1:
+        yield (
+            "Expected every process to have rows of its own, but got a tensor-parallel group of "
+            f"{tensor_parallel}. Pass `ModelParallelStrategy(data_parallel_size=..., "
+            "tensor_parallel_size=1)`."
+        )
+
+
+def _precision_problems(trainer: pl.Trainer, settings: Settings) -> Iterator[str]:
+    narrow = str(trainer.precision).startswith(("16", "bf16", "transformer-engine"))
+    if narrow and settings.engine == "finite_difference":
+        yield (
+            "Expected parameters and products of float32 or wider for engine='finite_difference', "
+            f"but got `precision={trainer.precision!r}`: its small step would be rounded away. "
+            "Pass engine='forward_mode' or engine='head'."
+        )
+
+
+def _compile_problems(module: Any, settings: Settings) -> Iterator[str]:
+    # Lightning puts this on a module that was compiled as a whole, training step included.
+    whole = getattr(module, "_compiler_ctx", None) is not None
+    if whole and settings.engine != "finite_difference":
+        yield (
+            "Expected engine='finite_difference' where `torch.compile` takes the whole module, but "
+            f"got engine={settings.engine!r}, for which compiled code hides what it needs. Compile "
+            "the inner network without its last layer instead, or pass engine='finite_difference'."
+        )
+
+
+# What a launcher started, against what the Trainer was told. Lightning notices some mismatches only
+# by waiting for processes that nobody started, and others not at all.
+
+
+def check_launch(trainer: pl.Trainer) -> None:
+    """Refuse a Trainer that its launcher cannot serve; entry points call it before a run."""
+    problems = list(_launch_problems_of(trainer))
+    if problems:
+        raise MisconfigurationException("\n".join(problems))
+
+
+def _launch_problems_of(trainer: pl.Trainer) -> Iterator[str]:
+    cluster = getattr(trainer.strategy, "cluster_environment", None)
+    if cluster is None or isinstance(cluster, (SLURMEnvironment, TorchElasticEnvironment)):
+        yield from launch_problems(
+            os.environ, devices=trainer.num_devices, num_nodes=trainer.num_nodes
+        )
+
+
+def launch_problems(
+    environment: Mapping[str, str], *, devices: int, num_nodes: int
+) -> Iterator[str]:
+    """Compare the tasks that SLURM or torchrun started with the Trainer's devices and nodes.
+
+    Example:
+        >>> torchrun = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"}
+        >>> list(launch_problems(torchrun, devices=4, num_nodes=1))
+        []
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:  # torchrun comes first inside SLURM too
+        started = int(environment["LOCAL_WORLD_SIZE"])
+        nodes = int(environment["WORLD_SIZE"]) // started
+        launcher, option = "torchrun", "--nproc-per-node"
+    elif "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in _INTERACTIVE:
+        if "SLURM_STEP_TASKS_PER_NODE" not in environment:
+            if devices * num_nodes > 1:
+                yield (
+                    f"Expected `srun` to start {devices * num_nodes} processes, but this one was "
+                    "started in a SLURM job without it, and Lightning would wait for the others. "
+                    "Write `srun` before the command."
+                )
+            return
+        counts = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        if len(set(counts)) > 1:
+            yield (
+                f"Expected as many tasks on every node, but SLURM started {counts}. Write "
+                f"`#SBATCH --ntasks-per-node={devices}` in place of `--ntasks`."
+            )
+            return
+        started, nodes = counts[0], len(counts)
+        launcher, option = "SLURM", "--ntasks-per-node"
+    else:
+        return
+    if started != devices:
+        yield (
+            f"Expected as many processes per node as `devices`, but {launcher} started {started} "
+            f"and the Trainer has devices={devices}. Pass `{option}={devices}` to {launcher}, or "
+            f"`devices={started}` to the Trainer."
+        )
+    if nodes != num_nodes:
+        yield (
+            f"Expected `num_nodes` to be the nodes in use, but {launcher} uses {nodes} and the "
+            f"Trainer has num_nodes={num_nodes}. Pass `num_nodes={nodes}` to the Trainer."
+        )
+
+
+def _tasks_per_node(counts: str) -> list[int]:
+    """Expand SLURM's ``"4(x2),3"`` into one number per node."""
+    nodes: list[int] = []
+    for tasks, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        nodes += [int(tasks)] * int(repeated or 1)
+    return nodes
+
+
+# What gates need to know of a fit
+
+
+def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[str]:
+    """Return the name of every group of training rows, from a `saflex_group_names` hook.
+
+    Raises:
+        MisconfigurationException: If there is no hook, no augmented group, or a name twice.
+    """
+    names = ask_hook(trainer, module, "saflex_group_names")
+    if names is None or len(names) < 2 or len(set(names)) < len(names):
+        raise MisconfigurationException(
+            "Expected `saflex_group_names()` of the datamodule or module to name the groups of "
+            "`AugmentedBatch.group` for `gates=True`, the clean rows first, each once, but got "
+            f"{names if names is None else list(names)}. Return names such as "
+            "('clean', 'Rotate', 'Invert'), or pass `gates=False`."
+        )
+    return names
+
+
+def count_batches(trainer: pl.Trainer) -> float:
+    """Return how many training batches the whole training has.
+
+    Raises:
+        MisconfigurationException: If nothing limits the training.
+    """
+    batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    if batches == float("inf"):
+        raise MisconfigurationException(
+            "Expected the length of training to be known for `gates=True`, whose warm-up is a "
+            "tenth of it, but neither `max_steps` nor `max_epochs` with a sized dataloader limits "
+            "it. Set `max_steps` of the Trainer, or pass `gates=False`."
+        )
+    return batches
+
+
+# Checkpoints
+
+
+def check_state(state: Any, expected: Mapping[str, Any]) -> None:
+    """Refuse the state of a checkpoint that is of another version, or has other parts than ours.
+
+    Raises:
+        MisconfigurationException: The message lists every part that is missing or of another kind.
+    """
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != STATE_VERSION:
+        raise MisconfigurationException(
+            f"Expected callback state of version {STATE_VERSION}, but the checkpoint holds "
+            f"version {version!r}. Resume with the library version that wrote it, or start a new "
+            "run."
+        )
+    problems = list(_part_problems(state, expected, ""))
+    if problems:
+        raise MisconfigurationException(
+            "Expected the whole state of `SAflexCallback` in the checkpoint, but "
+            + ", ".join(problems)
+            + ". The file is damaged or was edited; resume from another checkpoint."
+        )
+
+
+def _part_problems(
+    state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str
+) -> Iterator[str]:
+    """Compare a state with that of a callback that has not run: None may stand for anything."""
+    for name, part in expected.items():
+        if name not in state:
+            yield f"`{prefix}{name}` is missing"
+        elif part is not None and state[name] is not None:
+            if not isinstance(state[name], type(part)):
+                found, wanted = type(state[name]).__name__, type(part).__name__
+                yield f"`{prefix}{name}` is a {found}, not a {wanted}"
+            elif isinstance(part, dict):
+                yield from _part_problems(state[name], part, f"{prefix}{name}.")
+
+
+def check_saved_gradient(
+    gradient: Mapping[str, Any], names: tuple[str, ...], module: nn.Module
+) -> None:
+    """Refuse a saved validation gradient that does not fit the parameters of the module."""
+    if gradient["average"] is None:
+        return
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+    problems: list[str] = []
+    for kind in ("average", "direction"):
+        parts = gradient[kind]
+        if len(parts) != len(names):
+            problems.append(f"`{kind}` has {len(parts)} parts for {len(names)} parameters")
+            continue
+        problems += [
+            f"`{kind}` has shape {tuple(part.shape)} for `{name}`, which "
+            + (f"has {shapes[name]}" if name in shapes else "the module does not have")
+            for name, part in zip(names, parts, strict=False)
+            if shapes.get(name) != tuple(part.shape)
+        ]
+    if problems:
+        raise MisconfigurationException(
+            "Expected the saved validation gradient to fit the parameters of the module, but "
+            + ", ".join(problems)
+            + ". Resume with the module that wrote the checkpoint."
+        )

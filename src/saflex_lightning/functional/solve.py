@@ -1,0 +1,235 @@
+"""The solve: from the derivative of a batch's scores to sample weights and soft labels.
+
+One row per sample, one column per class. Where several processes share a batch, every statistic
+is one of the whole batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .inner_products import inner_products, loss_inner_products
+from .losses import NO_OPTIONS, LossOptions, dense_target, widen
+from .ranks import Ranks
+from .settings import Settings
+
+__all__ = ["SAflexSolution", "learned_labels", "learned_weights", "solution_metrics", "solve"]
+
+_FLOOR = 1e-12  # below this, a root mean square or the weight of a class counts as zero
+_CLASS_PRIOR = 4.0  # pseudo-rows of average weight that steady a class's mean weight
+_CLASS_LIMIT = 5.0  # largest factor by which a class is lifted
+
+
+@dataclass(frozen=True)
+class SAflexSolution:
+    """What one solve learned about a batch; all tensors are detached.
+
+    Attributes:
+        weights: Sample weights, ``(batch,)``, non-negative; 1 for clean rows; over all ranks the
+            augmented ones sum to their number, or are all 0 when every one is dropped.
+        soft_labels: ``(batch, classes)``; rows sum to 1; the target itself for clean rows.
+        inner_products: What the rules saw, ``(batch, classes)``; 0 for clean rows.
+        inner_product_rms: Root mean square over augmented rows before normalisation, scalar.
+        finite: False where the solve met a non-finite number and fell back to weights 1 and the
+            upstream labels, scalar bool.
+    """
+
+    weights: Tensor
+    soft_labels: Tensor
+    inner_products: Tensor
+    inner_product_rms: Tensor
+    finite: Tensor
+
+
+@torch.no_grad()
+def solve(
+    jvp: Float[Tensor, "batch classes"],
+    probs: Float[Tensor, "batch classes"],
+    target: Tensor,
+    augmented: Bool[Tensor, " batch"] | None = None,
+    settings: Settings = Settings(),  # noqa: B008  frozen
+    *,
+    balance_classes: bool = True,
+    options: LossOptions = NO_OPTIONS,
+    generator: torch.Generator | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008  has no state
+) -> SAflexSolution:
+    r"""Learn sample weights and soft labels of a batch from the derivative of its scores.
+
+    .. math::
+        \Pi_{ik} = Z_{ik} - \sum_j p_{ij} Z_{ij}, \qquad
+        y_i = \mathrm{softmax}\big((\Pi_i + \beta\, e_i + \text{gumbel}) / \tau\big), \qquad
+        w_i = \mathbb 1[\Pi_i \cdot y_i \ge 0]
+
+    is Algorithm 1; the default weights are a sigmoid of the upstream label's inner product.
+    Clean rows keep weight 1 and their own label. A non-finite number anywhere gives weights 1 and
+    upstream labels to the whole batch, on every rank.
+
+    Args:
+        jvp: Z, the derivative of the scores along the descent direction, ``(batch, classes)``;
+            rows of clean samples are not read.
+        probs: Softmax of the scores, ``(batch, classes)``.
+        target: Upstream labels, ``(batch,)`` int64 or ``(batch, classes)`` float.
+        augmented: True where a row is refined, ``(batch,)``; None refines all rows.
+        settings: The rules; see `Settings`.
+        balance_classes: Renormalise sigmoid weights inside each class; off for contrastive tasks,
+            whose classes are the rows themselves.
+        options: Class weights and label smoothing of the training loss.
+        generator: Source of the Gumbel noise, on the CPU; None draws from the global one.
+        ranks: The processes that share the batch.
+
+    Returns:
+        The weights, labels and inner products.
+
+    References:
+        Ding et al. 2024, Theorem 1 and Algorithm 1, lines 3 to 5. The paper prints the inner
+        products with the opposite sign.
+    """
+    probs = widen(probs)
+    labels = dense_target(target, probs.shape[-1], probs.dtype)
+    if augmented is None:
+        augmented = torch.ones(probs.shape[0], dtype=torch.bool, device=probs.device)
+    rows = augmented.unsqueeze(-1)
+    jvp = torch.where(rows, jvp.to(probs.dtype), 0)
+
+    numbers = torch.stack([augmented.sum().to(probs.dtype), jvp.square().sum()])
+    sums = ranks.sum(torch.cat([jvp.sum(0), numbers]))
+    count = sums[-2].clamp(min=1)
+    # Where centring leaves nothing but rounding, that must not be blown up to size 1.
+    rounding = 8 * torch.finfo(probs.dtype).eps * (sums[-1] / (count * probs.shape[-1])).sqrt()
+    if settings.normalize:
+        jvp = torch.where(rows, jvp - sums[:-2] / count, 0)
+    products = inner_products(jvp, probs, settings.score_space)
+    products = loss_inner_products(products, *options)
+    products = torch.where(rows, products, 0)
+    rms = (ranks.sum(products.square().sum()) / (count * probs.shape[-1])).sqrt()
+    finite = torch.isfinite(rms)
+    if settings.normalize:
+        products = products / rms.clamp(min=_FLOOR).maximum(rounding)
+
+    noise = _gumbel_noise(products, generator) if settings.gumbel else None
+    soft_labels = learned_labels(products, labels, settings, noise)
+    soft_labels = torch.where(rows & finite, soft_labels, labels)
+    weights = learned_weights(
+        products,
+        labels,
+        soft_labels,
+        augmented,
+        settings,
+        balance_classes=balance_classes,
+        ranks=ranks,
+    )
+    weights = torch.where(augmented & finite, weights, 1)
+    return SAflexSolution(weights, soft_labels, products, rms, finite)
+
+
+def learned_labels(
+    products: Float[Tensor, "batch classes"],
+    labels: Float[Tensor, "batch classes"],
+    settings: Settings,
+    noise: Float[Tensor, "batch classes"] | None = None,
+) -> Float[Tensor, "batch classes"]:
+    r"""Return the label distributions of a rule; rows sum to 1.
+
+    .. math:: y_i = \mathrm{softmax}\big((\Pi_i + \beta\, e_i + \text{noise}) / \tau\big)
+
+    The softmax is the linear programme over labels with an entropy term of weight tau; beta is
+    its prior. As tau goes to 0 it becomes the argmax. Where no other class leads by beta, the
+    noise-free label keeps its argmax (Ding et al. 2024, Algorithm 1, line 4; Theorem 1).
+    """
+    rule, num_classes = settings.label_rule, labels.shape[-1]
+    if rule == "keep" or (rule == "auto" and num_classes <= 2):
+        return labels
+    objective = products + settings.label_penalty * labels
+    if noise is not None:
+        objective = objective + noise
+    if rule == "argmax":
+        return dense_target(objective.argmax(-1), num_classes, labels.dtype)
+    # Relative to the largest entry nothing overflows, however cold it is.
+    lead = objective - objective.amax(-1, keepdim=True)
+    return torch.softmax(lead / max(settings.temperature, torch.finfo(lead.dtype).tiny), dim=-1)
+
+
+def learned_weights(
+    products: Float[Tensor, "batch classes"],
+    labels: Float[Tensor, "batch classes"],
+    soft_labels: Float[Tensor, "batch classes"],
+    augmented: Bool[Tensor, " batch"],
+    settings: Settings,
+    *,
+    balance_classes: bool = True,
+    ranks: Ranks = Ranks(),  # noqa: B008  has no state
+) -> Float[Tensor, " batch"]:
+    r"""Return weights whose augmented entries sum to their number, or are all 0.
+
+    ``"sigmoid"`` gives :math:`s_i = \sigma(\sum_k y_{ik} \Pi_{ik})` of the upstream label and then
+    restores each class's share:
+    :math:`w_i = s_i \sum_k y_{ik} c_k` with
+    :math:`c_k = \min(5, (n_k + m) / (S_k + m \bar s))`, n and S the sums of y and of s y over
+    augmented rows, m = 4 rows of average weight that steady small classes. The other rules are
+    those of Ding et al. 2024, Algorithm 1, line 5, and Theorem 1, and of Ren et al. 2018.
+    """
+    mask = augmented.to(products.dtype)
+    raw = mask * _raw_weights(products, labels, soft_labels, settings.weight_rule)
+    weighted = raw.unsqueeze(-1) * labels
+    sums = torch.stack([(mask.unsqueeze(-1) * labels).sum(0), weighted.sum(0)])
+    rows_of_class, weight_of_class = ranks.sum(sums)
+    count, total = rows_of_class.sum(), weight_of_class.sum()
+    if settings.weight_rule == "sigmoid" and balance_classes:
+        prior = _CLASS_PRIOR * total / count.clamp(min=1)
+        factors = (rows_of_class + _CLASS_PRIOR) / (weight_of_class + prior).clamp(min=_FLOOR)
+        factors = factors.clamp(max=_CLASS_LIMIT)
+        raw = raw * (labels @ factors)
+        total = (weight_of_class * factors).sum()
+    return count * (raw / torch.where(total > 0, total, 1))
+
+
+def _raw_weights(products: Tensor, labels: Tensor, soft_labels: Tensor, rule: str) -> Tensor:
+    if rule == "sigmoid":
+        return torch.sigmoid((labels * products).sum(-1))
+    if rule == "expected":
+        return ((soft_labels * products).sum(-1) >= 0).to(products.dtype)
+    if rule == "sum":
+        return (products.sum(-1) >= 0).to(products.dtype)
+    if rule == "positive":
+        return (labels * products).sum(-1).clamp(min=0)
+    return torch.ones_like(products[:, 0])
+
+
+def solution_metrics(
+    solution: SAflexSolution, target: Tensor, augmented: Bool[Tensor, " batch"] | None = None
+) -> dict[str, Tensor]:
+    r"""Return what the solution did to the augmented rows of this process, as scalars.
+
+    ``kept_fraction`` (weight above 0), ``relabelled_fraction`` (argmax moved away from the upstream
+    label's), ``effective_fraction`` :math:`(\sum w)^2 / (n \sum w^2)` (1 for equal weights, 0 when
+    all are dropped), ``target_entropy`` (nats), ``inner_product_rms``. The fractions of a batch
+    without augmented rows are 1, 0 and 1.
+    """
+    labels = solution.soft_labels
+    mask = torch.ones_like(solution.weights, dtype=torch.bool) if augmented is None else augmented
+    count = mask.sum().clamp(min=1)
+    none = ~mask.any()
+    upstream = target if target.ndim == 1 else target.argmax(-1)
+    weights = torch.where(mask, solution.weights, 0)
+    squares = weights.square().sum()
+    effective = torch.where(
+        squares > 0, weights.sum().square() / (count * squares).clamp(min=_FLOOR), 0
+    )
+    entropy = -(torch.xlogy(labels, labels)).sum(-1)
+    return {
+        "kept_fraction": ((weights > 0).sum() / count).masked_fill(none, 1.0),
+        "relabelled_fraction": ((labels.argmax(-1) != upstream) & mask).sum() / count,
+        "effective_fraction": effective.masked_fill(none, 1.0),
+        "target_entropy": torch.where(mask, entropy, 0).sum() / count,
+        "inner_product_rms": solution.inner_product_rms,
+    }
+
+
+def _gumbel_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    # Drawn on the CPU, so that the noise of a seed is the same on every device.
+    draws = torch.empty(like.shape, dtype=torch.float64).exponential_(generator=generator)
+    noise = -draws.clamp(min=torch.finfo(torch.float64).tiny).log()
+    return noise.to(like, non_blocking=like.is_cuda)

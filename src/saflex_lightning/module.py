@@ -1,0 +1,188 @@
+"""What a LightningModule needs so that a training step can be refined."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import read_batch
+from .functional.losses import LossOptions, Scores, mean_cross_entropy
+from .functional.solve import SAflexSolution
+from .step import Step
+
+__all__ = ["SAflexMixin"]
+
+
+class SAflexMixin:
+    """Give a LightningModule a refined loss; put it before `LightningModule` among the bases.
+
+    Write ``training_step`` with `saflex_forward` and `saflex_loss`. Without `SAflexCallback` in the
+    Trainer, and outside its training steps, they are ``self(...)`` and ``F.cross_entropy``.
+
+    Attributes:
+        saflex_solution: Weights and soft labels of the last refined loss, detached; a tuple of
+            them when the scores are a tuple; None when the last loss was plain.
+    """
+
+    if TYPE_CHECKING:  # TorchScript compiles the types of annotated attributes
+        saflex_solution: SAflexSolution | tuple[SAflexSolution, ...] | None
+        _saflex_step: Step | None
+    else:
+        saflex_solution = None
+        _saflex_step = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(base.__module__.split(".")[0] == "pytorch_lightning" for base in cls.__mro__):
+            raise TypeError(
+                f"Expected {cls.__name__} to derive from `lightning.pytorch.LightningModule`, but "
+                "it derives from the twin package `pytorch_lightning`. Write "
+                "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the step at hand, whose graph no copy can hold."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return {name: value for name, value in state.items() if name != "_saflex_step"}
+
+    # Hooks to override
+
+    def saflex_scores(self, *inputs: Any, **kwargs: Any) -> Scores:
+        """Return the logits of some inputs; override it when ``forward`` returns something else.
+
+        Args:
+            *inputs: Positional inputs.
+            **kwargs: Keyword inputs.
+
+        Returns:
+            Logits ``(batch, classes)``, or a tuple of them, one per proxy task.
+        """
+        return self(*inputs, **kwargs)  # type: ignore[operator]
+
+    def saflex_head(self) -> nn.Linear | None:
+        """Return the linear layer that makes the logits; None, the default, finds it."""
+        return None
+
+    def saflex_group_names(self) -> Sequence[str] | None:
+        """Return what each value of ``AugmentedBatch.group`` stands for, for ``gates=True``.
+
+        A datamodule that has this method is asked first.
+
+        Returns:
+            One name per group, the first for clean rows; None where it is not known.
+        """
+        return None
+
+    def saflex_val_batch(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """Return inputs and target of a validation batch; override it for other layouts.
+
+        Args:
+            batch: What the validation dataloader yields, on the device: a tuple or list whose
+                first two fields are meant, or a mapping or dataclass with one input (``inputs``,
+                ``x``, ``image`` and the like) and one target (``target``, ``y``, ``label``).
+
+        Returns:
+            Inputs for `saflex_scores` (a tuple is splatted, a dict passed as keywords) and the
+            target; None as target means contrastive scores, whose target is the diagonal.
+        """
+        return read_batch(batch)
+
+    # What a training step calls
+
+    def saflex_forward(self, *inputs: Any, **kwargs: Any) -> Scores:
+        """Return `saflex_scores`, after measuring how they move along the descent direction.
+
+        Everything extra happens before the one training forward whose scores are returned. It may
+        be called several times in a step, each time for its own `saflex_loss`; what is logged is
+        then that of the last one. With ``gates=True`` rows of harmful groups are scored as the
+        clean rows they were made from, in new tensors.
+
+        Args:
+            *inputs: Positional inputs of `saflex_scores`.
+            **kwargs: Its keyword inputs.
+
+        Returns:
+            The scores with their graph.
+
+        Raises:
+            UnsupportedModelError: If the engine cannot differentiate the model.
+        """
+        step = self._saflex_step
+        if step is None or not torch.is_grad_enabled():
+            return self.saflex_scores(*inputs, **kwargs)
+        return step.forward(self.saflex_scores, inputs, kwargs)
+
+    def saflex_loss(
+        self,
+        logits: Scores,
+        target: Tensor | None = None,
+        *,
+        augmented: Tensor | None = None,
+        group: Tensor | None = None,
+        index: Tensor | None = None,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        **unsupported: Any,
+    ) -> Tensor:
+        r"""Return the mean cross-entropy with learned sample weights and soft labels.
+
+        .. math:: L = \frac{\sum_i w_i \ell_i(y_i)}{\sum_i w_i}
+
+        When the callback has not armed this step it is exactly ``F.cross_entropy`` with the same
+        options, averaged over tasks.
+
+        Args:
+            logits: What `saflex_forward` returned: ``(batch, classes)``, or a tuple of them.
+            target: Upstream labels, ``(batch,)`` integers or ``(batch, classes)`` float; None for
+                contrastive scores, whose target is the diagonal (of the columns of this rank, where
+                features were gathered).
+            augmented: True where a row is refined, ``(batch,)`` bool; None refines every row. An
+                `AugmentedBatch` brings its own mask, and then this must be None.
+            group: What made each row, ``(batch,)`` int64, 0 for clean rows; read with
+                ``gates=True`` where the batch is not an `AugmentedBatch`, which brings its own.
+            index: Identity of each row across epochs, ``(batch,)`` int64; read likewise, with
+                ``row_evidence=True``.
+            class_weight: ``(classes,)``; enters the validation gradient too, from the second
+                refined step on (the first one keeps plain weights).
+            label_smoothing: In [0, 1); likewise.
+            **unsupported: Refused by name, ``ignore_index`` among them.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            TypeError: If an unknown option is passed, or the target's dtype does not fit.
+            ValueError: If shapes do not fit, labels are out of range, or the logits are not those
+                of a `saflex_forward` in this step.
+            MisconfigurationException: If `saflex_forward` was not called in this step.
+        """
+        if unsupported:
+            raise TypeError(_unsupported_message(unsupported))
+        step, options = self._saflex_step, LossOptions(class_weight, label_smoothing)
+        if step is None or not torch.is_grad_enabled():
+            self.__dict__.pop("saflex_solution", None)
+            return mean_cross_entropy(logits, target, options)
+        loss = step.loss(logits, target, options, augmented, group, index)
+        solutions = tuple(task.solution for task in step.tasks)
+        one = isinstance(logits, Tensor) and bool(solutions)
+        self.saflex_solution = solutions[0] if one else solutions or None
+        return loss
+
+
+def _unsupported_message(options: dict[str, Any]) -> str:
+    advice = {
+        "ignore_index": "Drop the ignored rows before the loss.",
+        "weight": "Pass class weights as `class_weight`.",
+        "reduction": "The loss is always the weighted mean.",
+        "pos_weight": "Binary cross-entropy is not supported; give the model two logits.",
+    }
+    names = sorted(options)
+    hints = [advice[name] for name in names if name in advice] or ["Remove them."]
+    return (
+        "Expected `saflex_loss` options `augmented`, `group`, `index`, `class_weight` "
+        "and `label_smoothing`, but got "
+        + ", ".join(f"`{name}`" for name in names)
+        + ". "
+        + " ".join(hints)
+    )

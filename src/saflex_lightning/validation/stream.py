@@ -1,0 +1,206 @@
+"""Validation batches, drawn without end and seen as Lightning's own evaluation sees them.
+
+Which rows a draw holds is a function of (seed, draw number, rank): every rank cuts its slice from
+one endless sequence of permutations, so several processes together see the batch that one would
+see, and a resumed run needs to remember nothing but how many batches were drawn.
+"""
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, Sampler
+
+from saflex_lightning.engines.untouched import untouched, untouched_generators
+from saflex_lightning.functional.ranks import Ranks
+
+from .source import is_plain
+
+__all__ = ["EndlessBatchSampler", "ValidationStream", "evaluation", "mix_seed", "move_batch"]
+
+
+class ValidationStream:
+    """Draw validation batches from one persistent dataloader, endlessly.
+
+    A map-style dataset behind a plain sampler is drawn through `EndlessBatchSampler`, by a loader
+    like the given one; any other loader (a weighted sampler, an iterable dataset, a list of
+    batches) is repeated as it is, and what each rank sees is then up to that loader. From such a
+    loader a resumed run first draws and drops what was drawn before. Drawing leaves the global
+    random state alone.
+
+    Args:
+        loader: A dataloader, or any iterable of batches.
+        batch_size: Rows per batch and process; None keeps the loader's own.
+        seed: Seed of the order, the same on every rank.
+        ranks: The processes that share a batch.
+        start: Batches drawn before, by a run that this one resumes.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        ranks: Ranks,
+        start: int = 0,
+    ) -> None:
+        self.draws = start
+        self._seed, self._rank = seed, ranks.rank
+        self._loader: DataLoader[Any] | None = None
+        if is_plain(loader):
+            assert isinstance(loader, DataLoader)
+            self._loader = _endless_loader(loader, batch_size, seed, ranks, start)
+            with self._random_state(-1):
+                self._iterator: Iterator[Any] | None = iter(self._loader)
+            return
+        if isinstance(loader, DataLoader):
+            # Persistent workers serve one iterator at a time, and the Trainer's own is another.
+            loader = self._loader = copy(loader)
+            loader._iterator = None
+        self._iterator = _repeat(loader)
+        for number in range(start):  # only by going there can its place be found
+            with self._random_state(number):
+                next(self._iterator)
+
+    def draw(self) -> Any:
+        """Return the next batch as the loader's collate function makes it."""
+        if self._iterator is None:
+            raise RuntimeError("Expected an open validation stream, but it was closed.")
+        draw, self.draws = self.draws, self.draws + 1
+        with self._random_state(draw):
+            return next(self._iterator)
+
+    def close(self) -> None:
+        """End the worker processes and let go of the loader."""
+        if self._loader is not None:
+            # Letting go is not enough: the traceback of a worker's error holds the iterator.
+            CombinedLoader(self._loader).reset()
+        self._loader = self._iterator = None
+
+    @contextmanager
+    def _random_state(self, draw: int) -> Iterator[None]:
+        with untouched_generators():
+            seed_all(mix_seed(self._seed, draw, self._rank))
+            yield
+
+
+def _endless_loader(
+    loader: DataLoader[Any], batch_size: int | None, seed: int, ranks: Ranks, start: int
+) -> DataLoader[Any]:
+    dataset: Any = loader.dataset
+    sampler = EndlessBatchSampler(
+        len(dataset), batch_size or loader.batch_size or 1, seed=seed, ranks=ranks, start=start
+    )
+    workers = loader.num_workers > 0
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if workers else None,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=workers,
+        generator=torch.Generator().manual_seed(mix_seed(seed, start)),
+    )
+
+
+def _repeat(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise MisconfigurationException(
+                "Expected the validation dataloader of SAFLEX to yield batches, but it yielded "
+                "none. Give it at least one row, and an iterable that can be iterated again."
+            )
+
+
+class EndlessBatchSampler(Sampler[list[int]]):
+    """Yield this rank's rows of one shuffled pass after another, without end, from a draw on."""
+
+    def __init__(
+        self, num_rows: int, batch_size: int, *, seed: int, ranks: Ranks, start: int = 0
+    ) -> None:
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.ranks = ranks
+        self.start = start
+        self._pass = -1
+        self._order: list[int] = []
+
+    def rows(self, draw: int) -> list[int]:
+        """Return the rows of one draw; where one pass ends in it, it may hold a row twice."""
+        first = (draw * self.ranks.size + self.ranks.rank) * self.batch_size
+        return [self._row(position) for position in range(first, first + self.batch_size)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self.rows(draw) for draw in itertools.count(self.start))
+
+    def _row(self, position: int) -> int:
+        number, place = divmod(position, self.num_rows)
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, number))
+            self._order = torch.randperm(self.num_rows, generator=generator).tolist()
+            self._pass = number
+        return self._order[place]
+
+
+def mix_seed(*numbers: int) -> int:
+    """Return one seed in [0, 2**63), made from several numbers, such as (seed, step, rank)."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return mixed
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  transforms draw from the global state
+    random.seed(seed)
+
+
+@contextmanager
+def evaluation(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Iterator[None]:
+    """Put a training run where Lightning's own validation has it, and everything back.
+
+    That is the stage, the module's mode by its own hooks, the default dtype and autocast of the
+    precision plugin; random numbers come from a seed.
+    """
+    trainer.validating = True
+    try:
+        with untouched(module), trainer.precision_plugin.val_step_context():
+            seed_all(seed)
+            module.on_validation_model_eval()
+            try:
+                yield
+            finally:
+                if is_overridden("on_validation_model_train", module):
+                    module.on_validation_model_train()
+    finally:
+        trainer.training = True
+
+
+def move_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """Return a batch on the device, after the transfer hooks."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    hook = "on_before_batch_transfer"
+    owner = datamodule if datamodule and is_overridden(hook, datamodule) else module
+    batch = owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -67,7 +67,8 @@ class SAflexCallback(pl.Callback):
         self._report = Report()
         self._loader: Any = None
         self._step: Step | None = None
-        self._newest: Step | None = None
+        self._newest: Step | None = None  # until its metrics are read
+        self._metrics: dict[str, Tensor] = {}
         self._armed_steps = self._loss_calls = 0  # of this epoch
 
     # Once per fit
@@ -130,7 +131,8 @@ class SAflexCallback(pl.Callback):
     ) -> None:
         """Disarm the module, take in what was learned, and log it where a logger would read it."""
         assert isinstance(pl_module, SAflexMixin)
-        step, self._step, self._newest = self._step, None, None
+        step, self._step = self._step, None
+        self._newest, self._metrics = None, {}
         pl_module._saflex_step = None
         if step is None:
             return
@@ -169,9 +171,10 @@ class SAflexCallback(pl.Callback):
             Scalars by the names that are logged, without ``saflex/``; empty where the batch was
             not refined.
         """
-        if self._newest is None:
-            return {}
-        return read_step(self._newest, self._fit.gradient.norm, self._fit.skipped)
+        if self._newest is not None:
+            fit, step, self._newest = self._fit, self._newest, None
+            self._metrics = read_step(step, fit.gradient.norm, fit.skipped)
+        return dict(self._metrics)
 
     def read_row_evidence(self) -> RowEvidence | None:
         """Return how well the label of each row of the pool fits, averaged over the row's visits.
@@ -192,11 +195,10 @@ class SAflexCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; equal on every rank."""
-        return {
-            "version": STATE_VERSION,
-            "settings": {"preset": self.preset, **asdict(self.settings)},
-            **self._fit.state_dict(),
-        }
+        settings = {"preset": self.preset, **asdict(self.settings)}
+        if self._given_loader is not None:
+            settings["val_batch_size"] = getattr(self._given_loader, "batch_size", None)
+        return {"version": STATE_VERSION, "settings": settings, **self._fit.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stopped; warn where it was written with other settings."""

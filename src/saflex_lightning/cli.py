@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from saflex_lightning.preflight import check_launch
+from saflex_lightning.fit.checks import check_launch
 from saflex_lightning.recipes.quiet import silence_hints
 
 __all__ = ["find_config", "main"]

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from saflex_lightning.preflight import check_launch
+from saflex_lightning.fit.checks import check_launch
 from saflex_lightning.recipes.paper import check_paper
 from saflex_lightning.recipes.quiet import silence_hints
 from saflex_lightning.recipes.report import RunReport, make_run_table, read_report

@@ -55,13 +55,13 @@ def test_scenarios_are_what_their_names_say(ranks):
 
 def test_gates_are_equal_on_all_ranks_and_to_those_of_one_process(ranks):
     def gates(name):
-        return [rank[name, torch.float64].gathered for rank in ranks]
+        return [rank[name, torch.float64].state for rank in ranks]
 
-    def log_weights(gathered):
-        return gathered["gates"]["log_weights"]
+    def log_weights(state):
+        return state["gates"]["log_weights"]
 
     raised, rejecting = map(gates, ("gates", "gates that reject"))
-    alone = log_weights(train("gates", torch.float64, 1).gathered)
+    alone = log_weights(train("gates", torch.float64, 1).state)
     assert alone[1:].min() > 0.1
     torch.testing.assert_close(log_weights(raised[0]), alone, rtol=0, atol=1e-8)
     assert log_weights(rejecting[0])[1:].max() < -0.1
@@ -69,7 +69,7 @@ def test_gates_are_equal_on_all_ranks_and_to_those_of_one_process(ranks):
     for first, *others in (raised, rejecting):
         for other in others:
             assert log_weights(first).equal(log_weights(other))
-            assert first["bank"]["rows"].equal(other["bank"]["rows"])
+            assert first["memory"]["rows"].equal(other["memory"]["rows"])
     results = [rank["gates that reject", torch.float64] for rank in ranks]
     assert all(largest_difference(results[0].parameters, r.parameters) == 0 for r in results)
     rows = [[step.rows for step in result.refined] for result in results]
@@ -83,10 +83,10 @@ def test_nan_on_one_rank_is_met_by_all_and_kept_by_none(ranks):
     for state in states:
         for part in state["gradient"]["average"]:
             assert part.isfinite().all()
-        assert state["gathered"]["gates"]["log_weights"].isfinite().all()
-        assert state["gathered"]["gates"]["moments"]["covariance"].isfinite().all()
-        assert state["gathered"]["gates"]["log_weights"].equal(
-            states[0]["gathered"]["gates"]["log_weights"]
+        assert state["gates"]["log_weights"].isfinite().all()
+        assert state["gates"]["moments"]["covariance"].isfinite().all()
+        assert state["gates"]["log_weights"].equal(
+            states[0]["gates"]["log_weights"]
         )
 
 

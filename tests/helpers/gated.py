@@ -37,8 +37,23 @@ def gated_loader(num_rows=96, batch_size=CLEAN_ROWS, *, make_batch=union_batch, 
     return DataLoader(rows, collate_fn=collate, **settings, **kwargs)
 
 
+def without(batch, rejected):
+    """Return what is left of a batch: rejected rows are their source, and count as clean."""
+    if rejected is None:
+        return batch
+    places = torch.where(rejected, batch.source, torch.arange(len(rejected)))
+    return AugmentedBatch(
+        batch.inputs[places],
+        batch.target[places],
+        batch.augmented & ~rejected,
+        torch.where(rejected, 0, batch.group),
+        batch.index[places],
+        torch.where(rejected, -1, batch.source),
+    )
+
+
 class Gated(Classifier):
-    """Remembers the batches and solutions of its steps."""
+    """Remembers what its steps trained on, and their solutions."""
 
     names = NAMES
 
@@ -50,8 +65,10 @@ class Gated(Classifier):
         return self.names
 
     def training_step(self, batch, batch_idx):
+        step = self._saflex_step
         loss = super().training_step(batch, batch_idx)
-        self.steps.append((batch, self.saflex_solution, loss.item()))
+        left = without(batch, None if step is None else step.rejected)
+        self.steps.append((left, self.saflex_solution, loss.item()))
         return loss
 
 

@@ -89,10 +89,9 @@ def train(
             )
         ]
     parallel = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
-    cached = {"cache_on_device": False} if val == "workers" else {}
     trainer = fit(
         module,
-        SAflexCallback(VAL_LOADERS[val](), **settings, **cached),
+        SAflexCallback(VAL_LOADERS[val](), **settings),
         *keepers,
         train=train_loader(rank, world_size, num_workers),
         max_epochs=EPOCHS,
@@ -112,17 +111,3 @@ def train(
 
 def train_as(rank, world_size, folder, settings):
     return train(folder, rank=rank, world_size=world_size, **settings)
-
-
-class Hungry(Classifier):
-    """Asks for more memory than there is in the solve of the second process."""
-
-    def saflex_scores(self, *inputs):
-        if self.training and not torch.is_grad_enabled() and self.trainer.global_rank == 1:
-            torch.empty(2**46)
-        return super().saflex_scores(*inputs)
-
-
-def train_without_memory(rank):
-    parallel = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
-    fit(seeded(Hungry), SAflexCallback(make_loader(40, 8)), train=train_loader(rank, 2), **parallel)

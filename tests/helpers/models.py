@@ -190,19 +190,3 @@ class Restless(nn.Module):
         self.on_forward()
         hidden = hidden * (1 + random.random()) + np.random.rand()  # noqa: NPY002
         return self.head(self.dropout(hidden))
-
-
-class PerSample(nn.Module):
-    """Score rows one by one, remembering how many rows each call had."""
-
-    def __init__(self, dropout: float = 0.0, norm: bool = False) -> None:
-        super().__init__()
-        self.body = nn.Linear(5, 8)
-        self.norm = nn.BatchNorm1d(8) if norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(8, CLASSES)
-        self.rows: list[int] = []
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.rows.append(len(inputs))
-        return self.head(self.dropout(torch.tanh(self.norm(self.body(inputs)))))

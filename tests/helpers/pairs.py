@@ -22,7 +22,6 @@ class TwoTowers(SAflexMixin, pl.LightningModule):
         self.second = nn.Linear(NUM_FEATURES, 6, dtype=dtype)
         self.prototypes = nn.Parameter(torch.randn(NUM_CLASSES, 6, dtype=dtype))
         self.gather = gather_rows if gather else None
-        self.saflex_rows_interact = gather
         self.steering, self.lr = steering, lr
 
     def saflex_scores(self, rows, mirrored=None):

@@ -43,11 +43,6 @@ class Result(NamedTuple):
     refined: list[Refined]
     state: dict[str, Any]
 
-    @property
-    def gathered(self):
-        """What was gathered beside the gradient."""
-        return self.state["gathered"]
-
 
 class Watched(Classifier):
     """Remembers what each step refined."""
@@ -63,6 +58,8 @@ class Watched(Classifier):
         loss = super().training_step(batch, batch_idx)
         weights = self.saflex_solution.weights
         mask = batch.augmented if isinstance(batch, AugmentedBatch) else weights >= 0
+        rejected = self._saflex_step.rejected
+        mask = mask if rejected is None else mask & ~rejected
         self.refined.append(Refined(int(mask.sum()), float(weights[mask].sum())))
         return loss
 
@@ -193,11 +190,14 @@ SCENARIOS = {
         for engine in ENGINES
         for name, preset in {"robust": {}, "paper": PAPER}.items()
     },
-    "unused parameters": Scenario(module=Branching, ddp={"find_unused_parameters": True}),
+    "unused parameters": Scenario(
+        {"engine": "forward_mode"}, module=Branching, ddp={"find_unused_parameters": True}
+    ),
     "static graph": Scenario(ddp={"static_graph": True}),
     "accumulation": Scenario(trainer={"accumulate_grad_batches": 2}),
     "manual optimization": Scenario(module=Manual),
     "union batch": Scenario(batch=union),
+    "union batch, finite_difference": Scenario({"engine": "finite_difference"}, batch=union),
     "no augmented row on a rank": Scenario(batch=clean_first_half),
     "all rows dropped": Scenario(HARD, batch=wrong, batch_size=4),
     "soft labels": Scenario(batch=mixed),
@@ -206,7 +206,7 @@ SCENARIOS = {
     "NaN on one rank": Scenario(
         {"gates": True}, module=Surviving, batch=partial(grouped, wrong="clean")
     ),
-    "row evidence": Scenario({"row_evidence": "discriminant"}, batch=indexed),
+    "row evidence": Scenario({"row_evidence": True}, batch=indexed),
     # Features gathered over ranks; steered by pairs (gathered too) or by classification.
     **{
         f"{engine}, {steering}": Scenario(

@@ -12,10 +12,12 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
-from saflex_lightning.functional import contrastive_scores, info_nce, make_preset
-from saflex_lightning.measured import MeasuredScores
-from saflex_lightning.plain_loss import LossOptions
-from saflex_lightning.step import SAflexStep
+from saflex_lightning.fit.run import Fit
+from saflex_lightning.functional import contrastive_scores
+from saflex_lightning.functional.losses import NO_OPTIONS
+from saflex_lightning.functional.ranks import Ranks
+from saflex_lightning.functional.settings import Settings
+from saflex_lightning.step import Call, Step
 
 
 @dataclass
@@ -164,8 +166,8 @@ def test_validation_gradient_uses_the_class_weights_of_the_loss():
             loss = cross_entropy(self.net(inputs), target, weight=weight, label_smoothing=0.1)
             expected = torch.autograd.grad(loss, list(self.parameters()))
             self.expected = torch.cat([part.flatten() for part in expected])
-            tangent = self._saflex_step.tangent
-            self.found = -torch.cat([p.flatten() for p in tangent.direction]) * tangent.norm
+            direction = self._saflex_step.fit.gradient.direction
+            self.found = -torch.cat([p.flatten() for p in direction.parts]) * direction.norm
             return super().training_step(batch, batch_idx)
 
     val = make_loader(32, 32, seed=7)
@@ -204,6 +206,16 @@ def test_module_whose_forward_returns_a_dict(engine):
     assert module.last[-1].soft_labels.shape == (16, NUM_CLASSES)
 
 
+def info_nce(first, second, scale):
+    """Eq. 12 pair by pair."""
+    scores = scale * cosine_similarity(first.unsqueeze(1), second.unsqueeze(0), dim=-1)
+    pairs = [
+        -(scores[i].log_softmax(0)[i] + scores[:, i].log_softmax(0)[i]) / 2
+        for i in range(len(scores))
+    ]
+    return torch.stack(pairs).mean()
+
+
 class Contrastive(SAflexMixin, pl.LightningModule):
     def __init__(self):
         super().__init__()
@@ -219,7 +231,7 @@ class Contrastive(SAflexMixin, pl.LightningModule):
         first, second = batch[0], batch[0].flip(-1)
         scores = self.saflex_forward(first, second)
         loss = self.saflex_loss(scores)
-        plain = info_nce(self.first(first), self.second(second), 10.0).mean()
+        plain = info_nce(self.first(first), self.second(second), 10.0)
         self.last = (loss.item(), plain.item(), self.saflex_solution)
         return loss
 
@@ -227,7 +239,7 @@ class Contrastive(SAflexMixin, pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
-@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode"])
+@pytest.mark.parametrize("engine", ["auto", "finite_difference", "forward_mode"])
 def test_contrastive_scores_are_two_tasks_with_the_diagonal_as_target(engine):
     module = seeded(Contrastive)
     callback = SAflexCallback(make_loader(64, 16, seed=7), engine=engine)
@@ -298,27 +310,26 @@ def test_learned_labels_repair_false_negatives(preset, least):
     assert share_steered_wrongly < 1
 
 
+class Shifted(Ranks):
+    """Two processes; what the other one adds is known."""
+
+    def sum(self, tensor):
+        return 2.0 * tensor + 1.0
+
+
 @pytest.mark.parametrize("columns", [6, 12])
 def test_pairs_of_one_process_are_solved_without_those_of_others(columns):
     # Six columns are the process's own pairs, twelve those of two processes.
-    scores, tangent = torch.randn(2, 6, columns, generator=torch.Generator().manual_seed(0))
+    scores, jvp = torch.randn(2, 6, columns, generator=torch.Generator().manual_seed(0))
     solutions = []
-    for reduce_sum in (None, lambda total: 2.0 * total + 1.0):
-        step = SAflexStep(
-            preset=make_preset("robust"),
-            engine=None,
-            tangent=None,
-            usable=torch.tensor(True),
-            rows=None,
-            options=LossOptions(),
-            num_classes=0,
-            batch=None,
-            generator=torch.Generator(),
-            reduce_sum=reduce_sum,
-            measured=[MeasuredScores(scores, tangent)],
-        )
-        step.refine(scores, None if columns == 6 else torch.arange(6), LossOptions())
-        solutions.append(step.solutions[0])
+    for ranks in (Ranks(), Shifted(0, 2)):
+        fit = Fit(Settings())
+        fit.ranks = ranks
+        fit.gradient.is_usable = lambda number: torch.tensor(True)
+        step = Step(fit, 0, None, generator=torch.Generator(), gate_draws=torch.Generator())
+        step.calls = [Call(scores, jvp, None)]
+        step.loss(scores, None if columns == 6 else torch.arange(6), NO_OPTIONS)
+        solutions.append(step.tasks[0].solution)
     assert torch.equal(*(solution.weights for solution in solutions)) == (columns == 6)
 
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.utils.data
-from helpers.interrupted import NAME, train, train_as, train_loader, train_without_memory
+from helpers.interrupted import NAME, train, train_as, train_loader
 from helpers.processes import exit_codes
 from helpers.training import (
     Classifier,
@@ -27,8 +27,7 @@ from helpers.training import (
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from saflex_lightning import SAflexCallback, SAflexWarning
-from saflex_lightning.skips import check_skippable
+from saflex_lightning import SAflexCallback
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{said}")  # Lightning, where on_exception.ckpt may be there
@@ -151,7 +150,7 @@ def test_failure_at_any_stage_leaves_the_parameters_and_a_checkpoint(
     module = seeded(lambda: Faulty(stage, fail_with(error("own words"))))
     rows = Rows(*make_rows(32, seed=7))
     rows.on_access = lambda: module.at("draw")
-    settings = {"engine": engine, "refresh_every_n_steps": 1, "cache_on_device": False}
+    settings = {"engine": engine, "refresh_every_n_steps": 1}
     callback = SAflexCallback(DataLoader(rows, 8), **settings)
     interrupted_fit(module, callback, error, tmp_path)
     parameters = dict(module.named_parameters())
@@ -195,53 +194,12 @@ def test_checkpoint_that_a_signal_asks_for_in_the_solve_holds_the_weights(tmp_pa
     assert_same_state(module.noted, saved["state_dict"])
 
 
-def run_out_of_memory():
-    torch.empty(2**46)
-
-
-@pytest.mark.parametrize("stage", ["validation forward", "probe"])
-def test_solve_without_memory_is_skipped_counted_and_said_once(stage):
-    module = seeded(lambda: Faulty(stage))
-    solved = []
-
-    class Hungry(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            module.action = run_out_of_memory if batch_idx else None
-
-        def on_train_batch_end(self, *_):
-            solved.append(module.saflex_solution is not None)
-
-    callback = SAflexCallback(make_loader(32, 8), refresh_every_n_steps=1)
-    module.at = lambda at: at == stage and module.action is not None and module.action()
-    with pytest.warns(
-        SAflexWarning, match="memory for the solve, but it ran out at batch 1 of epoch 0"
-    ):
-        fit(module, Hungry(), callback)
-    assert solved == [True, False, False, False, False, False] * 2
-    assert callback.state_dict()["skipped_steps"] == 10
-    assert module._saflex_step is None
-
-
-def test_run_whose_every_solve_lacks_memory_is_a_run_without_the_callback():
-    plain, hungry = seeded(Faulty), seeded(Faulty)
-    hungry.at = lambda stage: stage == "probe" and run_out_of_memory()
-    with pytest.warns(SAflexWarning, match="memory for the solve"):
-        fit(hungry, SAflexCallback(make_loader(32, 8)))
-    fit(plain)
-    assert_same_state(state_of(plain), state_of(hungry))
-
-
-def test_lack_of_memory_in_the_training_forward_is_the_users_own():
-    module = seeded(lambda: Faulty("forward", run_out_of_memory))
+@pytest.mark.parametrize("stage", ["validation forward", "probe", "forward"])
+def test_lack_of_memory_shows_as_it_is(stage):
+    module = seeded(lambda: Faulty(stage, lambda: torch.empty(2**46)))
+    callback = SAflexCallback(make_loader(32, 8), engine="forward_mode", refresh_every_n_steps=1)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        fit(module, SAflexCallback(make_loader(32, 8)))
-
-
-@pytest.mark.distributed
-def test_lack_of_memory_on_one_of_two_processes_ends_both():
-    with pytest.raises(RuntimeError, match="so that it cannot be skipped"):
-        check_skippable(MemoryError(), 2)
-    assert exit_codes(train_without_memory, 2) == [1, 1]
+        fit(module, callback)
 
 
 def children():
@@ -296,7 +254,7 @@ def test_faulty_worker_ends_the_fit_in_its_own_words_and_leaves_no_process(fault
     # On a busy machine the first batch alone may take a second.
     timeout = 1 if fault == "stalling" else 60
     loader = DataLoader(rows, 8, num_workers=1, timeout=timeout, multiprocessing_context="fork")
-    callback = SAflexCallback(loader, refresh_every_n_steps=1, cache_on_device=False)
+    callback = SAflexCallback(loader, refresh_every_n_steps=1)
     module, left = seeded(Classifier), None
     others = [Release(is_over), *([Kill()] if fault == "killed" else [])]
 

@@ -8,7 +8,6 @@ from helpers.training import (
     fit,
     make_loader,
     make_net,
-    make_rows,
     seeded,
     state_of,
 )
@@ -16,8 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from saflex_lightning import SAflexCallback
-from saflex_lightning.gated_rows import swap_rows
+from saflex_lightning import SAflexCallback, UnsupportedModelError
+from saflex_lightning.batch import replace_rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Expected more matched parameters than unknowns"  # the head engine on a tiny net
@@ -86,21 +85,55 @@ def test_order_of_what_the_gates_see_and_do():
     assert all(helpful > harmful for helpful, harmful in both)
 
 
-def test_swapped_rows_are_the_source_in_every_field():
-    batch = union_batch(*make_rows(6), torch.arange(6))
-    batch = batch._replace(inputs={"x": batch.inputs, "more": (batch.inputs * 2,)})
-    target = torch.arange(12)
-    batch = batch._replace(target=target)
-    rows = torch.zeros(12, dtype=torch.bool)
-    rows[[7, 10]] = True
-    swap_rows(batch, rows)
-    assert batch.inputs["x"][[7, 10]].equal(batch.inputs["x"][[1, 4]])
-    assert batch.inputs["more"][0].equal(2 * batch.inputs["x"])
-    assert batch.target.tolist() == [0, 1, 2, 3, 4, 5, 6, 1, 8, 9, 4, 11]
-    assert batch.index.tolist() == [0, 1, 2, 3, 4, 5, 1000, 1, 1002, 1003, 4, 1005]
-    assert batch.augmented.tolist() == [False] * 6 + [True, False, True, True, False, True]
-    assert batch.group.tolist() == [0] * 6 + [1, 0, 1, 2, 0, 2]
-    assert batch.source.tolist() == [-1] * 6 + [0, -1, 2, 3, -1, 5]
+def test_replaced_rows_are_their_source_in_every_input_and_in_new_tensors():
+    inputs = torch.arange(24.0).view(12, 2)
+    batch = {"x": inputs, "more": (inputs * 2, True, None)}
+    places = torch.tensor([0, 1, 2, 3, 4, 5, 6, 1, 8, 9, 4, 11])
+    found = replace_rows(batch, places)
+    assert found["x"].equal(inputs[places])
+    assert found["more"][0].equal(2 * inputs[places])
+    assert found["more"][1:] == (True, None)
+    assert inputs.equal(torch.arange(24.0).view(12, 2))
+
+
+class Repeated:
+    """A loader that yields the same tensors in every epoch."""
+
+    def __init__(self):
+        self.batches = list(gated_loader())
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_the_user_s_batch_is_never_written():
+    """What the forward and the loss see is replaced; a loader may yield its tensors again."""
+
+    class Watching(Gated):
+        def forward(self, inputs):
+            if torch.is_grad_enabled():
+                self.scored = inputs
+            return super().forward(inputs)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            left = self.steps[-1][0]
+            assert self.scored.equal(left.inputs)
+            labels = self.saflex_solution.soft_labels.argmax(-1)[~left.augmented]
+            assert labels.equal(left.target[~left.augmented])
+            return loss
+
+    train, fresh = Repeated(), Repeated()
+    module = seeded(lambda: Watching(plain=True))
+    callback = SAflexCallback(steering(), gates=True)
+    trainer = fit(module, callback, train=train, max_epochs=EPOCHS)
+    assert gates_of(trainer)["mislabel"] < 0.5
+    assert any(left.augmented.sum() < CLEAN_ROWS for left, _, _ in module.steps)
+    for ours, theirs in zip(train.batches, fresh.batches, strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 class Discarding(Gated):
@@ -137,7 +170,7 @@ def test_resumed_gates_equal_uninterrupted_ones(engine, tmp_path):
         module = seeded(lambda: Gated(plain=True))
         callback = SAflexCallback(steering(), **settings)
         trainer = fit(module, callback, train=gated_loader(), max_epochs=8, **kwargs)
-        return module, trainer, callback.state_dict()["gathered"]
+        return module, trainer, callback.state_dict()
 
     class Interrupted(Gated):
         def on_train_epoch_end(self):
@@ -156,7 +189,7 @@ def test_resumed_gates_equal_uninterrupted_ones(engine, tmp_path):
     assert gates_of(trainer) == gates_of(resumed_trainer) != {"generate": 1.0, "mislabel": 1.0}
     assert_same_state(state_of(whole), state_of(resumed))
     assert state["gates"]["log_weights"].equal(resumed_state["gates"]["log_weights"])
-    assert state["bank"]["rows"].equal(resumed_state["bank"]["rows"])
+    assert state["memory"]["rows"].equal(resumed_state["memory"]["rows"])
     assert state["gates"]["moments"]["covariance"].equal(
         resumed_state["gates"]["moments"]["covariance"]
     )
@@ -216,15 +249,15 @@ class TestRefusals:
     def test_a_model_without_a_linear_layer(self):
         module = seeded(Gated)
         module.net = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 8), nn.Flatten())
-        message = r"Expected `gates=True` to find an `nn.Linear`, but the model has none\. Name"
-        with pytest.raises(MisconfigurationException, match=message):
+        message = r"Expected `gates=True` to see an `nn.Linear` called, but the scores used none\. "
+        with pytest.raises(UnsupportedModelError, match=message):
             self.fit(module)
         assert not module.steps
 
     def test_a_model_whose_linear_layer_does_not_make_the_scores(self):
         module = seeded(Gated)
         module.net = nn.Sequential(make_net(), nn.Tanh())
-        with pytest.raises(ValueError, match=r"to be the scores.*Name the layer with `saflex_h"):
+        with pytest.raises(ValueError, match=r"to be the scores.*name the layer with `saflex_h"):
             self.fit(module)
 
     @pytest.mark.parametrize("names", [None, ("clean",), ("clean", "generate", "generate")])

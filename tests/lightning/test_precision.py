@@ -30,7 +30,7 @@ TOLERANCE = {
     "bf16-true": 1e-2,
     "16-true": 2e-3,
 }
-HALF = ("bf16-true", "16-true")
+ROUNDED = ("bf16-mixed", "16-mixed", "bf16-true", "16-true")
 ENGINES = ("finite_difference", "forward_mode", "head")
 ACCELERATORS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 
@@ -91,8 +91,9 @@ def test_solution_is_float32_or_wider_and_near_that_of_float64(
 ):
     module, callback = seeded(Recording), SAflexCallback(soft_loader(), engine=engine)
     settings = precision_settings(precision, accelerator)
-    if precision in HALF and engine == "finite_difference":
-        with pytest.raises(MisconfigurationException, match=f"precision='{precision}'`: its small"):
+    if precision in ROUNDED and engine == "finite_difference":
+        match = f"precision='{precision}'`: its small step.*Pass engine='forward_mode'"
+        with pytest.raises(MisconfigurationException, match=match):
             fit(module, callback, train=soft_loader(), **settings)
         return
     trainer = fit(module, callback, train=soft_loader(), **settings)
@@ -139,7 +140,7 @@ class Shadow(Classifier):
 
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["forward_mode", "head"])
 def test_grad_scaler_does_not_notice_the_solve(engine, accelerator):
     runs = []
     device = "cuda" if accelerator == "gpu" else "cpu"

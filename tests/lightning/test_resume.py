@@ -103,7 +103,7 @@ def messages(caught):
     [
         {},  # a checkpoint between two refreshes of the gradient
         {"preset": "paper"},
-        {"engine": "head"},
+        {"engine": "finite_difference"},
         {"engine": "forward_mode", "every": 6},  # at the end of an epoch
         {"every_n_steps": 3},
         {"accumulate": 2, "every": 3},
@@ -215,34 +215,45 @@ def test_other_settings_warn_by_name():
     resumed = callback.state_dict()
     assert (resumed["seed"], resumed["batch_size"], resumed["batches"]) == (None, None, 3)
     assert resumed["gradient"]["average"] is None  # it was that of other parameters
+    assert resumed["engine"] == ""
 
 
 def test_equal_settings_do_not_warn():
     SAflexCallback(make_loader(40, 8), seed=5).load_state_dict(saved_state(seed=5))
 
 
-def test_run_with_another_preset_takes_the_state_over_and_says_what_differs(tmp_path):
+def test_run_with_another_preset_goes_on_and_says_what_differs(tmp_path):
     trainer = fit(
         seeded(Classifier), SAflexCallback(make_loader(40, 8)), max_epochs=1, limit_train_batches=3
     )
     trainer.save_checkpoint(tmp_path / "robust.ckpt")
     callback = SAflexCallback(make_loader(40, 8), "paper")
-    with (
-        pytest.warns(SAflexWarning, match="`engine` was 'finite_difference' and is now"),
-        pytest.warns(UserWarning, match="callbacks used to create the checkpoint"),
-    ):
+    with pytest.warns(SAflexWarning, match="`engine` was 'auto' and is now 'forward_mode'"):
         fit(seeded(Classifier), callback, ckpt_path=tmp_path / "robust.ckpt", max_epochs=2)
     assert callback.state_dict()["batches"] == 3 + 4
+    assert callback.state_dict()["engine"] == "forward_mode"
 
 
-def test_checkpoint_without_a_state_starts_afresh_and_says_so(tmp_path, caplog):
+def test_checkpoint_without_a_state_starts_afresh(tmp_path):
     trainer = fit(seeded(Classifier), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     callback = SAflexCallback(make_loader(40, 8))
-    with caplog.at_level("INFO"):
-        fit(seeded(Classifier), callback, ckpt_path=tmp_path / "plain.ckpt", max_epochs=2)
-    assert "the checkpoint holds no state of `SAflexCallback{" in caplog.text
+    fit(seeded(Classifier), callback, ckpt_path=tmp_path / "plain.ckpt", max_epochs=2)
     assert callback.state_dict()["batches"] == 4
+
+
+@pytest.mark.parametrize(
+    ("engine", "found", "matched"),
+    [
+        ("auto", "head", ("net.4.weight", "net.4.bias")),
+        ("forward_mode", "forward_mode", tuple(n for n, _ in Classifier().named_parameters())),
+    ],
+)
+def test_the_engine_that_was_chosen_is_in_the_checkpoint(engine, found, matched):
+    state = saved_state(engine=engine)
+    assert state["engine"] == found
+    assert state["matched"] == matched
+    assert state["settings"]["engine"] == engine
 
 
 def without(key):
@@ -261,8 +272,8 @@ def with_value(value, *keys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda state: state.clear(), "version 2, but the checkpoint holds version None"),
-        (with_value(99, "version"), "version 2, but the checkpoint holds version 99"),
+        (lambda state: state.clear(), "version 3, but the checkpoint holds version None"),
+        (with_value(99, "version"), "version 3, but the checkpoint holds version 99"),
         (without("draws"), "`draws` is missing"),
         (with_value("4", "batches"), "`batches` is a str, not a int"),
         (with_value([], "gradient"), "`gradient` is a list, not a dict"),
@@ -279,7 +290,7 @@ def test_damaged_state_is_refused_by_name(damage, message):
 
 
 def test_gradient_of_other_shapes_is_refused_by_name_before_a_step(tmp_path):
-    callback = SAflexCallback(make_loader(40, 8))
+    callback = SAflexCallback(make_loader(40, 8), engine="forward_mode")
     trainer = fit(seeded(Classifier), callback, max_epochs=1, limit_train_batches=3)
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
     checkpoint = torch.load(tmp_path / "whole.ckpt", weights_only=False)
@@ -295,16 +306,3 @@ def test_gradient_of_other_shapes_is_refused_by_name_before_a_step(tmp_path):
         "has shape (3, 3) for `net.0.weight`, which has (16, 8), `direction` has 2 parts for 6 "
         "parameters. Resume with the module that wrote the checkpoint."
     )
-
-
-def test_two_callbacks_of_one_preset_and_engine_are_refused_others_coexist():
-    with pytest.raises(RuntimeError, match="must be unique among all callbacks"):
-        make_trainer(SAflexCallback(), SAflexCallback(temperature=3.0))
-    first, second = (
-        SAflexCallback(make_loader()),
-        SAflexCallback(make_loader(), "paper", start_epoch=9),
-    )
-    fit(seeded(Classifier), first, second, max_epochs=1)
-    assert first.state_key != second.state_key
-    assert first.state_dict()["draws"] == 1
-    assert second.state_dict()["draws"] == 0

@@ -76,10 +76,34 @@ def test_the_order_of_the_calls_changes_no_bit():
     assert_same_state(state_of(first), state_of(second))
 
 
-def test_logits_that_no_forward_returned_are_refused_where_several_wait():
-    module = seeded(lambda: TwoViews("copied", plain=True))
-    with pytest.raises(ValueError, match=r"one of the 2 calls of `saflex_forward`.* of none\."):
-        fit(module, callback())
+@pytest.mark.parametrize("change", ["permuted", "sliced", "of another forward", "scaled"])
+def test_logits_that_no_forward_returned_are_refused(change):
+    class Changing(Classifier):
+        def training_step(self, batch, batch_idx):
+            inputs, target = batch
+            logits = self.saflex_forward(inputs)
+            if change == "permuted":
+                logits, target = logits.flip(0), target.flip(0)
+            if change == "sliced":
+                logits, target = logits[:8], target[:8]
+            if change == "of another forward":
+                logits = self.net(inputs)
+            if change == "scaled":
+                logits = 1.0 * logits
+            return self.saflex_loss(logits, target)
+
+    with pytest.raises(ValueError, match=r"one of the 1 calls of `saflex_forward`.*unchanged\."):
+        fit(seeded(lambda: Changing(plain=True)), callback())
+
+
+def test_a_copy_of_logits_is_that_of_its_own_forward():
+    plain, copied = (
+        seeded(lambda order=order: TwoViews(order, plain=True))
+        for order in ("forwards first", "copied")
+    )
+    fit(plain, callback())
+    fit(copied, callback())
+    assert_same_state(state_of(plain), state_of(copied))
 
 
 def test_a_copy_of_the_only_logits_is_taken_for_them():

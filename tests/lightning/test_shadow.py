@@ -46,9 +46,8 @@ def run(*callbacks):
     [
         {},
         {"preset": "paper"},
-        {"engine": "head"},
-        {"cache_on_device": False},
-        {"preset": "paper", "engine": "finite_difference", "every_n_steps": 2},
+        {"engine": "finite_difference"},
+        {"preset": "paper", "engine": "head", "every_n_steps": 2},
     ],
     ids=str,
 )

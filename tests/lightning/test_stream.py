@@ -31,9 +31,9 @@ from torch.utils.data import (
 )
 
 from saflex_lightning import SAflexCallback, SAflexWarning
-from saflex_lightning.draws import EndlessBatchSampler
-from saflex_lightning.sources import count_rows, same_rows
-from saflex_lightning.val_stream import ValidationStream
+from saflex_lightning.functional.ranks import Ranks
+from saflex_lightning.validation.source import count_rows, same_rows
+from saflex_lightning.validation.stream import EndlessBatchSampler, ValidationStream
 
 
 def numbered(num_rows=20, batch_size=4, **kwargs):
@@ -49,7 +49,7 @@ def flat(batches):
 
 
 def make_stream(loader, **kwargs):
-    return ValidationStream(loader, lambda batch: batch, **kwargs)
+    return ValidationStream(loader, ranks=Ranks(), **kwargs)
 
 
 def test_every_pass_holds_every_row_once_in_a_new_order():
@@ -65,30 +65,24 @@ def test_rows_left_over_open_the_next_batch():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_cut_slices_of_the_one_process_batch(world_size):
-    whole = EndlessBatchSampler(23, 8, seed=5)
+    whole = EndlessBatchSampler(23, 8, seed=5, ranks=Ranks())
     parts = [
-        EndlessBatchSampler(23, 8 // world_size, seed=5, rank=rank, world_size=world_size)
+        EndlessBatchSampler(23, 8 // world_size, seed=5, ranks=Ranks(rank, world_size))
         for rank in range(world_size)
     ]
     for number in range(12):
         assert whole.rows(number) == [row for part in parts for row in part.rows(number)]
 
 
-@pytest.mark.parametrize("settings", [{"cache": True}, {"cache": False}, {"num_workers": 1}])
-def test_stream_goes_on_where_another_stopped(settings):
-    settings = {"cache": False, "seed": 3, **settings}
-    through = draw(make_stream(numbered(), **settings), 9)
-    first, second = make_stream(numbered(), **settings), None
-    start = draw(first, 4)
-    second = make_stream(numbered(), start=first.draws, **settings)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_stream_goes_on_where_another_stopped(num_workers):
+    loader = numbered(num_workers=num_workers)
+    whole, first = make_stream(loader, seed=3), make_stream(loader, seed=3)
+    through, start = draw(whole, 9), draw(first, 4)
+    second = make_stream(loader, start=first.draws, seed=3)
     assert start + draw(second, 5) == through
-    first.close()
-    second.close()
-
-
-def test_cached_and_loaded_draws_are_the_same():
-    cached = draw(make_stream(numbered(), cache=True, seed=1), 8)
-    assert cached == draw(make_stream(numbered(), cache=False, seed=1), 8)
+    for stream in (whole, first, second):
+        stream.close()
 
 
 class Noisy(Dataset):
@@ -99,14 +93,13 @@ class Noisy(Dataset):
         return torch.rand(2)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_drawing_leaves_the_global_random_state_alone_and_is_reproducible(cache):
+def test_drawing_leaves_the_global_random_state_alone_and_is_reproducible():
     state = torch.get_rng_state()
     loader = DataLoader(Noisy(), 3)
-    first = [make_stream(loader, cache=cache).draw() for _ in range(2)]
+    first = [make_stream(loader).draw() for _ in range(2)]
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(5)
-    assert torch.equal(first[0], make_stream(loader, cache=cache).draw())
+    assert torch.equal(first[0], make_stream(loader).draw())
     assert torch.equal(first[0], first[1])
 
 
@@ -169,13 +162,6 @@ def test_batches_in_a_list_are_not_taken_for_rows():
     assert count_rows(DataLoader([make_rows(8)] * 5, batch_size=None)) is None
     assert count_rows([]) == 0
     assert count_rows(make_loader(40, 8)) == 40
-
-
-def test_asking_to_cache_what_cannot_be_cached_is_an_error():
-    loader = DataLoader([{"name": "a", "x": torch.ones(1)}] * 4, 2)
-    with pytest.raises(ValueError, match="Pass `cache_on_device=False`"):
-        make_stream(loader, cache=True)
-    assert make_stream(loader, cache="auto").draw()["name"] == ["a", "a"]
 
 
 class Data(pl.LightningDataModule):
@@ -244,12 +230,16 @@ def test_a_batch_of_all_rows_is_the_whole_set_once_per_refresh():
     torch.testing.assert_close(torch.stack(norms[::2]), torch.stack(expected[::2]))
 
 
-def test_falling_back_on_the_trainers_rows_warns_once():
+def test_falling_back_on_the_trainers_rows_warns_once_where_they_select(tmp_path):
     callback = SAflexCallback()
-    with pytest.warns(SAflexWarning, match="same rows also select checkpoints") as caught:
-        make_trainer(callback).fit(seeded(Classifier), Data(hook=False))
-    assert len([w for w in caught if w.category is SAflexWarning]) == 1
+    make_trainer(callback).fit(seeded(Classifier), Data(hook=False))  # nothing is selected: silent
     assert len(steering_rows(callback)) == 24
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/loss")
+    with pytest.warns(SAflexWarning, match="same rows also select checkpoints") as caught:
+        make_trainer(callback, checkpoint, enable_checkpointing=True).fit(
+            seeded(Classifier), Data(hook=False)
+        )
+    assert len([w for w in caught if w.category is SAflexWarning]) == 1
 
 
 def test_steering_rows_that_select_or_test_warn(tmp_path):
@@ -342,7 +332,7 @@ def test_batch_is_moved_as_in_validation():
 
     fit(
         seeded(Observing),
-        SAflexCallback(make_loader(12, 6), cache_on_device=False, refresh_every_n_steps=1),
+        SAflexCallback(make_loader(12, 6), refresh_every_n_steps=1),
         max_epochs=1,
     )
     assert stages == [("train", 16), ("validate", 6)] * 4
@@ -363,7 +353,7 @@ def test_workers_persist_through_the_fit_and_end_with_it(fails):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             workers.append({process.pid for process in multiprocessing.active_children()})
 
-    callback = SAflexCallback(make_loader(seed=7, num_workers=1), cache_on_device=False)
+    callback = SAflexCallback(make_loader(seed=7, num_workers=1))
     module = seeded(Watching)
     if fails:
         with pytest.raises(RuntimeError, match="planted"):
@@ -384,7 +374,6 @@ def test_the_trainer_s_rows_are_loaded_where_it_would_only_later():
     for sanity in (0, 1):
         module = seeded(lambda: Classifier(plain=True))
         rows = {"val_dataloaders": make_loader(40, 8, seed=9), "num_sanity_val_steps": sanity}
-        with pytest.warns(SAflexWarning, match="steer"):
-            fit(module, SAflexCallback(), check_val_every_n_epoch=2, max_epochs=4, **rows)
+        fit(module, SAflexCallback(), check_val_every_n_epoch=2, max_epochs=4, **rows)
         models.append({k: v for k, v in state_of(module).items() if k.startswith("net")})
     assert_same_state(*models)

@@ -11,14 +11,14 @@ from helpers.training import (
     assert_same_state,
     fit,
     make_loader,
+    make_trainer,
     seeded,
     state_of,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 
 from saflex_lightning import SAflexCallback, SAflexWarning
-from saflex_lightning.learned import Learned
+from saflex_lightning.fit import report
 
 METRICS = {
     "saflex/kept_fraction",
@@ -32,7 +32,8 @@ METRICS = {
 }
 
 
-def test_order_of_a_step():
+@pytest.mark.parametrize("engine", ["head", "forward_mode"])
+def test_order_of_a_step(engine):
     events = []
 
     class Counting(SAflexCallback):
@@ -61,14 +62,16 @@ def test_order_of_a_step():
 
     fit(
         seeded(Watching),
-        Counting(make_loader(), refresh_every_n_steps=2),
+        Counting(make_loader(), refresh_every_n_steps=2, engine=engine),
         train=make_loader(48),
         max_epochs=1,
     )
-    step = ["forward (train, no graph)", "forward (train)", "loss", "disarm"]
-    refresh = ["draw", "forward (eval)"]
-    first = [step[0], *step]  # finite differences check once that a forward repeats itself
-    assert events == ["arm", *refresh, *first, "arm", *step, "arm", *refresh, *step]
+    extra = [] if engine == "head" else ["forward (train, no graph)"]
+    step = [*extra, "forward (train)", "loss", "disarm"]
+    refresh = ["draw", "forward (eval, no graph)" if engine == "head" else "forward (eval)"]
+    find = ["forward (eval)"] if engine == "head" else []  # the layer that makes the scores
+    first = [*refresh[:1], *find, *refresh[1:]]
+    assert events == ["arm", *first, *step, "arm", *step, "arm", *refresh, *step]
 
 
 def test_schedule_counts_training_batches():
@@ -125,7 +128,7 @@ class LoggingEveryStep(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         metrics = self.callback.read_metrics()
-        is_refined = trainer.fit_loop.total_batch_idx % self.callback.every_n_steps == 0
+        is_refined = trainer.fit_loop.total_batch_idx % self.callback.settings.every_n_steps == 0
         assert bool(metrics) == is_refined
         for name, value in metrics.items():
             pl_module.log(f"mine/{name}", value, on_step=True, on_epoch=False)
@@ -172,8 +175,10 @@ def test_what_nobody_reads_is_not_logged(tmp_path, log_every_n_steps, every_n_st
 @pytest.mark.parametrize(("log_every_n_steps", "times"), [(1, 11), (5, 3), (50, 1)])
 def test_what_nobody_reads_is_not_computed(monkeypatch, log_every_n_steps, times):
     computed = []
-    metrics = Learned.metrics
-    monkeypatch.setattr(Learned, "metrics", lambda task: computed.append(task) or metrics(task))
+    metrics = report.solution_metrics
+    monkeypatch.setattr(
+        report, "solution_metrics", lambda *task: computed.append(task) or metrics(*task)
+    )
     callback = SAflexCallback(make_loader())
     settings = {"train": make_loader(176), "max_epochs": 1, "log_every_n_steps": log_every_n_steps}
     fit(seeded(Classifier), callback, **settings)
@@ -215,9 +220,9 @@ def test_fit_says_once_what_is_learned(caplog):
         fit(seeded(Classifier), SAflexCallback(make_loader()))
     lines = [record.message for record in caplog.records if "SAFLEX" in record.message]
     assert lines == [
-        "SAFLEX: preset 'robust' learns sample weights and soft labels with engine "
-        "'finite_difference' and a validation gradient every 4 training batches. Algorithm 1 to "
-        "the letter: SAflexCallback(preset='paper')."
+        "SAFLEX learns sample weights and soft labels with engine 'head' over `net.4` and a "
+        "validation gradient every 4 training batches. Algorithm 1 to the letter: "
+        "SAflexCallback(preset='paper')."
     ]
 
 
@@ -244,36 +249,9 @@ def test_refined_training_learns(preset):
     assert trainer.callback_metrics["val/accuracy"] > 0.8
 
 
-def test_two_callbacks_share_a_fit_but_not_a_step():
-    first = SAflexCallback(make_loader(), every_n_steps=2)
-    with pytest.raises(MisconfigurationException, match="another one has already armed the module"):
-        fit(seeded(Classifier), first, SAflexCallback(make_loader(), "paper"))
-    module = seeded(Classifier)
-    late = SAflexCallback(make_loader(), "paper", start_epoch=9)
-    trainer = fit(module, SAflexCallback(make_loader()), late)
-    assert "saflex/solve_seconds" in trainer.callback_metrics
-    assert module._saflex_step is None
-
-
-def test_a_batch_that_the_module_skips_does_not_stay_armed():
-    class Skipping(Classifier):
-        def on_train_batch_start(self, batch, batch_idx):
-            return -1 if self.current_epoch == 0 and batch_idx == 1 else None
-
-    module = seeded(Skipping)
-    fit(module, SAflexCallback(make_loader()))
-    assert module.saflex_solution is not None
-    assert module._saflex_step is None
-
-
-def test_fitting_twice_starts_afresh():
-    callback = SAflexCallback(make_loader(seed=7))
-    runs = []
-    for _ in range(2):
-        module = seeded(Classifier)
-        fit(module, callback)
-        runs.append(state_of(module))
-    assert_same_state(*runs)
+def test_two_callbacks_are_refused():
+    with pytest.raises(RuntimeError, match="must be unique among all callbacks"):
+        make_trainer(SAflexCallback(), SAflexCallback("paper"))
 
 
 @pytest.mark.parametrize("where", ["validation rows", "training scores"])
@@ -289,7 +267,7 @@ def test_non_finite_numbers_skip_the_solve_warn_once_and_poison_nothing(where):
             inputs, target = batch
             logits = self.saflex_forward(inputs)
             if where == "training scores" and self.global_step in {4, 8}:
-                self._saflex_step.measured[0].tangent[0, 0] = float("inf")
+                self._saflex_step.calls[0].jvp[0, 0] = float("inf")
             loss = self.saflex_loss(logits, target)
             self.log_of_weights = getattr(self, "log_of_weights", [])
             self.log_of_weights.append(self.saflex_solution.weights.clone())

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from saflex_lightning.functional import make_preset
-from saflex_lightning.val_gradient import ValidationGradient
+from saflex_lightning.functional.settings import make_settings
+from saflex_lightning.validation.gradient import ValidationGradient
 
 SHAPES = ((4, 3), (4,))
 
@@ -15,44 +15,44 @@ def make_gradient(seed, dtype=torch.float64):
 
 
 def direction(gradient):
-    return torch.cat([part.flatten() for part in gradient.tangent.direction])
+    return torch.cat([part.flatten() for part in gradient.direction.parts])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_average_decays_by_the_number_of_training_batches_between_refreshes(decay):
-    gradient = ValidationGradient(make_preset("robust", gradient_decay=decay, precondition=False))
+    gradient = ValidationGradient(make_settings("robust", gradient_decay=decay, precondition=False))
     expected, before = None, 0
     for number in (0, 4, 5, 11):
         new = make_gradient(number)
-        gradient.refresh(number, new)
+        gradient.update(number, new)
         flat = torch.cat([part.flatten() for part in new])
         share = decay ** (number - before)
         expected = flat if expected is None else share * expected + (1 - share) * flat
         before = number
     torch.testing.assert_close(direction(gradient), -expected / expected.norm())
-    torch.testing.assert_close(gradient.tangent.norm, expected.norm())
+    torch.testing.assert_close(gradient.direction.norm, expected.norm())
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_gradient_leaves_the_average_and_its_direction_bit_for_bit(bad):
-    gradient = ValidationGradient(make_preset("robust", precondition=False))
-    gradient.refresh(0, make_gradient(0))
-    gradient.refresh(4, make_gradient(1))
+    gradient = ValidationGradient(make_settings("robust", precondition=False))
+    gradient.update(0, make_gradient(0))
+    gradient.update(4, make_gradient(1))
     before = direction(gradient)
     broken = make_gradient(2)
     broken[0][1, 1] = bad
-    gradient.refresh(8, broken)
+    gradient.update(8, broken)
     assert torch.equal(direction(gradient), before)
     assert not gradient.is_usable(8)
     assert gradient.is_usable(9)
 
 
 def test_the_first_finite_gradient_starts_the_average():
-    gradient = ValidationGradient(make_preset("robust", precondition=False))
-    gradient.refresh(0, tuple(torch.full_like(part, torch.nan) for part in make_gradient(0)))
+    gradient = ValidationGradient(make_settings("robust", precondition=False))
+    gradient.update(0, tuple(torch.full_like(part, torch.nan) for part in make_gradient(0)))
     assert not gradient.is_usable(1)
     new = make_gradient(1)
-    gradient.refresh(4, new)
+    gradient.update(4, new)
     flat = torch.cat([part.flatten() for part in new])
     torch.testing.assert_close(direction(gradient), -flat / flat.norm())
 
@@ -60,14 +60,14 @@ def test_the_first_finite_gradient_starts_the_average():
 def test_gradients_and_loaded_states_are_left_as_they_are():
     first, second = make_gradient(0), make_gradient(1)
     kept = [part.clone() for part in first]
-    gradient = ValidationGradient(make_preset("robust", precondition=False))
-    gradient.refresh(0, first)
-    gradient.refresh(4, second)
+    gradient = ValidationGradient(make_settings("robust", precondition=False))
+    gradient.update(0, first)
+    gradient.update(4, second)
     assert all(map(torch.equal, first, kept))
 
     state = gradient.state_dict()
     average = [part.clone() for part in state["average"]]
-    other = ValidationGradient(make_preset("robust", precondition=False))
+    other = ValidationGradient(make_settings("robust", precondition=False))
     other.load_state_dict(state)
-    other.refresh(8, first)
+    other.update(8, first)
     assert all(map(torch.equal, state["average"], average))

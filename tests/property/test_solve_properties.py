@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.solving import solve
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from saflex_lightning.functional import SAflexSolution, dense_target, learned_labels, solve
+from saflex_lightning.functional.losses import dense_target
+from saflex_lightning.functional.settings import Settings
+from saflex_lightning.functional.solve import SAflexSolution, learned_labels
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -22,7 +25,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 class Batch:
     """Arguments of one solve."""
 
-    tangent: Tensor
+    jvp: Tensor
     probs: Tensor
     target: Tensor
     augmented: Tensor
@@ -32,7 +35,7 @@ class Batch:
         return dense_target(self.target, self.probs.shape[-1], self.probs.dtype)
 
     def solve(self, **options) -> SAflexSolution:
-        return solve(self.tangent, self.probs, self.target, self.augmented, **options)
+        return solve(self.jvp, self.probs, self.target, self.augmented, **options)
 
 
 def matrices(rows: int, columns: int, bound: float) -> st.SearchStrategy[Tensor]:
@@ -162,7 +165,7 @@ def test_permuting_samples_permutes_the_solution(batch, options, random) -> None
     assume(away_from_thresholds(batch, solution, options))
     order = random.sample(range(len(batch.probs)), len(batch.probs))
     permuted = Batch(
-        batch.tangent[order], batch.probs[order], batch.target[order], batch.augmented[order]
+        batch.jvp[order], batch.probs[order], batch.target[order], batch.augmented[order]
     ).solve(**options)
     torch.testing.assert_close(permuted.weights, solution.weights[order], **CLOSE)
     torch.testing.assert_close(permuted.soft_labels, solution.soft_labels[order], **CLOSE)
@@ -180,7 +183,7 @@ def test_permuting_classes_permutes_the_labels(batch, options, random, smoothing
         target = batch.target[:, order]
     else:
         target = torch.tensor([order.index(label) for label in batch.target.tolist()])
-    permuted = Batch(batch.tangent[:, order], batch.probs[:, order], target, batch.augmented).solve(
+    permuted = Batch(batch.jvp[:, order], batch.probs[:, order], target, batch.augmented).solve(
         **options, class_weight=class_weight[order]
     )
     torch.testing.assert_close(permuted.weights, solution.weights, **CLOSE)
@@ -189,13 +192,13 @@ def test_permuting_classes_permutes_the_labels(batch, options, random, smoothing
 
 @quick
 @given(batches(), OPTIONS, st.data())
-def test_a_constant_added_to_a_row_of_the_tangent_changes_nothing(batch, options, data) -> None:
+def test_a_constant_added_to_a_row_of_the_jvp_changes_nothing(batch, options, data) -> None:
     options = {**options, "score_space": data.draw(st.sampled_from(["log_probs", "probs"]))}
     solution = batch.solve(**options)
     sums_to_zero = options["score_space"] == "probs" and options["weight_rule"] == "sum"
     assume(not sums_to_zero and away_from_thresholds(batch, solution, options))
     shift = data.draw(matrices(len(batch.probs), 1, 20.0))
-    shifted = replace(batch, tangent=batch.tangent + shift).solve(**options)
+    shifted = replace(batch, jvp=batch.jvp + shift).solve(**options)
     torch.testing.assert_close(shifted.weights, solution.weights, **CLOSE)
     torch.testing.assert_close(shifted.soft_labels, solution.soft_labels, **CLOSE)
     torch.testing.assert_close(shifted.inner_products, solution.inner_products, **CLOSE)
@@ -250,10 +253,10 @@ def test_products_of_probabilities_sum_to_zero(batch, normalize) -> None:
 
 @quick
 @given(batches(), st.floats(0.01, 100.0))
-def test_the_default_does_not_depend_on_the_size_of_the_tangent(batch, factor) -> None:
+def test_the_default_does_not_depend_on_the_size_of_the_jvp(batch, factor) -> None:
     solution = batch.solve()
     assume(solution.inner_product_rms > 1e-7)
-    scaled = replace(batch, tangent=factor * batch.tangent).solve()
+    scaled = replace(batch, jvp=factor * batch.jvp).solve()
     torch.testing.assert_close(scaled.weights, solution.weights, **CLOSE)
     torch.testing.assert_close(scaled.soft_labels, solution.soft_labels, **CLOSE)
     rms = factor * solution.inner_product_rms
@@ -297,11 +300,11 @@ def test_two_classes_keep_their_labels_by_default(batch) -> None:
 def test_a_non_finite_number_gives_weights_1_and_own_labels(batch, options, value, data) -> None:
     row = data.draw(st.integers(0, len(batch.probs) - 1))
     column = data.draw(st.integers(0, batch.probs.shape[-1] - 1))
-    field = data.draw(st.sampled_from(["tangent", "probs"]))
+    field = data.draw(st.sampled_from(["jvp", "probs"]))
     broken = getattr(batch, field).clone()
     broken[row, column] = value
     if field == "probs" and value == torch.inf and options["score_space"] != "logits":
-        assume(batch.tangent[row].abs().min() > 0)
+        assume(batch.jvp[row].abs().min() > 0)
     solution = replace(batch, **{field: broken}).solve(**options)
     ignored = not batch.augmented[row] or (field == "probs" and options["score_space"] == "logits")
     if ignored:
@@ -321,7 +324,7 @@ def test_a_class_that_is_absent_changes_no_weight(batch) -> None:
     options = {"normalize": False, "label_rule": "keep"}
     rows = len(batch.probs)
     wider = Batch(
-        torch.cat([batch.tangent, torch.zeros(rows, 1)], 1),
+        torch.cat([batch.jvp, torch.zeros(rows, 1)], 1),
         torch.cat([batch.probs, torch.zeros(rows, 1)], 1),
         batch.target,
         batch.augmented,
@@ -354,15 +357,13 @@ def test_soft_labels_beat_every_other_distribution_in_their_own_objective(
 ) -> None:
     # softmax is the linear programme over labels with an entropy term of weight tau
     labels = learned_labels(
-        batch.tangent / 10,
+        batch.jvp / 10,
         batch.labels,
-        rule="softmax",
-        penalty=penalty,
-        temperature=temperature,
+        Settings(label_rule="softmax", label_penalty=penalty, temperature=temperature),
     )
 
     def objective(distribution: Tensor) -> Tensor:
-        reward = batch.tangent / 10 + penalty * batch.labels
+        reward = batch.jvp / 10 + penalty * batch.labels
         entropy = -torch.xlogy(distribution, distribution).sum(-1)
         return (distribution * reward).sum(-1) + temperature * entropy
 

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from saflex_lightning.functional.losses import Scores
 from saflex_lightning.functional.settings import EngineName
 
+from .direction import whole_tensor
 from .engine import Engine
 from .errors import UnsupportedModelError
 from .finite_difference import FiniteDifferenceEngine
@@ -232,7 +233,10 @@ def _wanted(layer: nn.Linear, name: str, wanted_by: str, instead: str = "") -> L
 
 def _is_linear(layer: nn.Linear, features: Tensor, output: Tensor) -> bool:
     """Say whether an output is the linear function of the layer's parameters that it seems."""
-    expected = linear(features.to(layer.weight), layer.weight, layer.bias)
+    weight = whole_tensor(layer.weight)
+    bias = None if layer.bias is None else whole_tensor(layer.bias)
+    with torch.no_grad(), full_precision(output.device.type):
+        expected = linear(features.to(weight), weight, bias)
     return torch.allclose(output.to(expected), expected, rtol=1e-2, atol=1e-3, equal_nan=True)
 
 

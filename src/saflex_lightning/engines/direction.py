@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saflex_lightning.functional.losses import widen
 
-__all__ = ["Direction", "adam_second_moments", "descent_direction", "joint_norm"]
+__all__ = ["Direction", "adam_second_moments", "descent_direction", "joint_norm", "whole_tensor"]
 
 _DAMPING = 0.1  # of the root mean square of sqrt(v); Adam's own 1e-8 lets dead units dominate
 _torch: Any = torch  # joined operations are documented, and exported under private names alone
@@ -86,7 +86,7 @@ def adam_second_moments(
                 step = state.get("step", group.get("step"))
                 found = state.get("exp_avg_sq")
                 if step is not None and found is not None and found.shape == parameter.shape:
-                    moment = _whole(widen(found))
+                    moment = whole_tensor(widen(found))
                     # 0 before the first step, as where a fused one was skipped for overflow
                     correction = 1 - group["betas"][1] ** step
                     if isinstance(correction, Tensor) and correction.device.type != "cpu":
@@ -96,13 +96,13 @@ def adam_second_moments(
     if not moments:
         return None
     for parameter in wanted - moments.keys():
-        moments[parameter], corrections[parameter] = _whole(widen(torch.zeros_like(parameter))), 1.0
+        moments[parameter], corrections[parameter] = whole_tensor(widen(torch.zeros_like(parameter))), 1.0
     return list(
         _torch._foreach_div([moments[p] for p in params], [corrections[p] for p in params])
     )
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor from its ranks; any other is returned as it is."""
     gather = getattr(tensor, "full_tensor", None)  # of `DTensor`
     return tensor if gather is None else gather()

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from saflex_lightning.engines.parameters import select_parameters
 from saflex_lightning.functional.settings import Settings
@@ -263,6 +263,7 @@ def check_state(state: Any, expected: Mapping[str, Any]) -> None:
             "run."
         )
     problems = list(_part_problems(state, expected, ""))
+    problems += [] if problems else _gradient_problems(state["gradient"])
     if problems:
         raise MisconfigurationException(
             "Expected the whole state of `SAflexCallback` in the checkpoint, but "
@@ -284,6 +285,18 @@ def _part_problems(
                 yield f"`{prefix}{name}` is a {found}, not a {wanted}"
             elif isinstance(part, dict):
                 yield from _part_problems(state[name], part, f"{prefix}{name}.")
+
+
+def _gradient_problems(gradient: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong between entries that are right by themselves."""
+    problems: list[str] = []
+    absent = [name for name, entry in gradient.items() if entry is None]
+    if absent and len(absent) < len(gradient):
+        problems.append(f"of `gradient` only {absent} are None")
+    for name in ("average", "direction"):
+        if not all(isinstance(part, Tensor) for part in gradient[name] or ()):
+            problems.append(f"`gradient.{name}` holds something else than tensors")
+    return problems
 
 
 def check_saved_gradient(

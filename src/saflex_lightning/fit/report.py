@@ -133,8 +133,8 @@ class Report:
 
     def say_under_parameterised(self, step: Step) -> None:
         """Warn where a step has more unknowns than parameters to tell them apart by."""
-        if not step.fit.settings.learns_weights_or_labels:
-            return  # the solve tells no rows apart
+        if step.fit.is_partial or not step.fit.settings.learns_weights_or_labels:
+            return  # one layer tells rows apart by their features; nothing is told apart
         matched = sum(parameter.numel() for parameter in step.fit.engine.params)
         unknowns = step.fit.ranks.size * step.tasks[0].solution.soft_labels.numel()
         if unknowns > matched:

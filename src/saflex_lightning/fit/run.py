@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -64,6 +66,7 @@ class Fit:
         self.settings = settings
         self.ranks = Ranks()
         self.engine: Engine
+        self.is_partial = False  # whether one layer is matched, which schedules do not widen
         self.gradient = ValidationGradient(settings)
         self.options = NO_OPTIONS
         self.num_classes = 0  # of the validation scores
@@ -79,7 +82,6 @@ class Fit:
         self._draws = 0  # validation batches drawn before the stream was opened
         self._engine_name = ""  # of the engine in use, once one is
         self._matched: tuple[str, ...] = ()  # names, in the order of the gradient's parts
-        self._is_partial = False  # whether one layer is matched, which schedules do not widen
         self._stream: ValidationStream | None = None
         self._labels_seen = False
 
@@ -177,18 +179,16 @@ class Fit:
         batch = stream.draw()
         with evaluation(trainer, module, seed):
             inputs, target = module.saflex_val_batch(move_batch(trainer, module, batch))
-
-            def run() -> Scores:
-                if isinstance(inputs, dict):
-                    return module.saflex_scores(**inputs)
-                return module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+            run = partial(_score, module, inputs)
 
             def loss(scores: Scores) -> Tensor:
                 return self._loss(scores, target)
 
             is_due = self.gradient.is_due(number)
             if is_due and not (self._engine_name and self._engine_fits(trainer, module)):
-                self._choose_engine(trainer, module, run)
+                # A forward may write in its inputs, and these are read again.
+                inputs = apply_to_collection(inputs, Tensor, torch.clone)
+                self._choose_engine(trainer, module, partial(_score, module, inputs))
             if self.memory is not None:
                 run = self._remembering(module, run, loss, target)
             if not is_due:
@@ -269,7 +269,7 @@ class Fit:
         table = {parameter: name for name, parameter in module.named_parameters()}
         names = tuple(table[parameter] for parameter in self.engine.params)
         everything = select_parameters(module, self.settings.params, _held(trainer))
-        self._is_partial = self.engine.name == "head" or len(names) < len(everything)
+        self.is_partial = self.engine.name == "head" or len(names) < len(everything)
         if names != self._matched:
             self.gradient, self._matched = ValidationGradient(self.settings), names
 
@@ -278,7 +278,7 @@ class Fit:
         table = dict(module.named_parameters(remove_duplicate=False))
         matched = [table[name] for name in self._matched]
         expected = self.engine.params  # of the head engine without a bias that is frozen
-        if not self._is_partial:
+        if not self.is_partial:
             expected = select_parameters(module, self.settings.params, _held(trainer))
         return list(map(id, matched)) == list(map(id, expected)) and all(
             parameter.requires_grad for parameter in matched
@@ -304,7 +304,7 @@ class Fit:
             "gradient": self.gradient.state_dict(),
             "engine": self._engine_name,
             "matched": self._matched,
-            "partial": self._is_partial,
+            "partial": self.is_partial,
             "num_classes": self.num_classes,
             "skipped_steps": int(self.skipped),
             "memory": self.memory and self.memory.state_dict(),
@@ -328,7 +328,7 @@ class Fit:
         if not {"engine", "params"}.intersection(changed):
             self.gradient.load_state_dict(state["gradient"])
             self._engine_name, self._matched = state["engine"], tuple(state["matched"])
-            self._is_partial = state["partial"]
+            self.is_partial = state["partial"]
         parts: dict[str, Any] = {
             "memory": self.memory,
             "gates": self.gates,
@@ -356,6 +356,13 @@ class Fit:
             ranks=self.ranks,
             start=self._draws,
         )
+
+
+def _score(module: SAflexMixin, inputs: Any) -> Scores:
+    """Return the scores of the inputs of a validation batch."""
+    if isinstance(inputs, dict):
+        return module.saflex_scores(**inputs)
+    return module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
 
 
 def _held(trainer: pl.Trainer) -> list[Tensor]:

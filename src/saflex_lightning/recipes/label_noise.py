@@ -45,11 +45,11 @@ def detection_auroc(trainer: L.Trainer) -> float | None:
     find = getattr(datamodule, "wrong_rows", None)
     wrong = None if find is None else find()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        evidence = callback.read_row_evidence() if isinstance(callback, SAflexCallback) else None
-        if wrong is None or evidence is None:
+        found = callback.read_row_evidence() if isinstance(callback, SAflexCallback) else None
+        if wrong is None or found is None:
             continue
-        seen = evidence.isfinite()
-        found = wrong[: len(evidence)][seen]
-        if found.any() and not found.all():
-            return binary_auroc(evidence[seen].float(), (~found).long()).item()
+        known = found.index < len(wrong)
+        is_wrong = wrong[found.index[known]]
+        if is_wrong.any() and not is_wrong.all():
+            return binary_auroc(found.evidence[known].float(), (~is_wrong).long()).item()
     return None

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from saflex_lightning.functional import dense_target, soft_cross_entropy, weighted_mean
+from saflex_lightning.functional import soft_cross_entropy, weighted_mean
+from saflex_lightning.functional.losses import dense_target
 
 __all__ = ["small_loss", "small_loss_weights"]
 

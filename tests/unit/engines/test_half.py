@@ -11,18 +11,21 @@ from helpers.cases import (
     relative_error,
 )
 from helpers.models import CLASSES
+from helpers.solving import measure, val_gradient
 from torch import Tensor, nn
 
-from saflex_lightning.engines import adam_second_moments, make_engine, make_tangent
+from saflex_lightning.engines import descent_direction, make_engine
+from saflex_lightning.engines.direction import adam_second_moments
 
 # A few roundings of the dtype; the oracle takes the rounded parameters in float64.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3}
 TARGET = torch.arange(6) % CLASSES
-ENGINES = ("forward_mode", "head")
 
 
 def gradient(engine, model: nn.Module, inputs: Tensor) -> Tensor:
-    parts = engine.gradient(lambda: model(inputs), lambda scores: F.cross_entropy(scores, TARGET))
+    parts = val_gradient(
+        engine, model, lambda: model(inputs), lambda scores: F.cross_entropy(scores, TARGET)
+    )
     assert {part.dtype for part in parts} == {torch.float32}
     return torch.cat([part.reshape(-1) for part in parts])
 
@@ -36,7 +39,7 @@ def reference(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", ["mlp", "cnn, batch norm, train", "multi-head attention"])
-def test_gradient_and_tangent_of_half_models_come_in_float32(case, dtype):
+def test_gradient_and_jvp_of_half_models_come_in_float32(case, dtype):
     model, inputs = CASES[case].build()
     model, inputs = model.to(dtype), inputs.to(dtype)
     engine = make_engine("forward_mode", model)
@@ -45,7 +48,8 @@ def test_gradient_and_tangent_of_half_models_come_in_float32(case, dtype):
 
     model.eval()  # batch statistics would add their own rounding, dropout its own draws
     direction = [part.float() for part in random_direction(engine.params)]
-    _, found = engine.measure(lambda: model(inputs), make_tangent([-part for part in direction]))
+    along = descent_direction([-part for part in direction])
+    _, found = measure(engine, lambda: model(inputs), along)
     copied = double_copy(model)
     expected = dense_tangent(copied(inputs.double()), list(copied.parameters()), direction)
     assert found.dtype == torch.float32
@@ -56,11 +60,19 @@ def test_gradient_and_tangent_of_half_models_come_in_float32(case, dtype):
 def test_the_head_of_a_half_model_is_computed_in_float32(dtype):
     model, inputs = CASES["mlp"].build()
     model, inputs = model.to(dtype), inputs.to(dtype)
-    engine = make_engine("head", model)
+    engine = make_engine("head", model, lambda: model(inputs))
     found = gradient(engine, model, inputs)
     assert relative_error(found, reference(model, inputs)[-found.numel() :]) <= TOLERANCE[dtype]
-    _, tangent = engine.measure(lambda: model(inputs), make_tangent([found[:32].view(4, 8)]))
-    assert tangent.dtype == torch.float32
+    along = descent_direction([found[:32].view(4, 8), found[32:]])
+    _, jvp = measure(engine, lambda: model(inputs), along)
+    assert jvp.dtype == torch.float32
+    copied = double_copy(model)
+    expected = dense_tangent(
+        copied(inputs.double()),
+        list(copied[-1].parameters()),
+        [along.norm * part for part in along.parts],
+    )
+    assert relative_error(jvp, expected) <= TOLERANCE[dtype]
 
 
 def make_extreme(size: float, inputs_size: float) -> tuple[nn.Module, Tensor]:
@@ -101,5 +113,5 @@ def test_second_moments_of_half_parameters_are_summed_in_float32():
     moments = adam_second_moments([parameter], [optimizer])
     assert moments is not None
     assert moments[0].dtype == torch.float32
-    tangent = make_tangent([torch.ones(4096)], moments)  # sum v = 262,144 overflows float16
-    torch.testing.assert_close(tangent.direction[0], torch.full((4096,), -1 / 64))
+    direction = descent_direction([torch.ones(4096)], moments)  # sum v = 262,144 overflows float16
+    torch.testing.assert_close(direction.parts[0], torch.full((4096,), -1 / 64))

@@ -1,7 +1,6 @@
 """Every engine against the dense Jacobian, on every model of the table."""
 
 import functools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,10 +17,11 @@ from helpers.cases import (
     twice_backward_tangent,
 )
 from helpers.models import CLASSES, Tied
+from helpers.solving import build_engine, measure, val_gradient
 from torch import Tensor, nn
 
-from saflex_lightning.engines import Engine, make_engine, make_tangent
-from saflex_lightning.engines.precision import exact_products
+from saflex_lightning.engines import descent_direction, make_engine
+from saflex_lightning.engines.engine import Engine
 
 SEED = 7  # of the random state at the forward, so that all see the same dropout mask
 
@@ -30,12 +30,12 @@ def cases_of(engine: str) -> list:
     return [pytest.param(case, id=name) for name, case in CASES.items() if engine in case.engines]
 
 
-def measure(
+def measure_along(
     engine: Engine, model: nn.Module, inputs: Tensor, direction: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    tangent = make_tangent([-part for part in direction])
     torch.manual_seed(SEED)
-    scores, found = engine.measure(lambda: model(inputs), tangent)
+    along = descent_direction([-part for part in direction])
+    scores, found = measure(engine, lambda: model(inputs), along)
     assert scores.requires_grad
     assert not found.requires_grad
     return scores, found
@@ -62,7 +62,7 @@ def run(case: Case, name: str, dtype: torch.dtype = torch.float32) -> tuple[Tens
     """Return the Z of an engine that matches all parameters, and of the reference."""
     model, inputs = case.build(dtype=dtype)
     direction = random_direction(list(model.parameters()))
-    scores, found = measure(make_engine(name, model), model, inputs, direction)
+    scores, found = measure_along(make_engine(name, model), model, inputs, direction)
     expected_scores, expected = reference_of_all_parameters(case, dtype)
     torch.testing.assert_close(scores.double(), expected_scores, rtol=1e-3, atol=1e-4)
     return found, expected
@@ -98,12 +98,11 @@ def test_finite_difference_converges_in_double_precision(case):
 @pytest.mark.parametrize("case", cases_of("head"))
 def test_head_is_exact_for_its_own_slice(case):
     model, inputs = case.build()
-    engine = make_engine("head", model)
-    engine.gradient(lambda: model(inputs), lambda scores: scores.sum())  # finds the head
+    engine = build_engine("head", model, lambda: model(inputs))
     slices = dict(zip(engine.params, random_direction(engine.params), strict=True))
     everywhere = [slices.get(p, torch.zeros_like(p)) for p in model.parameters()]
     _, expected = reference(case, model, inputs, everywhere)
-    _, found = measure(engine, model, inputs, list(slices.values()))
+    _, found = measure_along(engine, model, inputs, list(slices.values()))
     assert relative_error(found, expected) <= case.rounding
 
 
@@ -114,15 +113,15 @@ def test_head_is_exact_for_its_own_slice(case):
     ["mlp", "cnn, batch norm, train", "cnn, batch norm, eval", "resnet18, eval"],
 )
 @pytest.mark.parametrize("engine", ["finite_difference", "forward_mode"])
-def test_engines_on_cuda(engine, name, dtype):
-    """Finite differences meet TF32 convolutions, as they are by default; forward mode does not."""
+def test_engines_on_cuda(engine, name, dtype, monkeypatch):
+    """Without TF32 convolutions, which are torch's default and which finite differences refuse."""
     case = CASES[name]
     model, inputs = case.build(dtype=dtype)
     direction = random_direction(list(model.parameters()))
     made = make_engine(engine, model.cuda())
     moved = [part.cuda() for part in direction]
-    with exact_products("cuda") if engine == "forward_mode" else nullcontext():
-        _, found = measure(made, model, inputs.cuda(), moved)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    _, found = measure_along(made, model, inputs.cuda(), moved)
     _, expected = reference_of_all_parameters(case, dtype)
     error = relative_error(found.cpu(), expected)
     print(f"{engine}, {name}, {dtype}: {error:.1e}")
@@ -136,10 +135,9 @@ def test_head_of_tied_weights_counts_their_use_as_a_head_alone():
     tied, untied = Tied(), Tied(tie=False)
     untied.load_state_dict(tied.state_dict())
     tokens = torch.randint(CLASSES, (6, 3))
-    engine = make_engine("head", tied)
-    engine.gradient(lambda: tied(tokens), lambda scores: scores.sum())
+    engine = make_engine("head", tied, lambda: tied(tokens))
     (direction,) = random_direction(engine.params)
-    _, found = measure(engine, tied, tokens, [direction])
+    _, found = measure_along(engine, tied, tokens, [direction])
     copied = double_copy(untied)
     expected = dense_tangent(copied(tokens), [copied.head.weight], [direction])
     assert relative_error(found, expected) <= 2e-6
@@ -159,8 +157,10 @@ def test_both_references_agree(name):
 def test_gradient_is_that_of_the_loss_in_evaluation_mode(case, name):
     model, inputs = case.build()
     target = torch.arange(case.rows) % CLASSES
-    engine = make_engine(name, model)
-    found = engine.gradient(lambda: model(inputs), lambda scores: F.cross_entropy(scores, target))
+    engine = build_engine(name, model, lambda: model(inputs))
+    found = val_gradient(
+        engine, model, lambda: model(inputs), lambda scores: F.cross_entropy(scores, target)
+    )
     copied = double_copy(model).eval()
     twins = dict(zip(model.parameters(), copied.parameters(), strict=True))
     loss = F.cross_entropy(
@@ -183,8 +183,10 @@ def test_finite_difference_chooses_the_same_classes_in_a_larger_batch(
     direction = random_direction(list(model.parameters()))
     exact = double_copy(model)
     wide = [part.double() for part in direction]
-    _, reference_tangent = measure(make_engine("forward_mode", exact), exact, inputs.double(), wide)
-    _, found = measure(make_engine("finite_difference", model), model, inputs, direction)
+    _, reference_tangent = measure_along(
+        make_engine("forward_mode", exact), exact, inputs.double(), wide
+    )
+    _, found = measure_along(make_engine("finite_difference", model), model, inputs, direction)
     agreement = argmax_agreement(
         found - found.mean(0), reference_tangent - reference_tangent.mean(0)
     )

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from saflex_lightning.engines.signals import delayed_signals
+from saflex_lightning.engines.untouched import delayed_signals
 
 
 @pytest.fixture

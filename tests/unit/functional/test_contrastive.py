@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
+from helpers.solving import solve
 from torch import Tensor
 
-from saflex_lightning.functional import (
-    contrastive_scores,
-    contrastive_target,
-    info_nce,
-    same_class_target,
-    solve,
+from saflex_lightning.functional import contrastive_scores, same_class_target
+from saflex_lightning.functional.contrastive import contrastive_target, gather_rows
+from saflex_lightning.functional.losses import (
+    NO_OPTIONS,
+    dense_target,
+    mean_cross_entropy,
+    soft_cross_entropy,
 )
+from saflex_lightning.functional.ranks import Ranks
 
 
 def make_features(rows: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -23,6 +26,15 @@ def make_features(rows: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def cosine(first: Tensor, second: Tensor) -> Tensor:
     return (first * second).sum() / (first.square().sum() * second.square().sum()).sqrt()
+
+
+def info_nce(first: Tensor, second: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """Return the loss of each pair, the mean of its two directions (Ding et al. 2024, Eq. 12)."""
+    both = contrastive_scores(first, second, scale)
+    targets = [
+        dense_target(contrastive_target(scores), len(first), scores.dtype) for scores in both
+    ]
+    return sum(map(soft_cross_entropy, both, targets)) / 2
 
 
 def looped_info_nce(first: Tensor, second: Tensor, scale: float) -> Tensor:
@@ -45,6 +57,12 @@ def test_loss_and_gradient_equal_loops_over_pairs(rows, scale) -> None:
         (gradient,) = torch.autograd.grad(loss.sum(), part, retain_graph=True)
         (expected_gradient,) = torch.autograd.grad(expected.sum(), part, retain_graph=True)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-11)
+
+
+def test_the_mean_over_both_directions_is_the_contrastive_loss() -> None:
+    first, second = make_features()
+    found = mean_cross_entropy(contrastive_scores(first, second, 5.0), None, NO_OPTIONS)
+    torch.testing.assert_close(found, looped_info_nce(first, second, 5.0).mean())
 
 
 def test_a_learned_scale_gets_its_gradient() -> None:
@@ -85,10 +103,17 @@ def test_target_is_the_diagonal() -> None:
     assert target.dtype == torch.int64
 
 
-def test_target_of_gathered_scores_is_the_block_of_the_rank() -> None:
-    assert contrastive_target(torch.zeros(2, 6), rank=2, world_size=3).tolist() == [4, 5]
+def test_target_of_gathered_scores_is_the_block_of_the_rank(monkeypatch) -> None:
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda _: Ranks(2, 3)))
+    assert contrastive_target(torch.zeros(2, 6)).tolist() == [4, 5]
+    assert contrastive_target(torch.zeros(2, 2)).tolist() == [0, 1]  # of this process alone
     with pytest.raises(ValueError, match=r"or one 3 times as wide as high.*got shape \(2, 4\)"):
-        contrastive_target(torch.zeros(2, 4), world_size=3)
+        contrastive_target(torch.zeros(2, 4))
+
+
+def test_one_process_gathers_its_own_rows() -> None:
+    rows, _ = make_features()
+    assert gather_rows(rows) is rows
 
 
 def test_scores_against_gathered_rows_are_those_of_the_whole_batch() -> None:
@@ -126,10 +151,10 @@ def test_target_of_other_shapes_is_refused(shape) -> None:
 def test_pairs_are_weighed_without_renormalising_classes() -> None:
     # Every class has one row, so renormalising classes would pull the weights together.
     per_first, _ = contrastive_scores(*make_features(6), 5.0)
-    tangent = make_features(6, seed=1)[0] @ make_features(6, seed=2)[0].T
+    jvp = make_features(6, seed=1)[0] @ make_features(6, seed=2)[0].T
     target = contrastive_target(per_first)
-    solution = solve(tangent, per_first.softmax(-1), target, balance_classes=False)
+    solution = solve(jvp, per_first.softmax(-1), target, balance_classes=False)
     keep = torch.sigmoid(solution.inner_products.diagonal())
     torch.testing.assert_close(solution.weights, 6 * keep / keep.sum())
-    balanced = solve(tangent, per_first.softmax(-1), target)
+    balanced = solve(jvp, per_first.softmax(-1), target)
     assert balanced.weights.std() < 0.95 * solution.weights.std()

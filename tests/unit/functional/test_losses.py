@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saflex_lightning.functional import (
+from saflex_lightning.functional.losses import (
+    LossOptions,
     check_target,
     dense_target,
-    log_probabilities,
+    mean_cross_entropy,
     soft_cross_entropy,
     weighted_mean,
+    widen,
 )
 
 CLASSES = 4
@@ -111,10 +113,58 @@ def test_losses_of_half_precision_are_computed_in_float32(dtype) -> None:
     expected = soft_cross_entropy(logits.float(), SOFT.to(dtype).float())
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
-    assert log_probabilities(logits).dtype == torch.float32
-    torch.testing.assert_close(
-        log_probabilities(logits), logits.float().log_softmax(-1), rtol=0, atol=0
+
+
+def test_a_class_that_is_ruled_out_costs_nothing_where_no_label_is_on_it() -> None:
+    logits = make_logits().index_fill(1, torch.tensor([1]), -torch.inf)
+    possible = SOFT[:, [0, 2, 3]] / SOFT[:, [0, 2, 3]].sum(-1, keepdim=True)
+    value, gradient = value_and_gradient(
+        lambda scores: soft_cross_entropy(scores, F.pad(possible, (1, 0))[:, [1, 0, 2, 3]]), logits
     )
+    expected, expected_gradient = value_and_gradient(
+        lambda scores: F.cross_entropy(scores, possible, reduction="none"), logits[:, [0, 2, 3]]
+    )
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient[:, [0, 2, 3]], expected_gradient)
+    assert not gradient[:, 1].any()
+    assert soft_cross_entropy(logits, SOFT)[1] == torch.inf
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_widen_narrows_nothing(dtype, wide) -> None:
+    assert widen(torch.zeros(1, dtype=dtype)).dtype == wide
+
+
+def test_mean_of_several_tasks_is_the_mean_of_their_means() -> None:
+    first, second = make_logits(), make_logits().flip(0)
+    options = LossOptions(CLASS_WEIGHT.float(), 0.1)
+    found = mean_cross_entropy((first, second), HARD, options)
+    expected = [
+        F.cross_entropy(scores, HARD, weight=CLASS_WEIGHT, label_smoothing=0.1)
+        for scores in (first, second)
+    ]
+    torch.testing.assert_close(found, sum(expected) / 2)
+    torch.testing.assert_close(mean_cross_entropy(first, HARD, options), expected[0])
+    pairs = make_logits()[:4]  # without a target, row i belongs to column i
+    torch.testing.assert_close(
+        mean_cross_entropy(pairs, None, LossOptions()), F.cross_entropy(pairs, torch.arange(4))
+    )
+
+
+def test_options_of_another_kind_need_another_gradient() -> None:
+    plain, weighted = LossOptions(), LossOptions(CLASS_WEIGHT)
+    assert weighted.same_kind(LossOptions(2 * CLASS_WEIGHT))
+    assert LossOptions(None, 0.1).same_kind(LossOptions(None, 0.2))
+    assert not plain.same_kind(weighted)
+    assert not plain.same_kind(LossOptions(None, 0.1))
 
 
 def test_large_logits_of_float16_stay_finite() -> None:

@@ -12,26 +12,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import SAflexCallback, SAflexMixin
-from saflex_lightning.draws import mix_seed
-from saflex_lightning.engines import make_engine, make_tangent
+from saflex_lightning.engines import descent_direction, make_engine
 from saflex_lightning.functional import (
-    dense_target,
-    make_preset,
+    Settings,
+    make_settings,
     soft_cross_entropy,
     solve,
     weighted_mean,
 )
+from saflex_lightning.functional.losses import dense_target
+from saflex_lightning.validation.stream import mix_seed
 
 STEPS, ROWS, LEARNING_RATE = 5, 6, 0.3
-SOLVE_FIELDS = (
-    "score_space",
-    "normalize",
-    "label_rule",
-    "label_penalty",
-    "temperature",
-    "gumbel",
-    "weight_rule",
-)
+ROBUST = Settings()
 
 
 def make_batches(seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -64,16 +57,21 @@ def assert_same_parameters(first: nn.Module, second: nn.Module) -> None:
 # The documented example: SAFLEX in a plain PyTorch loop, without Lightning
 
 
-def train_step(model, engine, optimizer, batch, val_batch, **settings):
+def train_step(model, engine, optimizer, batch, val_batch, settings=ROBUST, generator=None):
     """Take one step on (inputs, target, augmented), steered by (inputs, target)."""
     inputs, target, augmented = batch
     val_inputs, val_target = val_batch
+    model.eval()
     val_gradient = engine.gradient(
-        forward=lambda: model(val_inputs),
+        run=lambda: model(val_inputs),
         loss=lambda val_logits: F.cross_entropy(val_logits, val_target),
     )
-    logits, tangent = engine.measure(lambda: model(inputs), make_tangent(val_gradient))
-    solution = solve(tangent, logits.softmax(-1), target, augmented, **settings)
+    model.train()
+    finish = engine.jvp(lambda: model(inputs), descent_direction(val_gradient))
+    logits = model(inputs)
+    solution = solve(
+        finish.of(logits), logits.softmax(-1), target, augmented, settings, generator=generator
+    )
     losses = soft_cross_entropy(logits, solution.soft_labels)
     loss = weighted_mean(losses, solution.weights, solution.weights.sum())
     optimizer.zero_grad()
@@ -144,7 +142,7 @@ def test_callback_and_trainer_equal_the_algorithm_by_hand(keywords, by_hand, tmp
     assert len(module.solutions) == STEPS
     changed = dropped = 0
     for number, solution in enumerate(module.solutions):
-        noise = standard_gumbel(mix_seed(7, number, 0)) if callback.preset.gumbel else None
+        noise = standard_gumbel(mix_seed(7, number, 0)) if callback.settings.gumbel else None
         weights, labels = algorithm_1_step(
             by_hand_model,
             train[number],
@@ -187,12 +185,12 @@ def test_callback_and_trainer_equal_the_algorithm_by_hand(keywords, by_hand, tmp
 )
 @pytest.mark.parametrize("union", [False, True], ids=["replaced", "union"])
 def test_plain_loop_equals_the_algorithm_by_hand(engine, keywords, by_hand, union) -> None:
-    preset = make_preset("paper", engine=engine, **keywords)
+    settings = make_settings("paper", engine=engine, **keywords)
     model = make_model()
     by_hand_model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     augmented = torch.arange(ROWS) >= 3 if union else torch.ones(ROWS, dtype=torch.bool)
-    solver = make_engine(preset.engine, model)
+    solver = make_engine(settings.engine, model)
     generator = torch.Generator()
 
     for number, (batch, val_batch) in enumerate(zip(make_batches(0), make_batches(1), strict=True)):
@@ -202,15 +200,15 @@ def test_plain_loop_equals_the_algorithm_by_hand(engine, keywords, by_hand, unio
             optimizer,
             (*batch, augmented),
             val_batch,
-            generator=generator.manual_seed(number),
-            **{name: getattr(preset, name) for name in SOLVE_FIELDS},
+            settings,
+            generator.manual_seed(number),
         )
         weights, labels = algorithm_1_step(
             by_hand_model,
             batch,
             val_batch,
             learning_rate=LEARNING_RATE,
-            noise=standard_gumbel(number) if preset.gumbel else None,
+            noise=standard_gumbel(number) if settings.gumbel else None,
             augmented=augmented,
             **by_hand,
         )

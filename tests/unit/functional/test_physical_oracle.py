@@ -1,7 +1,7 @@
 """The solve against what really happens: take the step, and measure the validation loss.
 
-The chain under test is the one of a training step: `engine.gradient`, `make_tangent`,
-`engine.measure`, `solve`. Nothing in the expected values knows about inner products, so a wrong
+The chain under test is the one of a training step: `engine.gradient`, `descent_direction`,
+`engine.jvp`, `solve`. Nothing in the expected values knows about inner products, so a wrong
 sign anywhere fails here.
 """
 
@@ -13,27 +13,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.oracles import Problem, make_problem
+from helpers.solving import measure, solve, val_gradient
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from saflex_lightning.engines import make_engine, make_tangent
-from saflex_lightning.functional import SAflexSolution, learned_labels, soft_cross_entropy, solve
+from saflex_lightning.engines import descent_direction, make_engine
+from saflex_lightning.functional import Settings, soft_cross_entropy
+from saflex_lightning.functional.solve import SAflexSolution, learned_labels
 
 LEARNING_RATE = 1e-7  # float64: the second order is far below the first, rounding too
 OPTIONS = [{}, {"weight": torch.tensor([0.5, 3.0, 1.0, 2.0]).double(), "label_smoothing": 0.1}]
 
 
 def solve_problem(problem: Problem, engine_name: str, loss_options=None, **options):
-    """Run the chain of a training step; return scores and solution."""
+    """Run the chain of a training step; return the solution."""
     loss_options = loss_options or {}
-    engine = make_engine(engine_name, problem.model)
-    gradient = engine.gradient(
+
+    def run() -> Tensor:
+        return problem.model(problem.inputs)
+
+    engine = make_engine(engine_name, problem.model, run)
+    gradient = val_gradient(
+        engine,
+        problem.model,
         lambda: problem.model(problem.val_inputs),
         lambda scores: F.cross_entropy(scores, problem.val_target, **loss_options),
     )
-    scores, tangent = engine.measure(lambda: problem.model(problem.inputs), make_tangent(gradient))
+    scores, jvp = measure(engine, run, descent_direction(gradient))
     return solve(
-        tangent,
+        jvp,
         scores.detach().softmax(-1),
         problem.target,
         class_weight=loss_options.get("weight"),
@@ -186,10 +194,10 @@ def test_weights_and_labels_solve_the_joint_linear_programme(score_space) -> Non
     """
     dropped = 0
     for seed in range(25):
-        tangent, target = random_products(seed), torch.arange(6) % 4
+        jvp, target = random_products(seed), torch.arange(6) % 4
         probs = (2 * random_products(1000 + seed)).softmax(-1)
         solution = solve(
-            tangent,
+            jvp,
             probs,
             target,
             score_space=score_space,
@@ -217,10 +225,10 @@ def test_weights_solve_the_linear_programme_of_given_labels() -> None:
     """Maximise sum_i w_i y_i . Pi_i over w in [0, 1] alone, the labels being what they are."""
     dropped = 0
     for seed in range(25):
-        tangent, target = random_products(seed), torch.arange(6) % 4
+        jvp, target = random_products(seed), torch.arange(6) % 4
         probs = (2 * random_products(1000 + seed)).softmax(-1)
         solution = solve(
-            tangent, probs, target, normalize=False, label_rule="keep", weight_rule="expected"
+            jvp, probs, target, normalize=False, label_rule="keep", weight_rule="expected"
         )
         value = (solution.inner_products * solution.soft_labels).sum(-1)
         result = linprog(-value.numpy(), bounds=(0, 1))
@@ -234,7 +242,7 @@ def test_penalised_labels_solve_their_linear_programme() -> None:
     """Maximise y . (Pi + beta e) over the simplex, row by row."""
     for seed in range(25):
         products, labels = random_products(seed), torch.eye(4).double()[torch.arange(6) % 4]
-        found = learned_labels(products, labels, rule="argmax", penalty=0.7, temperature=1.0)
+        found = learned_labels(products, labels, Settings(label_rule="argmax", label_penalty=0.7))
         for row in range(6):
             reward = products[row] + 0.7 * labels[row]
             result = linprog(-reward.numpy(), A_eq=np.ones((1, 4)), b_eq=[1], bounds=(0, None))
@@ -247,9 +255,8 @@ def test_softmax_labels_solve_the_programme_with_entropy(penalty, temperature) -
     """Maximise y . (Pi + beta e) + tau H(y) over the simplex, by a general solver."""
     for seed in range(3):
         products, labels = random_products(seed), torch.eye(4).double()[torch.arange(6) % 4]
-        found = learned_labels(
-            products, labels, rule="softmax", penalty=penalty, temperature=temperature
-        )
+        settings = Settings(label_rule="softmax", label_penalty=penalty, temperature=temperature)
+        found = learned_labels(products, labels, settings)
         for row in range(6):
             reward = (products[row] + penalty * labels[row]).numpy()
             result = minimize(
@@ -269,7 +276,7 @@ def test_softmax_labels_solve_the_programme_with_entropy(penalty, temperature) -
 
 
 def test_the_sign_of_the_paper_as_printed_picks_the_worst_label() -> None:
-    """Without the minus of `make_tangent` the argmax would be the label that hurts most."""
+    """Without the minus of `descent_direction` the argmax would be the label that hurts most."""
     for seed in range(20):
         problem = make_problem(seed, rows=1)
         solution: SAflexSolution = solve_problem(problem, "forward_mode", normalize=False)

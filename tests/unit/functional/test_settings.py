@@ -2,13 +2,26 @@
 
 import inspect
 from dataclasses import FrozenInstanceError, asdict, fields
+from typing import get_type_hints
 
 import pytest
 
-from saflex_lightning.functional import PRESETS, Preset, make_preset, solve
+from saflex_lightning.functional import Settings, make_settings, solve
+from saflex_lightning.functional.settings import PRESETS, SettingsKwargs
 
-ROBUST = {
+COMMON = {
+    "params": None,
     "score_space": "log_probs",
+    "val_batch_size": None,
+    "every_n_steps": 1,
+    "start_epoch": 0,
+    "gates": False,
+    "row_evidence": False,
+    "seed": None,
+}
+ROBUST = {
+    **COMMON,
+    "engine": "auto",
     "normalize": True,
     "label_rule": "auto",
     "label_penalty": 8.0,
@@ -17,12 +30,12 @@ ROBUST = {
     "weight_rule": "sigmoid",
     "gradient_decay": 0.97,
     "precondition": True,
-    "engine": "finite_difference",
     "refresh_every_n_steps": 4,
     "val_batch_ratio": 0.25,
 }
 PAPER = {
-    "score_space": "log_probs",
+    **COMMON,
+    "engine": "forward_mode",
     "normalize": False,
     "label_rule": "softmax",
     "label_penalty": 0.0,
@@ -31,7 +44,6 @@ PAPER = {
     "weight_rule": "expected",
     "gradient_decay": 0.0,
     "precondition": False,
-    "engine": "forward_mode",
     "refresh_every_n_steps": 1,
     "val_batch_ratio": 1.0,
 }
@@ -43,36 +55,48 @@ def test_presets_hold_the_values_of_the_design() -> None:
     assert set(PRESETS) == {"robust", "paper"}
 
 
-def test_preset_without_arguments_is_robust() -> None:
-    assert Preset() == PRESETS["robust"]
+def test_settings_without_arguments_are_robust() -> None:
+    assert Settings() == PRESETS["robust"] == make_settings()
 
 
-def test_defaults_of_solve_are_the_fields_of_preset() -> None:
-    preset = Preset()
-    shared = {field.name for field in fields(Preset)} & set(inspect.signature(solve).parameters)
-    assert shared == {
-        "score_space",
-        "normalize",
-        "label_rule",
-        "label_penalty",
-        "temperature",
-        "gumbel",
-        "weight_rule",
-    }
-    for name in shared:
-        assert inspect.signature(solve).parameters[name].default == getattr(preset, name), name
+def test_the_default_of_solve_is_the_robust_preset() -> None:
+    assert inspect.signature(solve).parameters["settings"].default == PRESETS["robust"]
+
+
+def test_every_field_is_a_keyword_that_may_be_none() -> None:
+    found, wanted = get_type_hints(SettingsKwargs), get_type_hints(Settings)
+    assert found == {name: wanted[name] | None for name in wanted}
+    assert list(found) == [field.name for field in fields(Settings)]
+
+
+def test_settings_are_keywords_only() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Settings("head")  # type: ignore[misc]
 
 
 def test_presets_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         PRESETS["paper"].temperature = 1.0  # type: ignore[misc]
     with pytest.raises(TypeError, match="does not support item assignment"):
-        PRESETS["paper"] = Preset()  # type: ignore[index]
+        PRESETS["paper"] = Settings()  # type: ignore[index]
 
 
 def test_overrides_replace_values_and_none_keeps_them() -> None:
-    preset = make_preset("paper", temperature=0.5, label_penalty=None, engine="head")
-    assert asdict(preset) == {**PAPER, "temperature": 0.5, "engine": "head"}
+    settings = make_settings("paper", temperature=0.5, label_penalty=None, engine="head")
+    assert asdict(settings) == {**PAPER, "temperature": 0.5, "engine": "head"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"label_rule": "keep"}, True),
+        ({"weight_rule": "ones"}, True),
+        ({"label_rule": "keep", "weight_rule": "ones"}, False),
+    ],
+)
+def test_only_kept_labels_and_equal_weights_learn_nothing(settings, expected) -> None:
+    assert Settings(**settings).learns_weights_or_labels is expected
 
 
 @pytest.mark.parametrize(
@@ -82,12 +106,14 @@ def test_overrides_replace_values_and_none_keeps_them() -> None:
         {"gradient_decay": 0.0},
         {"refresh_every_n_steps": 1},
         {"temperature": 1e-6},
+        {"every_n_steps": 1, "start_epoch": 0, "val_batch_size": 1, "seed": 0},
+        {"params": ["head.*"]},
         {"label_penalty": 8, "temperature": 1},  # YAML reads whole numbers as int
     ],
     ids=str,
 )
 def test_edges_of_the_ranges_are_accepted(edge) -> None:
-    assert {**ROBUST, **edge} == asdict(make_preset("robust", **edge))
+    assert {**ROBUST, **edge} == asdict(make_settings("robust", **edge))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +122,7 @@ def test_edges_of_the_ranges_are_accepted(edge) -> None:
         ("score_space", "probabilities", "one of log_probs, logits, probs"),
         ("label_rule", "hard", "one of argmax, auto, keep, softmax"),
         ("weight_rule", "relu", "one of expected, ones, positive, sigmoid, sum"),
-        ("engine", "jvp", "one of finite_difference, forward_mode, head"),
+        ("engine", "jvp", "one of auto, finite_difference, forward_mode, head"),
         ("normalize", 1, "True or False"),
         ("gumbel", "on", "True or False"),
         ("precondition", 0.0, "True or False"),
@@ -108,14 +134,24 @@ def test_edges_of_the_ranges_are_accepted(edge) -> None:
         ("temperature", True, "a positive float"),
         ("gradient_decay", 1.0, "a float in [0, 1)"),
         ("gradient_decay", -0.1, "a float in [0, 1)"),
-        ("refresh_every_n_steps", 0, "a positive integer"),
-        ("refresh_every_n_steps", 2.0, "a positive integer"),
+        ("refresh_every_n_steps", 0, "an integer of at least 1"),
+        ("refresh_every_n_steps", 2.0, "an integer of at least 1"),
+        ("every_n_steps", 0, "an integer of at least 1"),
+        ("every_n_steps", True, "an integer of at least 1"),
+        ("start_epoch", -1, "an integer of at least 0"),
+        ("val_batch_size", 0, "an integer of at least 1 or None"),
+        ("seed", -1, "an integer of at least 0 or None"),
+        ("params", [], "a list of one or more name patterns, or None"),
+        ("params", "head.*", "a list of one or more name patterns, or None"),
+        ("params", ["head.*", 1], "a list of one or more name patterns, or None"),
+        ("gates", 1, "True or False"),
+        ("row_evidence", "discriminant", "True or False"),
         ("val_batch_ratio", 0.0, "a positive float"),
     ],
 )
 def test_wrong_values_are_named_with_what_was_expected(name, value, wanted) -> None:
     with pytest.raises(ValueError, match="Expected") as caught:
-        make_preset("robust", **{name: value})
+        make_settings("robust", **{name: value})
     assert str(caught.value) == (
         f"Expected `{name}` to be {wanted}, but got {value!r}. Change `{name}`."
     )
@@ -123,14 +159,14 @@ def test_wrong_values_are_named_with_what_was_expected(name, value, wanted) -> N
 
 def test_all_wrong_values_are_said_at_once() -> None:
     with pytest.raises(ValueError, match=r"`engine`.*`normalize`.*`temperature`"):
-        Preset(temperature=-1.0, engine="jvp", normalize=None)  # type: ignore[arg-type]
+        Settings(temperature=-1.0, engine="jvp", normalize=None)  # type: ignore[arg-type]
 
 
 def test_unknown_preset_is_named() -> None:
     with pytest.raises(ValueError, match="`preset` to be one of paper, robust, but got 'fast'"):
-        make_preset("fast")  # type: ignore[arg-type]
+        make_settings("fast")  # type: ignore[arg-type]
 
 
 def test_unknown_field_is_named() -> None:
-    with pytest.raises(TypeError, match=r"fields of `Preset`, but got \['beta'\]"):
-        make_preset("paper", beta=1.0)
+    with pytest.raises(TypeError, match=r"settings among engine, .*, but got alpha, beta\. Corr"):
+        make_settings("paper", beta=1.0, alpha=None)

@@ -1,29 +1,26 @@
 """Each rule of the solve by hand, the class renormalisation by loops, and shared batches."""
 
 import math
-import threading
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.oracles import dense_jacobian, dense_val_gradient, make_problem
+from helpers.solving import in_parts, solve
 from torch import Tensor
 
-from saflex_lightning.functional import (
-    dense_target,
+from saflex_lightning.functional.inner_products import (
     inner_products,
-    learned_labels,
-    learned_weights,
+    inner_products_reference,
     loss_inner_products,
-    project_tangent,
-    solution_metrics,
-    solve,
 )
+from saflex_lightning.functional.losses import dense_target
+from saflex_lightning.functional.settings import Settings
+from saflex_lightning.functional.solve import learned_labels, learned_weights, solution_metrics
 
 # One row to compute by hand: mean of Z under p is 1, so Pi is Z - 1.
-TANGENT = torch.tensor([[4.0, 0.0, -4.0]])
+JVP = torch.tensor([[4.0, 0.0, -4.0]])
 PROBS = torch.tensor([[0.5, 0.25, 0.25]])
 PRODUCTS = torch.tensor([[3.0, -1.0, -5.0]])
 plain_solve = partial(solve, normalize=False)
@@ -55,20 +52,20 @@ class TestScoreSpaces:
         ],
     )
     def test_by_hand(self, score_space, expected) -> None:
-        assert project_tangent(TANGENT, PROBS, score_space).tolist() == expected
-        solution = plain_solve(TANGENT, PROBS, torch.tensor([1]), score_space=score_space)
+        assert inner_products(JVP, PROBS, score_space).tolist() == expected
+        solution = plain_solve(JVP, PROBS, torch.tensor([1]), score_space=score_space)
         assert solution.inner_products.tolist() == expected
         rms = math.sqrt(sum(entry**2 for entry in expected[0]) / 3)
         assert solution.inner_product_rms.item() == pytest.approx(rms)
 
     @pytest.mark.parametrize("score_space", ["log_probs", "probs", "logits"])
     def test_normalised_products_are_centred_and_of_unit_size(self, score_space) -> None:
-        tangent, probs, target = make_batch(6, 3)
+        jvp, probs, target = make_batch(6, 3)
         augmented = torch.tensor([True, False, True, True, True, False])
-        tangent[1] = 1e6  # a clean row must not shift the centre
-        solution = solve(tangent, probs, target, augmented, score_space=score_space)
-        centred = tangent[augmented] - tangent[augmented].mean(0)
-        expected = project_tangent(centred, probs[augmented], score_space)
+        jvp[1] = 1e6  # a clean row must not shift the centre
+        solution = solve(jvp, probs, target, augmented, score_space=score_space)
+        centred = jvp[augmented] - jvp[augmented].mean(0)
+        expected = inner_products(centred, probs[augmented], score_space)
         rms = expected.square().mean().sqrt()
         torch.testing.assert_close(solution.inner_products[augmented], expected / rms)
         torch.testing.assert_close(solution.inner_product_rms, rms)
@@ -87,7 +84,7 @@ class TestLabelRules:
     )
     def test_softmax_by_hand(self, rule, penalty, temperature, objective) -> None:
         solution = plain_solve(
-            TANGENT,
+            JVP,
             PROBS,
             torch.tensor([1]),
             label_rule=rule,
@@ -103,13 +100,15 @@ class TestLabelRules:
         self, penalty, winner
     ) -> None:
         solution = plain_solve(
-            TANGENT, PROBS, torch.tensor([1]), label_rule="argmax", label_penalty=penalty
+            JVP, PROBS, torch.tensor([1]), label_rule="argmax", label_penalty=penalty
         )
         assert solution.soft_labels.tolist() == [[float(k == winner) for k in range(3)]]
 
     def test_penalty_of_a_mixed_label_is_shared_as_the_label_is(self) -> None:
         target = torch.tensor([[0.0, 0.75, 0.25]])
-        labels = learned_labels(PRODUCTS, target, rule="softmax", penalty=4.0, temperature=1.0)
+        labels = learned_labels(
+            PRODUCTS, target, Settings(label_rule="softmax", label_penalty=4.0, temperature=1.0)
+        )
         expected = torch.tensor([[3.0, -1.0 + 3.0, -5.0 + 1.0]]).softmax(-1)
         torch.testing.assert_close(labels, expected)
 
@@ -117,32 +116,37 @@ class TestLabelRules:
     def test_no_temperature_is_too_low_for_float32(self, temperature) -> None:
         products = torch.tensor([[3.0, -1.0, 3.0], [-1e18, 0.0, -1.0]])
         found = learned_labels(
-            products, torch.eye(3)[:2], rule="softmax", penalty=0.0, temperature=temperature
+            products,
+            torch.eye(3)[:2],
+            Settings(label_rule="softmax", label_penalty=0.0, temperature=temperature),
         )
         assert found.tolist() == [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
 
     def test_keep_returns_hard_and_mixed_labels_untouched(self) -> None:
         mixed = torch.tensor([[0.2, 0.3, 0.5]])
         for target in (mixed, torch.tensor([2])):
-            solution = plain_solve(TANGENT, PROBS, target, label_rule="keep")
+            solution = plain_solve(JVP, PROBS, target, label_rule="keep")
             assert torch.equal(solution.soft_labels, dense_target(target, 3, torch.float32))
 
     def test_auto_keeps_two_classes_and_learns_three(self) -> None:
-        tangent, probs, target = make_batch(5, 2)
-        kept = solve(tangent, probs, target).soft_labels
+        jvp, probs, target = make_batch(5, 2)
+        kept = solve(jvp, probs, target).soft_labels
         assert torch.equal(kept, F.one_hot(target, 2).double())
-        learned = solve(tangent, probs, target, label_rule="softmax").soft_labels
+        learned = solve(jvp, probs, target, label_rule="softmax").soft_labels
         assert ((learned > 0) & (learned < 1)).all()
-        tangent, probs, target = make_batch(5, 3)
+        jvp, probs, target = make_batch(5, 3)
         assert torch.equal(
-            solve(tangent, probs, target).soft_labels,
-            solve(tangent, probs, target, label_rule="softmax").soft_labels,
+            solve(jvp, probs, target).soft_labels,
+            solve(jvp, probs, target, label_rule="softmax").soft_labels,
         )
 
     def test_noise_moves_the_label_as_much_as_the_products(self) -> None:
         noise = torch.tensor([[0.0, 10.0, 0.0]])
         labels = learned_labels(
-            PRODUCTS, torch.zeros(1, 3), rule="argmax", penalty=0.0, temperature=1.0, noise=noise
+            PRODUCTS,
+            torch.zeros(1, 3),
+            Settings(label_rule="argmax", label_penalty=0.0, temperature=1.0),
+            noise,
         )
         assert labels.tolist() == [[0.0, 1.0, 0.0]]
 
@@ -151,9 +155,9 @@ class TestGumbel:
     def test_labels_are_drawn_from_the_softmax_of_the_products(self) -> None:
         # The Gumbel-max trick: argmax of (Pi + standard Gumbel) has probabilities softmax(Pi).
         rows = 40_000
-        tangent, probs = torch.tensor([[1.0, 0.0, -1.0]]), torch.full((1, 3), 1 / 3)
+        jvp, probs = torch.tensor([[1.0, 0.0, -1.0]]), torch.full((1, 3), 1 / 3)
         solution = plain_solve(
-            tangent.repeat(rows, 1),
+            jvp.repeat(rows, 1),
             probs.repeat(rows, 1),
             torch.zeros(rows, dtype=torch.int64),
             label_rule="argmax",
@@ -162,14 +166,14 @@ class TestGumbel:
             generator=torch.Generator().manual_seed(0),
         )
         drawn = solution.soft_labels.mean(0)
-        torch.testing.assert_close(drawn, tangent[0].softmax(-1), atol=0.008, rtol=0)
+        torch.testing.assert_close(drawn, jvp[0].softmax(-1), atol=0.008, rtol=0)
 
     def test_noise_comes_from_the_generator_alone(self) -> None:
-        tangent, probs, target = make_batch(6, 4)
+        jvp, probs, target = make_batch(6, 4)
 
         def labels(seed: int) -> Tensor:
             generator = torch.Generator().manual_seed(seed)
-            return solve(tangent, probs, target, gumbel=True, generator=generator).soft_labels
+            return solve(jvp, probs, target, gumbel=True, generator=generator).soft_labels
 
         before = torch.get_rng_state()
         first, again, other = labels(1), labels(1), labels(2)
@@ -178,20 +182,20 @@ class TestGumbel:
         assert not torch.allclose(first, other)
 
     def test_without_generator_the_global_one_is_used(self) -> None:
-        tangent, probs, target = make_batch(6, 4)
+        jvp, probs, target = make_batch(6, 4)
         state = torch.random.get_rng_state()
         try:
             torch.manual_seed(3)
-            implicit = solve(tangent, probs, target, gumbel=True).soft_labels
+            implicit = solve(jvp, probs, target, gumbel=True).soft_labels
         finally:
             torch.random.set_rng_state(state)
         generator = torch.Generator().manual_seed(3)
-        explicit = solve(tangent, probs, target, gumbel=True, generator=generator).soft_labels
+        explicit = solve(jvp, probs, target, gumbel=True, generator=generator).soft_labels
         assert torch.equal(implicit, explicit)
 
     def test_weights_of_algorithm_1_use_the_noisy_label(self) -> None:
         noisy = plain_solve(
-            TANGENT.repeat(200, 1),
+            JVP.repeat(200, 1),
             PROBS.repeat(200, 1),
             torch.zeros(200, dtype=torch.int64),
             label_rule="softmax",
@@ -215,23 +219,34 @@ class TestWeightRules:
 
     def test_expected_reads_the_learned_label(self) -> None:
         learned = torch.tensor([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0], [0.0, 1.0]])
-        weights = learned_weights(self.products, self.labels, learned, self.every, rule="expected")
+        weights = learned_weights(
+            self.products, self.labels, learned, self.every, Settings(weight_rule="expected")
+        )
         # Pi . y = 0, -0.25, 0.5, 0: a row at exactly zero is kept
         assert weights.tolist() == pytest.approx([4 / 3, 0.0, 4 / 3, 4 / 3])
 
     def test_sum_adds_the_products_of_all_classes(self) -> None:
-        weights = learned_weights(self.products, self.labels, self.labels, self.every, rule="sum")
+        weights = learned_weights(
+            self.products, self.labels, self.labels, self.every, Settings(weight_rule="sum")
+        )
         # sums are 0, -0.5, -2.5, 0
         assert weights.tolist() == [2.0, 0.0, 0.0, 2.0]
 
     def test_ones(self) -> None:
-        weights = learned_weights(self.products, self.labels, self.labels, self.every, rule="ones")
+        weights = learned_weights(
+            self.products, self.labels, self.labels, self.every, Settings(weight_rule="ones")
+        )
         assert weights.tolist() == [1.0] * 4
 
     def test_sigmoid_reads_the_upstream_label(self) -> None:
         learned = self.labels.flip(-1)
         weights = learned_weights(
-            self.products, self.labels, learned, self.every, rule="sigmoid", balance_classes=False
+            self.products,
+            self.labels,
+            learned,
+            self.every,
+            Settings(weight_rule="sigmoid"),
+            balance_classes=False,
         )
         keep = [1 / (1 + math.exp(-given)) for given in (2.0, -1.0, -3.0, 0.0)]
         assert weights.tolist() == pytest.approx([4 * s / sum(keep) for s in keep])
@@ -242,7 +257,7 @@ class TestWeightRules:
             torch.tensor([[0.75, 0.25], [0.5, 0.5]]),
             torch.zeros(2, 2),
             torch.ones(2, dtype=torch.bool),
-            rule="sigmoid",
+            Settings(weight_rule="sigmoid"),
             balance_classes=False,
         )
         first = 1 / (1 + math.exp(-1.0))  # 0.75 * 2 - 0.25 * 2
@@ -253,7 +268,7 @@ class TestWeightRules:
     def test_rows_that_are_not_augmented_do_not_count(self) -> None:
         augmented = torch.tensor([True, True, False, False])
         weights = learned_weights(
-            self.products, self.labels, self.labels, augmented, rule="expected"
+            self.products, self.labels, self.labels, augmented, Settings(weight_rule="expected")
         )
         assert weights[:2].tolist() == [2.0, 0.0]
 
@@ -273,7 +288,7 @@ class TestWeightRules:
         products = torch.full((3, 3), -200.0)
         labels = torch.eye(3)
         weights = learned_weights(
-            products, labels, labels, torch.ones(3, dtype=torch.bool), rule=rule
+            products, labels, labels, torch.ones(3, dtype=torch.bool), Settings(weight_rule=rule)
         )
         assert weights.tolist() == [0.0] * 3
 
@@ -297,19 +312,19 @@ class TestClassRenormalisation:
     @pytest.mark.parametrize("soft", [False, True])
     @pytest.mark.parametrize(("rows", "classes"), [(1, 3), (2, 2), (7, 3), (12, 20)])
     def test_equals_loops(self, rows, classes, soft) -> None:
-        tangent, probs, target = make_batch(rows, classes, seed=rows)
+        jvp, probs, target = make_batch(rows, classes, seed=rows)
         if soft:
             target = mix_targets(target, classes)
-        solution = solve(tangent, probs, target)
+        solution = solve(jvp, probs, target)
         labels = dense_target(target, classes, torch.float64)
         keep = torch.sigmoid((labels * solution.inner_products).sum(-1))
         expected = looped_balance(keep.tolist(), labels.tolist())
         assert solution.weights.tolist() == pytest.approx(expected, rel=1e-12)
 
     def test_counts_augmented_rows_only(self) -> None:
-        tangent, probs, target = make_batch(9, 3, seed=1)
+        jvp, probs, target = make_batch(9, 3, seed=1)
         augmented = torch.arange(9) % 3 != 0
-        solution = solve(tangent, probs, target, augmented)
+        solution = solve(jvp, probs, target, augmented)
         labels = F.one_hot(target, 3).double()[augmented]
         keep = torch.sigmoid((labels * solution.inner_products[augmented]).sum(-1))
         expected = looped_balance(keep.tolist(), labels.tolist())
@@ -324,7 +339,7 @@ class TestClassRenormalisation:
             labels,
             labels,
             torch.ones(40, dtype=torch.bool),
-            rule="sigmoid",
+            Settings(weight_rule="sigmoid"),
         )
         expected = looped_balance(keep.tolist(), labels.tolist())
         assert weights.tolist() == pytest.approx(expected, rel=1e-12)
@@ -342,8 +357,8 @@ class TestClassRenormalisation:
             labels,
             torch.ones(40, dtype=torch.bool),
         )
-        plain = learned_weights(*arguments, rule="sigmoid", balance_classes=False)
-        balanced = learned_weights(*arguments, rule="sigmoid")
+        plain = learned_weights(*arguments, Settings(weight_rule="sigmoid"), balance_classes=False)
+        balanced = learned_weights(*arguments, Settings(weight_rule="sigmoid"))
         assert plain[:20].sum().item() == pytest.approx(8.0)
         # c = 24 / (4 + 2) and 24 / (16 + 2)
         assert balanced[:20].sum().item() == pytest.approx(40 * 0.8 / (0.8 + 16 / 15))
@@ -353,12 +368,12 @@ class TestUnionBatches:
     @pytest.mark.parametrize("soft", [False, True])
     @pytest.mark.parametrize("weight_rule", ["sigmoid", "expected", "sum", "positive", "ones"])
     def test_clean_rows_keep_weight_1_and_their_own_label(self, weight_rule, soft) -> None:
-        tangent, probs, target = make_batch(8, 3)
+        jvp, probs, target = make_batch(8, 3)
         if soft:
             target = mix_targets(target, 3)
         augmented = torch.arange(8) >= 4
         solution = solve(
-            tangent,
+            jvp,
             probs,
             target,
             augmented,
@@ -375,18 +390,18 @@ class TestUnionBatches:
         assert not torch.isclose(solution.soft_labels[4:], own[4:]).all(-1).any()
 
     def test_clean_rows_are_not_read(self) -> None:
-        tangent, probs, target = make_batch(8, 3)
+        jvp, probs, target = make_batch(8, 3)
         augmented = torch.arange(8) >= 4
-        expected = solve(tangent[4:], probs[4:], target[4:])
-        tangent[:4] = torch.nan
-        solution = solve(tangent, probs, target, augmented)
+        expected = solve(jvp[4:], probs[4:], target[4:])
+        jvp[:4] = torch.nan
+        solution = solve(jvp, probs, target, augmented)
         assert solution.finite
         torch.testing.assert_close(solution.weights[4:], expected.weights)
         torch.testing.assert_close(solution.soft_labels[4:], expected.soft_labels)
 
     def test_no_augmented_row(self) -> None:
-        tangent, probs, target = make_batch(4, 3)
-        solution = solve(tangent, probs, target, torch.zeros(4, dtype=torch.bool))
+        jvp, probs, target = make_batch(4, 3)
+        solution = solve(jvp, probs, target, torch.zeros(4, dtype=torch.bool))
         assert torch.equal(solution.weights, torch.ones(4).double())
         assert torch.equal(solution.soft_labels, F.one_hot(target, 3).double())
         assert solution.inner_product_rms == 0
@@ -445,7 +460,7 @@ class TestReference:
         for seed in range(4):
             problem = make_problem(seed)
             gradient = torch.autograd.grad(problem.val_loss(), problem.params)
-            found = inner_products(
+            found = inner_products_reference(
                 problem.model(problem.inputs), problem.params, gradient, score_space
             )
             flat = torch.cat([part.reshape(-1) for part in gradient])
@@ -465,7 +480,7 @@ class TestReference:
             problem.target,
             score_space=score_space,
         )
-        expected = inner_products(scores, problem.params, gradient, score_space)
+        expected = inner_products_reference(scores, problem.params, gradient, score_space)
         torch.testing.assert_close(solution.inner_products, expected, rtol=1e-10, atol=1e-12)
 
     def test_parameters_that_scores_do_not_use_add_nothing(self) -> None:
@@ -474,49 +489,23 @@ class TestReference:
         scores = problem.model(problem.inputs)
         unused = torch.ones(3, dtype=torch.float64, requires_grad=True)
         torch.testing.assert_close(
-            inner_products(scores, [*problem.params, unused], [*gradient, torch.ones(3).double()]),
-            inner_products(scores, problem.params, gradient),
+            inner_products_reference(
+                scores, [*problem.params, unused], [*gradient, torch.ones(3).double()]
+            ),
+            inner_products_reference(scores, problem.params, gradient),
             rtol=0,
             atol=0,
         )
 
 
-def solve_in_parts(sizes, tangent, probs, target, augmented, **options) -> list:
+def solve_in_parts(sizes, jvp, probs, target, augmented, **options) -> list:
     """Solve parts of a batch in threads that add their sums in lock-step, as ranks do."""
-    barrier, slots = threading.Barrier(len(sizes), timeout=20), [None] * len(sizes)
-    solutions: list = [None] * len(sizes)
-    edges = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-
-    def run(rank: int, rows: slice) -> None:
-        def reduce_sum(tensor: Tensor) -> Tensor:
-            slots[rank] = tensor
-            barrier.wait()
-            total = torch.stack(slots).sum(0)
-            barrier.wait()
-            return total
-
-        try:
-            solutions[rank] = solve(
-                tangent[rows],
-                probs[rows],
-                target[rows],
-                augmented[rows],
-                reduce_sum=reduce_sum,
-                **options,
-            )
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [
-        threading.Thread(target=run, args=(rank, slice(*edge)))
-        for rank, edge in enumerate(pairwise(edges))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return solutions
+    return in_parts(
+        sizes,
+        lambda rows, ranks: solve(
+            jvp[rows], probs[rows], target[rows], augmented[rows], ranks=ranks, **options
+        ),
+    )
 
 
 class TestSharedBatches:
@@ -533,12 +522,12 @@ class TestSharedBatches:
         ids=str,
     )
     def test_parts_equal_the_whole(self, sizes, options) -> None:
-        tangent, probs, target = make_batch(12, 4)
+        jvp, probs, target = make_batch(12, 4)
         target = mix_targets(target, 4)
         # the first part of the last split holds no augmented row
         augmented = torch.tensor([0, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
-        whole = solve(tangent, probs, target, augmented, **options)
-        parts = solve_in_parts(sizes, tangent, probs, target, augmented, **options)
+        whole = solve(jvp, probs, target, augmented, **options)
+        parts = solve_in_parts(sizes, jvp, probs, target, augmented, **options)
         for name in ("weights", "soft_labels", "inner_products"):
             found = torch.cat([getattr(part, name) for part in parts])
             torch.testing.assert_close(found, getattr(whole, name), rtol=1e-12, atol=1e-13)
@@ -547,21 +536,21 @@ class TestSharedBatches:
         assert whole.weights[augmented].std() > 0 or options.get("weight_rule") == "ones"
 
     def test_one_part_without_kept_rows(self) -> None:
-        tangent, probs, target = make_batch(8, 3)
-        tangent[:4] = torch.tensor([-5.0, 1.0, 2.0]).double()
+        jvp, probs, target = make_batch(8, 3)
+        jvp[:4] = torch.tensor([-5.0, 1.0, 2.0]).double()
         target[:4] = 0
         options = {"normalize": False, "weight_rule": "expected", "label_rule": "keep"}
         every = torch.ones(8, dtype=torch.bool)
-        first, second = solve_in_parts([4, 4], tangent, probs, target, every, **options)
+        first, second = solve_in_parts([4, 4], jvp, probs, target, every, **options)
         assert torch.equal(first.weights, torch.zeros(4).double())
         assert second.weights.sum().item() == pytest.approx(8.0)
 
     @pytest.mark.parametrize("normalize", [True, False])
     def test_a_non_finite_part_stops_every_part(self, normalize) -> None:
-        tangent, probs, target = make_batch(8, 3)
-        tangent[6, 1] = torch.nan
+        jvp, probs, target = make_batch(8, 3)
+        jvp[6, 1] = torch.nan
         every = torch.ones(8, dtype=torch.bool)
-        for part in solve_in_parts([4, 4], tangent, probs, target, every, normalize=normalize):
+        for part in solve_in_parts([4, 4], jvp, probs, target, every, normalize=normalize):
             assert not part.finite
             assert torch.equal(part.weights, torch.ones(4).double())
             assert torch.equal(part.soft_labels.sum(-1), torch.ones(4).double())
@@ -571,10 +560,10 @@ class TestSharedBatches:
 class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_inputs_are_computed_in_float32(self, dtype) -> None:
-        tangent, probs, target = make_batch(6, 4)
-        tangent, probs = (300 * tangent).to(dtype), probs.to(dtype)  # squares overflow float16
-        solution = solve(tangent, probs, target)
-        expected = solve(tangent.float(), probs.float(), target)
+        jvp, probs, target = make_batch(6, 4)
+        jvp, probs = (300 * jvp).to(dtype), probs.to(dtype)  # squares overflow float16
+        solution = solve(jvp, probs, target)
+        expected = solve(jvp.float(), probs.float(), target)
         assert solution.finite
         for name in ("weights", "soft_labels", "inner_products", "inner_product_rms"):
             found = getattr(solution, name)
@@ -586,8 +575,8 @@ class TestPrecision:
         assert solution.weights.dtype == solution.soft_labels.dtype == torch.float64
 
     def test_result_is_detached(self) -> None:
-        tangent, probs, target = make_batch(6, 4)
-        solution = solve(tangent.requires_grad_(), probs.requires_grad_(), target)
+        jvp, probs, target = make_batch(6, 4)
+        solution = solve(jvp.requires_grad_(), probs.requires_grad_(), target)
         assert not solution.weights.requires_grad
         assert not solution.soft_labels.requires_grad
 
@@ -595,10 +584,10 @@ class TestPrecision:
 class TestMetrics:
     def test_by_hand(self) -> None:
         # Pi . label = 3, -5, -1, then a clean row whose label would be dropped
-        tangent, probs = TANGENT.repeat(4, 1), PROBS.repeat(4, 1)
+        jvp, probs = JVP.repeat(4, 1), PROBS.repeat(4, 1)
         target, augmented = torch.tensor([0, 2, 1, 2]), torch.tensor([True, True, True, False])
         solution = plain_solve(
-            tangent,
+            jvp,
             probs,
             target,
             augmented,
@@ -623,38 +612,38 @@ class TestMetrics:
 
     def test_entropy_and_relabelling_of_mixed_targets(self) -> None:
         target = torch.tensor([[0.0, 0.75, 0.25], [0.5, 0.0, 0.5]])
-        solution = plain_solve(TANGENT.repeat(2, 1), PROBS.repeat(2, 1), target, label_rule="keep")
+        solution = plain_solve(JVP.repeat(2, 1), PROBS.repeat(2, 1), target, label_rule="keep")
         metrics = solution_metrics(solution, target)
         assert metrics["relabelled_fraction"].item() == 0
         first = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
         assert metrics["target_entropy"].item() == pytest.approx((first + math.log(2)) / 2)
 
     def test_effective_fraction_of_unequal_weights(self) -> None:
-        tangent, probs, target = make_batch(6, 2)
-        solution = solve(tangent, probs, target)
+        jvp, probs, target = make_batch(6, 2)
+        solution = solve(jvp, probs, target)
         squares = solution.weights.square().sum().item()
         found = solution_metrics(solution, target)["effective_fraction"].item()
         assert found == pytest.approx(36 / (6 * squares))
         assert found < 0.999
 
     def test_all_dropped_and_none_augmented(self) -> None:
-        tangent = torch.tensor([[-5.0, 1.0, 2.0]]).repeat(2, 1)
+        jvp = torch.tensor([[-5.0, 1.0, 2.0]]).repeat(2, 1)
         target = torch.tensor([0, 0])
         options = {"label_rule": "keep", "weight_rule": "expected"}
-        dropped = plain_solve(tangent, PROBS.repeat(2, 1), target, **options)
+        dropped = plain_solve(jvp, PROBS.repeat(2, 1), target, **options)
         metrics = solution_metrics(dropped, target)
         assert metrics["kept_fraction"] == 0
         assert metrics["effective_fraction"] == 0
 
         none = torch.zeros(2, dtype=torch.bool)
-        clean = plain_solve(tangent, PROBS.repeat(2, 1), target, none, **options)
+        clean = plain_solve(jvp, PROBS.repeat(2, 1), target, none, **options)
         metrics = solution_metrics(clean, target, none)
         found = [metrics[f"{name}_fraction"] for name in ("kept", "relabelled", "effective")]
         assert found == [1, 0, 1]
 
 
 def test_rounding_left_by_centring_is_not_blown_up():
-    tangent = torch.tensor([[0.1, 0.37, -0.213]]).repeat(5, 1)  # equal rows: nothing to tell apart
-    solution = solve(tangent, torch.full((5, 3), 1 / 3), torch.arange(5) % 3)
+    jvp = torch.tensor([[0.1, 0.37, -0.213]]).repeat(5, 1)  # equal rows: nothing to tell apart
+    solution = solve(jvp, torch.full((5, 3), 1 / 3), torch.arange(5) % 3)
     assert solution.inner_products.abs().max() < 0.2
     torch.testing.assert_close(solution.weights, torch.ones(5), rtol=0.05, atol=0)

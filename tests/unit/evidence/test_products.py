@@ -1,19 +1,14 @@
-"""Evidence by group against plain loops in double precision, and the rules of the gates."""
+"""Inner products of the last layer against plain loops in double precision."""
 
 import pytest
 import torch
+from helpers.solving import ALONE, in_parts
 from torch import nn
 from torch.nn.functional import one_hot
 
-from saflex_lightning.evidence import (
-    draw_rejected,
-    group_evidence,
-    last_layer_products,
-    next_log_weights,
-    rescale_weights,
-)
+from saflex_lightning.evidence.products import last_layer_products, rescale_weights
 
-BATCH, VAL, FEATURES, CLASSES, GROUPS = 12, 9, 5, 4, 3
+BATCH, VAL, FEATURES, CLASSES = 12, 9, 5, 4
 
 
 @pytest.fixture
@@ -94,85 +89,17 @@ def test_constant_features_give_finite_products(problem):
     assert last_layer_products(**problem).isfinite().all()
 
 
-def test_group_evidence_equals_plain_loops(problem):
-    products = last_layer_products(**problem)
-    labels = problem["probs"].roll(1, 0)
-    group = torch.arange(BATCH) % (GROUPS + 1)
-    group[group == 2] = 0  # one group is absent
-    usable = (torch.arange(BATCH) != 5).double()
-    means, counts = group_evidence(products, labels, group, GROUPS, usable=usable)
-    rows = [i for i in range(BATCH) if usable[i]]
-    squares = [products[i, k] ** 2 for i in rows for k in range(CLASSES)]
-    rms = (sum(squares) / len(squares)) ** 0.5
-    for g in range(GROUPS + 1):
-        members = [i for i in rows if group[i] == g]
-        assert counts[g] == len(members)
-        total = sum(labels[i, k] * products[i, k] for i in members for k in range(CLASSES))
-        expected = total / rms / len(members) if members else torch.tensor(0.0)
-        assert means[g].item() == pytest.approx(float(expected), abs=1e-12)
-
-
-def test_batches_without_signal_give_no_evidence():
-    group = torch.tensor([0, 1])
-    means, _ = group_evidence(torch.zeros(2, 3), torch.eye(3)[:2], group, 1)
-    assert means.tolist() == [0, 0]
-    means, counts = group_evidence(torch.zeros(0, 3), torch.zeros(0, 3), group[:0], 1)
-    assert (means.tolist(), counts.tolist()) == ([0, 0], [0, 0])
-
-
-class TestLogWeights:
-    def test_rule_by_hand(self):
-        counts = torch.tensor([8.0, 1.0, 6.0, 1.0])  # 8 augmented rows in 3 groups
-        means = torch.tensor([0.2, 0.4, -0.3, 0.2])
-        found = next_log_weights(torch.zeros(4), means, counts)
-        expected = [0, 0.5 * (1 * 3 / 8) * 0.2, 0.5 * 2 * -0.5, 0]  # 6 * 3 / 8 > 2
-        torch.testing.assert_close(found, torch.tensor(expected))
-
-    @pytest.mark.parametrize(
-        ("counts", "means"),
-        [
-            ([0.0, 4.0, 4.0], [0.0, 1.0, -1.0]),  # no clean rows
-            ([4.0, 0.0, 0.0], [0.5, 0.0, 0.0]),  # no augmented rows
-            ([4.0, 4.0, 4.0], [torch.nan, 1.0, -1.0]),
-            ([4.0, 4.0, 4.0], [0.0, torch.inf, torch.nan]),
-        ],
-    )
-    def test_nothing_moves_without_something_to_compare(self, counts, means):
-        before = torch.tensor([0.0, 0.1, -0.2])
-        found = next_log_weights(before, torch.tensor(means), torch.tensor(counts))
-        assert found.equal(before)
-
-    def test_absent_groups_stay_and_present_ones_move(self):
-        before = torch.tensor([0.0, 0.1, -0.2])
-        means, counts = torch.tensor([0.5, 0.0, 0.0]), torch.tensor([4.0, 0.0, 4.0])
-        found = next_log_weights(before, means, counts)
-        assert found[:2].equal(before[:2])
-        assert found[2] < before[2]
-
-    def test_weights_stay_in_their_range(self):
-        weights, counts = torch.zeros(3), torch.ones(3)
-        for _ in range(200):
-            weights = next_log_weights(weights, torch.tensor([0.0, 1.0, -1.0]), counts)
-        torch.testing.assert_close(weights, torch.tensor([0.0, 0.7, -6.0]))
-
-
-def test_rows_are_rejected_as_often_as_their_gate_says():
-    log_weights = torch.tensor([0.0, 0.7, -0.5, -6.0])
-    group = torch.arange(4).repeat(5000)
-    rejected = draw_rejected(log_weights, group, torch.Generator().manual_seed(0))
-    shares = rejected.view(-1, 4).float().mean(0).tolist()
-    assert shares[:2] == [0, 0]
-    assert shares[2:] == pytest.approx([1 - 0.6065, 1 - 0.0025], abs=0.02)
-    assert not rejected.view(-1, 4)[:, 3].all()  # a row of the worst group comes through
-    assert rejected.equal(draw_rejected(log_weights, group, torch.Generator().manual_seed(0)))
-
-
 def test_factors_change_shares_and_keep_the_sum():
     weights = torch.tensor([1.0, 1.0, 0.5, 1.5, 2.0])
     augmented = torch.tensor([False, True, True, True, True])
     factors = torch.tensor([9.0, 2.0, 2.0, 1.0, 0.0])
-    found = rescale_weights(weights, factors, augmented)
+    found = rescale_weights(weights, factors, augmented, ALONE)
     # 2, 1, 1.5 and 0, scaled from 4.5 back to 5
     assert found.tolist() == pytest.approx([1, 2 / 0.9, 1 / 0.9, 1.5 / 0.9, 0])
-    assert rescale_weights(weights * 0, factors, augmented).eq(0).all()
-    assert rescale_weights(weights, factors * 0, augmented)[1:].eq(0).all()
+    assert rescale_weights(weights * 0, factors, augmented, ALONE).eq(0).all()
+    assert rescale_weights(weights, factors * 0, augmented, ALONE)[1:].eq(0).all()
+    parts = in_parts(
+        [2, 3],
+        lambda own, ranks: rescale_weights(weights[own], factors[own], augmented[own], ranks),
+    )
+    torch.testing.assert_close(torch.cat(parts), found)

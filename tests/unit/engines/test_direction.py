@@ -5,14 +5,12 @@ import torch
 import torch.nn.functional as F
 from helpers.cases import relative_error
 from helpers.models import CLASSES, Aliased, Tied, make_mlp
+from helpers.solving import measure
 from torch import Tensor, nn
 
-from saflex_lightning.engines import (
-    adam_second_moments,
-    make_engine,
-    make_tangent,
-    select_parameters,
-)
+from saflex_lightning.engines import descent_direction, make_engine
+from saflex_lightning.engines.direction import adam_second_moments
+from saflex_lightning.engines.parameters import select_parameters
 
 INPUTS = torch.linspace(-1, 1, 30).view(6, 5)
 TARGET = torch.arange(6) % CLASSES
@@ -44,14 +42,14 @@ def test_patterns_choose_by_name():
     ]
 
 
-def test_frozen_parameters_are_not_matched_and_get_no_tangent():
+def test_frozen_parameters_are_not_matched_and_get_no_derivative():
     model = make_mlp()
     model[0].requires_grad_(False)
     assert len(select_parameters(model)) == 2
     for name in ("finite_difference", "forward_mode"):
         engine = make_engine(name, model)
         gradient = engine.gradient(lambda: model(INPUTS), lambda s: F.cross_entropy(s, TARGET))
-        _, found = engine.measure(lambda: model(INPUTS), make_tangent(gradient))
+        _, found = measure(engine, lambda: model(INPUTS), descent_direction(gradient))
         hidden = model[1](model[0](INPUTS)).detach()
         weight, bias = gradient
         torch.testing.assert_close(found, -(hidden @ weight.T + bias), rtol=5e-3, atol=1e-4)
@@ -81,18 +79,29 @@ def test_parameters_the_loss_does_not_reach_get_zeros(name):
     assert total_norm(gradient[-2:]) == 0
 
 
+def test_parameters_that_no_optimizer_holds_are_left_out():
+    model = make_mlp()
+    held = [model[2].weight, model[0].bias, nn.Parameter(torch.zeros(1))]
+    chosen = select_parameters(model, held=held)
+    assert [id(p) for p in chosen] == [id(model[0].bias), id(model[2].weight)]  # the model's order
+    # Patterns say what they say, and before the optimizers exist all are taken.
+    assert len(select_parameters(model, ["*.weight"], held[1:2])) == 2
+    assert len(select_parameters(model, held=[])) == 4
+    assert len(select_parameters(model, held=held[2:])) == 4
+
+
 # Sign and length
 
 
-def test_the_tangent_points_against_the_gradient():
+def test_the_direction_points_against_the_gradient():
     gradient = (torch.tensor([3.0, 0.0]), torch.tensor([[-4.0]]))
-    direction, norm = make_tangent(gradient)
+    parts, norm = descent_direction(gradient)
     assert norm.item() == pytest.approx(5.0)
-    torch.testing.assert_close(direction, (torch.tensor([-0.6, 0.0]), torch.tensor([[0.8]])))
+    torch.testing.assert_close(parts, (torch.tensor([-0.6, 0.0]), torch.tensor([[0.8]])))
     assert gradient[0].tolist() == [3.0, 0.0]
 
 
-def test_the_validation_loss_falls_along_the_tangent():
+def test_the_validation_loss_falls_along_the_direction():
     model = make_mlp().double()
     inputs = INPUTS.double()
     engine = make_engine("forward_mode", model)
@@ -101,19 +110,19 @@ def test_the_validation_loss_falls_along_the_tangent():
         return F.cross_entropy(scores, TARGET)
 
     before = loss(model(inputs)).item()
-    tangent = make_tangent(engine.gradient(lambda: model(inputs), loss))
+    direction = descent_direction(engine.gradient(lambda: model(inputs), loss))
     with torch.no_grad():
-        for parameter, part in zip(engine.params, tangent.direction, strict=True):
+        for parameter, part in zip(engine.params, direction.parts, strict=True):
             parameter += 1e-6 * part
     fallen = (before - loss(model(inputs)).item()) / 1e-6
-    assert fallen == pytest.approx(tangent.norm.item(), rel=1e-4)
+    assert fallen == pytest.approx(direction.norm.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("second_moments", [None, (torch.ones(2), torch.zeros(1))])
-def test_a_zero_gradient_gives_a_zero_tangent(second_moments):
-    direction, norm = make_tangent((torch.zeros(2), torch.zeros(1)), second_moments)
+def test_a_zero_gradient_gives_a_zero_direction(second_moments):
+    parts, norm = descent_direction((torch.zeros(2), torch.zeros(1)), second_moments)
     assert norm.item() == 0
-    assert total_norm(direction) == 0
+    assert total_norm(parts) == 0
 
 
 def test_one_parameter_of_double_precision_does_not_shorten_the_step_of_the_others():
@@ -128,9 +137,9 @@ def test_one_parameter_of_double_precision_does_not_shorten_the_step_of_the_othe
 
     torch.manual_seed(0)
     model, inputs = Scaled(), torch.randn(64, 5)
-    tangent = make_tangent([torch.randn_like(parameter) for parameter in model.parameters()])
+    direction = descent_direction([torch.randn_like(parameter) for parameter in model.parameters()])
     found, exact = (
-        make_engine(name, model).measure(lambda: model(inputs), tangent)[1]
+        measure(make_engine(name, model), lambda: model(inputs), direction)[1]
         for name in ("finite_difference", "forward_mode")
     )
     assert relative_error(found, exact) < 5e-3
@@ -151,20 +160,20 @@ def test_rows_of_a_sparse_embedding_have_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["finite_difference", "forward_mode"])
-def test_a_zero_tangent_moves_no_score(name):
+def test_a_zero_direction_moves_no_score(name):
     model = make_mlp()
     engine = make_engine(name, model)
-    tangent = make_tangent([torch.zeros_like(p) for p in engine.params])
-    assert not engine.measure(lambda: model(INPUTS), tangent)[1].any()
+    direction = descent_direction([torch.zeros_like(p) for p in engine.params])
+    assert not measure(engine, lambda: model(INPUTS), direction)[1].any()
 
 
-def test_z_does_not_depend_on_how_the_tangent_is_split():
+def test_z_does_not_depend_on_how_the_direction_is_split():
     """The step has a fixed length, so Z is linear in the gradient up to rounding."""
     model = make_mlp()
     engine = make_engine("finite_difference", model)
     gradient = engine.gradient(lambda: model(INPUTS), lambda s: F.cross_entropy(s, TARGET))
     results = [
-        engine.measure(lambda: model(INPUTS), make_tangent([scale * g for g in gradient]))[1]
+        measure(engine, lambda: model(INPUTS), descent_direction([scale * g for g in gradient]))[1]
         / scale
         for scale in (1e-4, 1.0, 1e4)
     ]
@@ -186,21 +195,21 @@ def test_preconditioning_divides_by_the_damped_root_of_the_second_moment():
             -4.0 / (8.0**0.5 + damping),
         ]
     )
-    direction, norm = make_tangent(gradient, moments)
+    parts, norm = descent_direction(gradient, moments)
     torch.testing.assert_close(norm, expected.norm())
-    torch.testing.assert_close(torch.cat(direction), expected / expected.norm())
-    assert total_norm(direction) == pytest.approx(1.0)
+    torch.testing.assert_close(torch.cat(parts), expected / expected.norm())
+    assert total_norm(parts) == pytest.approx(1.0)
     assert moments[0].tolist() == [4.0, 0.0]
 
 
-def test_without_any_second_moment_the_tangent_is_the_plain_one():
+def test_without_any_second_moment_the_direction_is_the_plain_one():
     gradient = (torch.tensor([3.0, -4.0]),)
-    direction, norm = make_tangent(gradient, (torch.zeros(2),))
+    parts, norm = descent_direction(gradient, (torch.zeros(2),))
     assert norm.item() == pytest.approx(5.0)
-    torch.testing.assert_close(direction[0], torch.tensor([-0.6, 0.8]))
+    torch.testing.assert_close(parts[0], torch.tensor([-0.6, 0.8]))
 
 
-def test_dead_units_do_not_dominate_the_tangent():
+def test_dead_units_do_not_dominate_the_direction():
     """Parameters that training does not move have v = 0, and a validation gradient near 0."""
     torch.manual_seed(0)
     model = make_mlp(hidden=32)
@@ -214,9 +223,9 @@ def test_dead_units_do_not_dominate_the_tangent():
     engine = make_engine("finite_difference", model)
     gradient = engine.gradient(lambda: model(INPUTS), lambda s: F.cross_entropy(s, TARGET))
     noisy = [part + 1e-9 * torch.randn_like(part) for part in gradient]
-    direction, _ = make_tangent(noisy, adam_second_moments(engine.params, [optimizer]))
-    assert total_norm([direction[0][:16], direction[1][:16]]) < 1e-5
-    assert total_norm([direction[0][16:], direction[1][16:]]) > 0.1
+    parts, _ = descent_direction(noisy, adam_second_moments(engine.params, [optimizer]))
+    assert total_norm([parts[0][:16], parts[1][:16]]) < 1e-5
+    assert total_norm([parts[0][16:], parts[1][16:]]) > 0.1
 
 
 def take_steps(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> None:
@@ -320,17 +329,17 @@ def test_a_fused_step_that_overflowed_leaves_zeros():
         state["exp_avg_sq"].zero_()
     moments = adam_second_moments(params, [optimizer])
     assert all(not moment.any() for moment in moments)
-    assert make_tangent([p.grad for p in params], moments).norm.isfinite()
+    assert descent_direction([p.grad for p in params], moments).norm.isfinite()
 
 
 def test_a_head_may_be_called_by_keyword():
     model = make_mlp()
-    engine = make_engine("head", model)
     hidden = model[1](model[0](INPUTS)).detach()
 
     def forward() -> Tensor:
         return model[2](input=model[1](model[0](INPUTS)))
 
+    engine = make_engine("head", model, forward)
     gradient = engine.gradient(forward, lambda scores: F.cross_entropy(scores, TARGET))
-    _, found = engine.measure(forward, make_tangent(gradient))
+    _, found = measure(engine, forward, descent_direction(gradient))
     torch.testing.assert_close(found, -(hidden @ gradient[0].T + gradient[1]))

@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from helpers.cases import CASES, ENGINES, random_direction
 from helpers.models import CLASSES, Recurrent, Restless
+from helpers.solving import build_engine, measure, val_gradient
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saflex_lightning.engines import (
-    make_engine,
-    make_tangent,
-    unchanged_generators,
-    unchanged_state,
-)
+from saflex_lightning.engines import UnsupportedModelError, descent_direction, make_engine
+from saflex_lightning.engines.untouched import untouched, untouched_generators, unwritten
 
 TARGET = torch.arange(6) % CLASSES
 
@@ -71,17 +68,20 @@ def make_restless() -> tuple[Restless, Tensor]:
     return model, inputs
 
 
-def find_head(engine, model: nn.Module, inputs: Tensor) -> None:
-    if engine.name == "head":
-        engine.gradient(lambda: model(inputs), lambda scores: scores.sum())
+def loss(scores: Tensor) -> Tensor:
+    return F.cross_entropy(scores, TARGET)
+
+
+def any_direction(engine):
+    return descent_direction(random_direction(engine.params))
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_gradient_leaves_everything_as_it_was(name):
     model, inputs = make_restless()
-    engine = make_engine(name, model)
+    engine = build_engine(name, model, lambda: model(inputs))
     before, identities = contents(model), [id(tensor) for _, tensor in slots(model)]
-    engine.gradient(lambda: model(inputs), lambda scores: F.cross_entropy(scores, TARGET))
+    val_gradient(engine, model, lambda: model(inputs), loss)
     assert contents(model) == before
     assert [id(tensor) for _, tensor in slots(model)] == identities
 
@@ -89,8 +89,7 @@ def test_gradient_leaves_everything_as_it_was(name):
 @pytest.mark.parametrize("name", ENGINES)
 def test_measure_does_what_the_forward_alone_does(name):
     model, inputs = make_restless()
-    engine = make_engine(name, model)
-    find_head(engine, model, inputs)
+    engine = build_engine(name, model, lambda: model(inputs))
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     twin = copy.deepcopy(model)
     for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
@@ -99,11 +98,11 @@ def test_measure_does_what_the_forward_alone_does(name):
     torch.set_rng_state(state[0])
     random.setstate(state[1])
     np.random.set_state(state[2])  # noqa: NPY002
-    scores, _ = engine.measure(lambda: model(inputs), make_tangent(random_direction(engine.params)))
+    scores, _ = measure(engine, lambda: model(inputs), any_direction(engine))
     assert torch.equal(scores, expected)
     assert contents(model) == expected_state
-    F.cross_entropy(scores, TARGET).backward()
-    F.cross_entropy(expected, TARGET).backward()
+    loss(scores).backward()
+    loss(expected).backward()
     assert contents(model) == contents(twin)
 
 
@@ -118,10 +117,9 @@ def test_measure_does_what_the_forward_alone_does(name):
 )
 def test_parameters_come_back_by_identity_and_bit_for_bit(case, name):
     model, inputs = case.build()
-    engine = make_engine(name, model)
-    find_head(engine, model, inputs)
+    engine = build_engine(name, model, lambda: model(inputs))
     before = [(key, id(tensor), tensor.detach().clone()) for key, tensor in parameters(model)]
-    engine.measure(lambda: model(inputs), make_tangent(random_direction(engine.params)))
+    measure(engine, lambda: model(inputs), any_direction(engine))
     for (key, tensor), (_, identity, value) in zip(parameters(model), before, strict=True):
         assert id(tensor) == identity, key
         assert torch.equal(tensor, value), key
@@ -136,20 +134,19 @@ def test_flat_weights_of_a_recurrent_layer_come_back():
     model = Recurrent()
     engine = make_engine("forward_mode", model)
     inputs = torch.randn(3, 5, 8)
-    engine.measure(lambda: model(inputs), make_tangent(random_direction(engine.params)))
+    measure(engine, lambda: model(inputs), any_direction(engine))
     assert model.lstm._flat_weights
     for name, weight in zip(model.lstm._flat_weights_names, model.lstm._flat_weights, strict=True):
         assert weight is getattr(model.lstm, name)
 
 
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
-@pytest.mark.parametrize("stage", ["validation forward", "validation loss", "probe", "forward"])
+@pytest.mark.parametrize("stage", ["validation forward", "validation loss", "extra", "forward"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_exceptions_at_any_stage_leave_everything_as_it_was(name, stage, error):
     model, inputs = make_restless()
-    engine = make_engine(name, model)
-    find_head(engine, model, inputs)
-    tangent = make_tangent(random_direction(engine.params))
+    engine = build_engine(name, model, lambda: model(inputs))
+    direction = any_direction(engine)
     before, identities = contents(model), [id(tensor) for _, tensor in slots(model)]
 
     def fail(*_: object) -> Tensor:
@@ -164,13 +161,17 @@ def test_exceptions_at_any_stage_leave_everything_as_it_was(name, stage, error):
 
     def run() -> None:
         if stage == "validation forward":
-            engine.gradient(fail_in_the_model, lambda scores: scores.sum())
+            val_gradient(engine, model, fail_in_the_model, loss)
         elif stage == "validation loss":
-            engine.gradient(lambda: model(inputs), fail)
-        elif stage == "probe" and name != "head":  # that engine has none
-            engine.measure(lambda: model(inputs), tangent, probe=fail_in_the_model)
+            val_gradient(engine, model, lambda: model(inputs), fail)
+        elif stage == "extra" and name != "head":  # that engine has no extra pass
+            engine.jvp(fail_in_the_model, direction)
         else:
-            engine.measure(fail, tangent)
+            finish = engine.jvp(lambda: model(inputs), direction)
+            try:
+                fail()
+            finally:
+                finish.close()
 
     with pytest.raises(error, match="own words"):
         run()
@@ -181,11 +182,10 @@ def test_exceptions_at_any_stage_leave_everything_as_it_was(name, stage, error):
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_graph_recorded_before_the_extra_pass_stays_valid(name):
     model, inputs = CASES["mlp"].build()
-    engine = make_engine(name, model)
-    find_head(engine, model, inputs)
+    engine = build_engine(name, model, lambda: model(inputs))
     expected = torch.autograd.grad(model(inputs).square().sum(), list(model.parameters()))
     earlier = model(inputs).square().sum()
-    engine.measure(lambda: model(inputs), make_tangent(random_direction(engine.params)))
+    measure(engine, lambda: model(inputs), any_direction(engine))
     found = torch.autograd.grad(earlier, list(model.parameters()))
     assert all(map(torch.equal, found, expected))
 
@@ -195,7 +195,7 @@ def test_random_state_is_restored_after_an_exception():
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
     def draw_and_fail() -> None:
-        with unchanged_generators([]):
+        with untouched_generators():
             draw()
             raise Interrupted
 
@@ -211,24 +211,39 @@ def test_random_state_is_restored_after_an_exception():
     assert draw() == expected
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_the_training_forward_runs_once_and_last(name):
+@pytest.mark.parametrize(("name", "passes"), [("forward_mode", 1), ("head", 0)])
+def test_extra_passes_are_few(name, passes):
     model, inputs = CASES["mlp"].build()
-    engine = make_engine(name, model)
-    find_head(engine, model, inputs)
     calls = []
 
-    def run(label: str) -> Tensor:
-        calls.append(label)
+    def run() -> Tensor:
+        calls.append(torch.is_grad_enabled())
         return model(inputs)
 
-    engine.measure(
-        lambda: run("forward"),
-        make_tangent(random_direction(engine.params)),
-        probe=lambda: run("probe"),
-    )
-    extra = {"finite_difference": 2, "forward_mode": 1, "head": 0}  # one of the two checks itself
-    assert calls == [*extra[name] * ["probe"], "forward"]
+    engine = make_engine(name, model, run)
+    direction = any_direction(engine)
+    for _ in range(2):
+        calls.clear()
+        engine.jvp(run, direction).close()
+        assert calls == passes * [False]
+
+
+def test_finite_differences_look_at_a_model_once():
+    model, inputs = CASES["mlp"].build()
+    calls = []
+
+    def run() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return model(inputs)
+
+    engine = make_engine("finite_difference", model)
+    direction = any_direction(engine)
+    engine.jvp(run, direction)
+    # Two passes are compared; then one that looks ahead and one behind for each of two layers.
+    assert calls == [True, False, *4 * [False], False]
+    calls.clear()
+    engine.jvp(run, direction)
+    assert calls == [False]
 
 
 def test_state_is_kept_by_as_many_copies_whatever_the_number_of_buffers():
@@ -242,36 +257,26 @@ def test_state_is_kept_by_as_many_copies_whatever_the_number_of_buffers():
     counts = []
     for layers in (1, 9):
         model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(layers)))
-        with Copies() as copies, unchanged_state(model):
+        with Copies() as copies, untouched(model):
             model(torch.randn(8, 4))
         counts.append(copies.count)
     assert 0 < counts[0] == counts[1]
 
 
-class Merging(nn.Module):
-    """Changes its weight where it is put in evaluation mode, as LoRA merges its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(5, CLASSES)
-
-    def train(self, mode: bool = True) -> "Merging":
-        if not mode:
-            self.head.weight.data.add_(1.0)
-        return super().train(mode)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(inputs)
-
-
 @pytest.mark.parametrize("name", ENGINES)
-def test_what_a_model_does_on_its_way_to_evaluation_is_not_done(name):
-    torch.manual_seed(0)
-    model, inputs = Merging(), torch.randn(6, 5)
-    before = contents(model)
-    engine = make_engine(name, model)
-    engine.gradient(lambda: model(inputs), lambda scores: F.cross_entropy(scores, TARGET))
-    assert contents(model) == before
+def test_engines_leave_the_mode_to_their_caller(name):
+    model, inputs = CASES["mlp"].build()
+    modes = []
+    model.register_forward_hook(lambda *_: modes.append((model.training, model[1].training)))
+    engine = make_engine(name, model, lambda: model(inputs))
+    model.train = None  # LoRA merges its weights there
+    for mode in (False, True):
+        model.training, model[1].training = mode, not mode
+        modes.clear()
+        gradient = engine.gradient(lambda: model(inputs), loss)
+        measure(engine, lambda: model(inputs), descent_direction(gradient))
+        assert set(modes) == {(mode, not mode)}
+        assert (model.training, model[1].training) == (mode, not mode)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -279,11 +284,24 @@ def test_a_buffer_whose_entries_share_memory_is_left_alone(name):
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(5, CLASSES)), torch.randn(6, 5)
     model.register_buffer("prior", torch.tensor(-1.1).expand(CLASSES))
-    engine = make_engine(name, model)
 
     def forward() -> Tensor:
         return model[0](inputs) if name == "head" else model[0](inputs) + model.prior
 
-    gradient = engine.gradient(forward, lambda scores: F.cross_entropy(scores, TARGET))
-    engine.measure(forward, make_tangent(gradient))
+    engine = make_engine(name, model, forward)
+    gradient = val_gradient(engine, model, forward, loss)
+    measure(engine, forward, descent_direction(gradient))
     assert model.prior.tolist() == pytest.approx([-1.1] * CLASSES)
+
+
+def test_a_forward_that_writes_in_its_inputs_is_refused():
+    inputs = {"x": [torch.ones(2), "no tensor"], "y": torch.ones(3)}
+    assert unwritten(lambda: inputs["y"] + 1, inputs)().tolist() == [2, 2, 2]
+    with pytest.raises(UnsupportedModelError, match=r"in place(.|\n)*engine='head'"):
+        unwritten(lambda: inputs["x"][0].sub_(1), inputs)()
+
+
+def test_inputs_of_inference_mode_have_no_versions_to_compare():
+    with torch.inference_mode():
+        inputs = torch.ones(2)
+    assert unwritten(lambda: inputs + 1, inputs)().tolist() == [2, 2]

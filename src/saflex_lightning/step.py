@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +20,10 @@ from .functional.contrastive import contrastive_target
 from .functional.losses import (
     LossOptions,
     Scores,
-    as_tuple,
     check_target,
     dense_target,
     mean_cross_entropy,
-    soft_cross_entropy,
-    weighted_mean,
+    weighted_cross_entropy,
     widen,
 )
 from .functional.ranks import Ranks
@@ -40,8 +39,8 @@ __all__ = ["Step"]
 class Call:
     """What one forward returned, how it moves, and the features behind it."""
 
-    scores: Scores
-    jvp: Scores
+    scores: tuple[Tensor, ...]
+    jvp: tuple[Tensor, ...]
     features: Tensor | None
     is_used: bool = False
 
@@ -66,7 +65,7 @@ class Step:
         number: Of the training batch.
         batch: The training batch.
         generator: Source of Gumbel noise, of its own on every rank.
-        gate_draws: Source of what the gates draw.
+        gate_draws: Source of what the gates draw; None without gates.
     """
 
     def __init__(
@@ -74,9 +73,8 @@ class Step:
         fit: "Fit",
         number: int,
         batch: Any,
-        *,
         generator: torch.Generator,
-        gate_draws: torch.Generator,
+        gate_draws: torch.Generator | None = None,
     ) -> None:
         self.fit = fit
         self.number = number
@@ -87,18 +85,14 @@ class Step:
         self.calls: list[Call] = []
         self.tasks: Sequence[SolvedTask] = ()
         self.options: LossOptions | None = None  # of the loss, once it was asked for
+        self.finite: Tensor | None = None  # whether every task was solved without a NaN
         self._open: tuple[Finish, Recording | None] | None = None
         # Rows that give way to the clean rows they were made from, and the row in each place.
-        self.rejected = None if fit.gates is None else fit.gates.draw(batch, gate_draws)
+        self.rejected = fit.gates and gate_draws and fit.gates.draw(batch, gate_draws)
         self._places: Tensor | None = None
         if self.rejected is not None:
             here = torch.arange(len(self.rejected), device=self.rejected.device)
             self._places = torch.where(self.rejected, batch.source, here)
-
-    @property
-    def finite(self) -> Tensor:
-        """Whether every task was solved without meeting a non-finite number, scalar bool."""
-        return torch.stack([task.solution.finite for task in self.tasks]).all()
 
     @property
     def batch_size(self) -> int:
@@ -110,7 +104,10 @@ class Step:
         started = time.perf_counter()
         if self._places is not None:
             inputs, kwargs = replace_rows((inputs, kwargs), self._places)
-        self.begin(unwritten(lambda: score(*inputs, **kwargs), (inputs, kwargs)))
+        run = partial(score, *inputs, **kwargs)
+        if self.fit.matching.engine.repeats_forward:
+            run = unwritten(run, (inputs, kwargs))
+        self.begin(run)
         self.seconds += time.perf_counter() - started
         scores = score(*inputs, **kwargs)
         started = time.perf_counter()
@@ -127,7 +124,7 @@ class Step:
                 "but two forwards came before a loss. Compute the loss of the first scores before "
                 "the second forward, and scores that need none with `self(...)`."
             )
-        finish = fit.engine.jvp(run, fit.gradient.direction)
+        finish = fit.matching.engine.jvp(run, fit.gradient.direction)
         self._open = finish, fit.last_layer and fit.last_layer.record()
 
     def end(self, scores: Scores) -> None:
@@ -135,12 +132,7 @@ class Step:
         assert self._open is not None
         (finish, recording), self._open = self._open, None
         features = None if recording is None else widen(recording.take(scores))
-        self.calls.append(Call(scores, finish.of(scores), features))
-
-    def release(self) -> None:
-        """Let go of the batch and of the graph; what was learned stays."""
-        self.batch = None
-        self.calls.clear()
+        self.calls.append(Call(_tasks(scores), _tasks(finish.of(scores)), features))
 
     def close(self) -> None:
         """Give up a forward that failed."""
@@ -166,14 +158,16 @@ class Step:
         """
         started = time.perf_counter()
         self.options = options
-        call = self._call_of(logits)
+        given = _tasks(logits)
+        call = self._call_of(given)
         if not self.fit.options.same_kind(options):
             return mean_cross_entropy(logits, target, options)
         tasks = [
             self._solve(scores, jvp, call.features, target, options, augmented, group, index)
-            for scores, jvp in zip(as_tuple(logits), as_tuple(call.jvp), strict=True)
+            for scores, jvp in zip(given, call.jvp, strict=True)
         ]
         losses, self.tasks = zip(*tasks, strict=True)
+        self.finite = torch.stack([task.solution.finite for task in self.tasks]).all()
         self.seconds += time.perf_counter() - started
         return torch.stack(losses).mean()
 
@@ -206,7 +200,8 @@ class Step:
             gated = fit.gates.take(mask, group, self.rejected, self.gate_draws)
             mask = gated.augmented
         with torch.no_grad():
-            probs = torch.softmax(widen(scores), -1)
+            wide = torch.promote_types(scores.dtype, torch.float32)
+            probs = torch.softmax(scores, -1, dtype=wide)
             finite = scores.isfinite().all(-1)
             usable = fit.gradient.is_usable(self.number)
             usable = usable & (finite if mask is None else finite | ~mask).all()
@@ -239,11 +234,12 @@ class Step:
             if options.class_weight is not None and target.ndim == 1:
                 share = share * options.class_weight[target.long()]  # as F.cross_entropy averages
             total = fit.ranks.sum(share.sum())
-        losses = soft_cross_entropy(scores, solution.soft_labels, **options._asdict())
-        loss = fit.ranks.size * weighted_mean(losses, weights, total)
-        return loss, SolvedTask(solution, target, mask, probs, features, gated)
+        loss = weighted_cross_entropy(
+            scores, solution.soft_labels, weights, **options._asdict(), total=total
+        )
+        return fit.ranks.size * loss, SolvedTask(solution, target, mask, probs, features, gated)
 
-    def _call_of(self, logits: Scores) -> Call:
+    def _call_of(self, logits: tuple[Tensor, ...]) -> Call:
         """Return the forward that made the logits.
 
         Raises:
@@ -256,22 +252,26 @@ class Step:
                 "`training_step`, but it did not. Compute the logits with `saflex_forward`."
             )
         for call in self.calls:
-            given, made = as_tuple(logits), as_tuple(call.scores)
-            if len(given) == len(made) and all(map(same_values, given, made)):
+            if len(logits) == len(call.scores) and all(map(same_values, logits, call.scores)):
                 call.is_used = True
                 break
         else:
-            shapes = [tuple(scores.shape) for scores in as_tuple(self.calls[0].scores)]
-            found = [tuple(scores.shape) for scores in as_tuple(logits)]
+            shapes = [tuple(scores.shape) for scores in self.calls[0].scores]
+            found = [tuple(scores.shape) for scores in logits]
             raise ValueError(
                 f"Expected `logits` as one of the {len(self.calls)} calls of `saflex_forward` in "
                 f"this step returned them, of shape {shapes}, but got others, of shape {found}. "
                 "Pass them on unchanged."
             )
-        one = isinstance(logits, Tensor)  # the classes of proxy tasks are the batch's own
-        if one and self.fit.num_classes and logits.shape[-1] != self.fit.num_classes:
+        classes, expected = logits[0].shape[-1], self.fit.val_classes
+        one = len(logits) == len(expected) == 1  # the classes of proxy tasks are the batch's own
+        if one and classes != expected[0]:
             raise ValueError(
-                f"Expected the training batch to be scored over {self.fit.num_classes} classes "
-                f"like the validation batch, but got {logits.shape[-1]}. Use one head for both."
+                f"Expected the training batch to be scored over {expected[0]} classes "
+                f"like the validation batch, but got {classes}. Use one head for both."
             )
         return call
+
+
+def _tasks(scores: Scores) -> tuple[Tensor, ...]:
+    return (scores,) if isinstance(scores, Tensor) else tuple(scores)

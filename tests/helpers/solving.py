@@ -49,8 +49,9 @@ def solve(
 
 
 def build_engine(name: str, model: nn.Module, run: Callable[[], Scores], **options: Any) -> Engine:
-    """Build an engine, and leave the model as it was before the pass that finds its head."""
+    """Build an engine by a pass in evaluation mode, and leave the model as it was."""
     with untouched(model):
+        model.eval()
         return make_engine(name, model, run, **options)  # type: ignore[arg-type]
 
 

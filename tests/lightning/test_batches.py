@@ -326,8 +326,8 @@ def test_pairs_of_one_process_are_solved_without_those_of_others(columns):
         fit = Fit(Settings())
         fit.ranks = ranks
         fit.gradient.is_usable = lambda number: torch.tensor(True)
-        step = Step(fit, 0, None, generator=torch.Generator(), gate_draws=torch.Generator())
-        step.calls = [Call(scores, jvp, None)]
+        step = Step(fit, 0, None, torch.Generator())
+        step.calls = [Call((scores,), (jvp,), None)]
         step.loss(scores, None if columns == 6 else torch.arange(6), NO_OPTIONS)
         solutions.append(step.tasks[0].solution)
     assert torch.equal(*(solution.weights for solution in solutions)) == (columns == 6)

@@ -29,7 +29,7 @@ class Matched(pl.Callback):
         self.saflex, self.names = saflex, []
 
     def on_train_batch_end(self, *args):
-        self.names.append(self.saflex.state_dict()["matched"])
+        self.names.append(self.saflex.state_dict()["matching"]["names"])
 
 
 class Schedule(pl.Callback):

@@ -215,7 +215,7 @@ def test_other_settings_warn_by_name():
     resumed = callback.state_dict()
     assert (resumed["seed"], resumed["batch_size"], resumed["batches"]) == (None, None, 3)
     assert resumed["gradient"]["average"] is None  # it was that of other parameters
-    assert resumed["engine"] == ""
+    assert resumed["matching"]["engine"] == ""
 
 
 def test_equal_settings_do_not_warn():
@@ -231,7 +231,7 @@ def test_run_with_another_preset_goes_on_and_says_what_differs(tmp_path):
     with pytest.warns(SAflexWarning, match="`engine` was 'auto' and is now 'forward_mode'"):
         fit(seeded(Classifier), callback, ckpt_path=tmp_path / "robust.ckpt", max_epochs=2)
     assert callback.state_dict()["batches"] == 3 + 4
-    assert callback.state_dict()["engine"] == "forward_mode"
+    assert callback.state_dict()["matching"]["engine"] == "forward_mode"
 
 
 def test_checkpoint_without_a_state_starts_afresh(tmp_path):
@@ -251,8 +251,7 @@ def test_checkpoint_without_a_state_starts_afresh(tmp_path):
 )
 def test_the_engine_that_was_chosen_is_in_the_checkpoint(engine, found, matched):
     state = saved_state(engine=engine)
-    assert state["engine"] == found
-    assert state["matched"] == matched
+    assert (state["matching"]["engine"], state["matching"]["names"]) == (found, matched)
     assert state["settings"]["engine"] == engine
 
 

@@ -267,7 +267,7 @@ def test_non_finite_numbers_skip_the_solve_warn_once_and_poison_nothing(where):
             inputs, target = batch
             logits = self.saflex_forward(inputs)
             if where == "training scores" and self.global_step in {4, 8}:
-                self._saflex_step.calls[0].jvp[0, 0] = float("inf")
+                self._saflex_step.calls[0].jvp[0][0, 0] = float("inf")
             loss = self.saflex_loss(logits, target)
             self.log_of_weights = getattr(self, "log_of_weights", [])
             self.log_of_weights.append(self.saflex_solution.weights.clone())

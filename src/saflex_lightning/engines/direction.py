@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saflex_lightning.functional.losses import widen
-
 __all__ = ["Direction", "adam_second_moments", "descent_direction", "joint_norm", "whole_tensor"]
 
 _DAMPING = 0.1  # of the root mean square of sqrt(v); Adam's own 1e-8 lets dead units dominate
@@ -62,8 +60,8 @@ def descent_direction(
 
 
 def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all entries together, scalar, in float32 or wider."""
-    return torch.linalg.vector_norm(torch.stack(_torch._foreach_norm([widen(t) for t in tensors])))
+    """Return the Euclidean norm of all entries together, scalar."""
+    return torch.linalg.vector_norm(torch.stack(_torch._foreach_norm(tensors)))
 
 
 def adam_second_moments(
@@ -86,7 +84,7 @@ def adam_second_moments(
                 step = state.get("step", group.get("step"))
                 found = state.get("exp_avg_sq")
                 if step is not None and found is not None and found.shape == parameter.shape:
-                    moment = whole_tensor(widen(found))
+                    moment = whole_tensor(_widen(found))
                     # 0 before the first step, as where a fused one was skipped for overflow
                     correction = 1 - group["betas"][1] ** step
                     if isinstance(correction, Tensor) and correction.device.type != "cpu":
@@ -96,10 +94,14 @@ def adam_second_moments(
     if not moments:
         return None
     for parameter in wanted - moments.keys():
-        moments[parameter], corrections[parameter] = whole_tensor(widen(torch.zeros_like(parameter))), 1.0
+        moments[parameter], corrections[parameter] = whole_tensor(_widen(torch.zeros_like(parameter))), 1.0
     return list(
         _torch._foreach_div([moments[p] for p in params], [corrections[p] for p in params])
     )
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -38,6 +38,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def repeats_forward(self) -> bool:
+        """Whether the training forward runs more than once in a step."""
+        ...
+
+    @property
     def params(self) -> list[Tensor]:
         """Parameters that are matched."""
         ...

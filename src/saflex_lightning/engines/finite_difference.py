@@ -39,6 +39,7 @@ class FiniteDifferenceEngine:
     """
 
     name = "finite_difference"
+    repeats_forward = True
 
     def __init__(self, module: nn.Module, params: Sequence[Tensor]) -> None:
         self.module = module

@@ -30,6 +30,7 @@ class ForwardModeEngine:
     """
 
     name = "forward_mode"
+    repeats_forward = True
 
     def __init__(self, module: nn.Module, params: Sequence[Tensor]) -> None:
         self.module = module

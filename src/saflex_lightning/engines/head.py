@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saflex_lightning.functional.losses import Scores, widen
+from saflex_lightning.functional.losses import Scores
 
 from .direction import Direction
 from .engine import Finish
@@ -26,7 +26,7 @@ def linear_jvp(features: Tensor, direction: Direction) -> Tensor:
     """
     wide = torch.promote_types(features.dtype, direction.norm.dtype)
     weight, *bias = (part.to(wide) for part in direction.parts)
-    with torch.no_grad(), full_precision(features.device.type):
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         jvp = features.to(wide) @ weight.T
         return (jvp + bias[0] if bias else jvp) * direction.norm
 
@@ -125,6 +125,7 @@ class HeadEngine:
     """
 
     name = "head"
+    repeats_forward = False
 
     def __init__(self, last: LastLayer) -> None:
         self.last = last
@@ -148,7 +149,8 @@ class HeadEngine:
             recording.close()
         features = recording.take(scores)
         assert isinstance(scores, Tensor)
-        logits = widen(scores.detach()).requires_grad_()
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        logits = scores.detach().to(wide).requires_grad_()
         with torch.enable_grad():
             (residual,) = torch.autograd.grad(loss(logits), logits)
         features = features.to(residual.dtype)

@@ -29,8 +29,11 @@ _foreach_copy_: Any = torch._foreach_copy_  # documented, and exported under pri
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Restore buffers (objects and values), training modes and random state on every exit."""
+def untouched(module: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Restore buffers (objects and values), training modes and random state on every exit.
+
+    With a seed, the block draws from that.
+    """
     parts = list(module.modules())
     kept = [(part, part.training, dict(part._buffers)) for part in parts]
     buffers = [b for _, _, slots in kept for b in slots.values() if b is not None]
@@ -38,7 +41,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     saved = [torch.empty_like(tensor) for tensor in tensors]
     copy_all(saved, tensors)
     params = [p for part in parts for p in part._parameters.values()]
-    with delayed_signals(), untouched_generators(params):
+    with delayed_signals(), untouched_generators(params, seed):
         try:
             yield
         finally:
@@ -52,12 +55,21 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untouched_generators(tensors: Iterable[Tensor | None] = ()) -> Iterator[None]:
-    """Restore the random state of torch, NumPy and Python; of the tensors' CUDA devices too."""
+def untouched_generators(
+    tensors: Iterable[Tensor | None] = (), seed: int | None = None
+) -> Iterator[None]:
+    """Restore the random state of torch, NumPy and Python; of the tensors' CUDA devices too.
+
+    With a seed, the block draws from that.
+    """
     devices = {tensor.device for tensor in tensors if tensor is not None and tensor.is_cuda}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
         try:
+            if seed is not None:
+                torch.manual_seed(seed)
+                np.random.seed(seed % 2**32)  # noqa: NPY002  transforms draw from the global state
+                random.seed(seed)
             yield
         finally:
             random.setstate(python_state)

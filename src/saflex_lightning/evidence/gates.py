@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from saflex_lightning.batch import AugmentedBatch, check_replaceable
-from saflex_lightning.functional.inner_products import loss_inner_products
+from saflex_lightning.functional.solve import loss_inner_products
 from saflex_lightning.functional.losses import LossOptions
 from saflex_lightning.functional.ranks import Ranks
 

@@ -3,11 +3,14 @@
 What is remembered is the same on all ranks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saflex_lightning.engines.head import LastLayer
+from saflex_lightning.functional.losses import Scores, dense_target, widen
 from saflex_lightning.functional.ranks import Ranks
 
 __all__ = ["RunningMoments", "ValidationMemory"]
@@ -53,6 +56,33 @@ class ValidationMemory:
         places = torch.arange(self._added, self._added + len(chunk), device=rows.device)
         self._rows[places % len(self._rows)] = chunk
         self._added += len(chunk)
+
+    def watching(
+        self,
+        run: Callable[[], Scores],
+        loss: Callable[[Scores], Tensor],
+        target: Tensor,
+        last: LastLayer,
+        ranks: Ranks,
+    ) -> Callable[[], Scores]:
+        """Return a pass over validation rows that also adds them."""
+
+        def watch() -> Scores:
+            recording = last.record()
+            try:
+                scores = run()
+            finally:
+                recording.close()
+            features = widen(recording.take(scores))
+            assert isinstance(scores, Tensor)
+            logits = widen(scores.detach()).requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(loss(logits), logits)
+            labels = dense_target(target, logits.shape[-1], logits.dtype)
+            self.add(features, len(logits) * gradient, labels, ranks)
+            return scores
+
+        return watch
 
     def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return features, residuals and labels, and 1 or 0 for whether a row is there.

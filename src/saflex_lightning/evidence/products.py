@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saflex_lightning.engines.direction import descent_direction
 from saflex_lightning.engines.head import linear_jvp
-from saflex_lightning.functional.inner_products import inner_products
+from saflex_lightning.functional.solve import inner_products
 from saflex_lightning.functional.ranks import Ranks
 
 __all__ = ["damped_factor", "last_layer_products", "rescale_weights"]

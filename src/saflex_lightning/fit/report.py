@@ -9,16 +9,16 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from saflex_lightning.functional.settings import PRESETS, Settings
-from saflex_lightning.functional.solve import solution_metrics
+from saflex_lightning.functional.solve import SAflexSolution
 from saflex_lightning.step import Step
 
 __all__ = [
     "Report",
     "SAflexWarning",
     "describe_fit",
-    "is_read_before_next",
     "log_metrics",
     "read_step",
+    "solution_metrics",
 ]
 
 
@@ -68,20 +68,34 @@ def read_step(step: Step, val_gradient_norm: Tensor, skipped: Tensor) -> dict[st
     }
 
 
-def is_read_before_next(trainer: pl.Trainer, batch_idx: int, every_n_steps: int) -> bool:
-    """Say whether a logger or the end of an epoch, or of the fit, comes before the next solve.
+def solution_metrics(
+    solution: SAflexSolution, target: Tensor, augmented: Tensor | None = None
+) -> dict[str, Tensor]:
+    r"""Return what the solution did to the augmented rows of this process, as scalars.
 
-    One call of ``log`` costs Lightning about 0.25 ms on a CPU, and gates alone have one value for
-    every group, so values that nobody would read are neither computed nor logged.
+    ``kept_fraction`` (weight above 0), ``relabelled_fraction`` (argmax moved away from the upstream
+    label's), ``effective_fraction`` :math:`(\sum w)^2 / (n \sum w^2)` (1 for equal weights, 0 when
+    all are dropped), ``target_entropy`` (nats), ``inner_product_rms``. The fractions of a batch
+    without augmented rows are 1, 0 and 1.
     """
-    interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    stepped = trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning itself counts
-    to_logger = interval - stepped % interval if interval else float("inf")
-    to_end = trainer.num_training_batches - batch_idx
-    if trainer.max_steps >= 0:
-        to_end = min(to_end, trainer.max_steps - trainer.global_step + 1)
-    is_last = trainer.is_last_batch or trainer.should_stop  # of an epoch of unknown length, say
-    return is_last or min(to_logger, to_end) <= every_n_steps
+    labels = solution.soft_labels
+    mask = torch.ones_like(solution.weights, dtype=torch.bool) if augmented is None else augmented
+    count = mask.sum().clamp(min=1)
+    none = ~mask.any()
+    upstream = target if target.ndim == 1 else target.argmax(-1)
+    weights = torch.where(mask, solution.weights, 0)
+    squares = weights.square().sum()
+    effective = torch.where(
+        squares > 0, weights.sum().square() / (count * squares).clamp(min=1e-12), 0
+    )
+    entropy = -(torch.xlogy(labels, labels)).sum(-1)
+    return {
+        "kept_fraction": ((weights > 0).sum() / count).masked_fill(none, 1.0),
+        "relabelled_fraction": ((labels.argmax(-1) != upstream) & mask).sum() / count,
+        "effective_fraction": effective.masked_fill(none, 1.0),
+        "target_entropy": torch.where(mask, entropy, 0).sum() / count,
+        "inner_product_rms": solution.inner_product_rms,
+    }
 
 
 def log_metrics(module: pl.LightningModule, step: Step, values: Mapping[str, Tensor]) -> None:
@@ -120,24 +134,21 @@ class Report:
             self._said.add(subject)
             rank_zero_warn(message, category=SAflexWarning)
 
-    def look_at_skipped(self, skipped: Tensor, epoch: int, batch_idx: int) -> None:
-        """Warn where a solve has met a non-finite number; waits for the device."""
-        if int(skipped) == self.skipped_before:
-            return
-        self.say(
-            "Expected finite gradients and scores, but SAFLEX met a non-finite number in the "
-            f"solve at or before batch {batch_idx} of epoch {epoch}. Such "
-            "steps are trained with weights 1 and upstream labels; this is said once. Look "
-            "at the validation rows, the learning rate and the loss."
-        )
-
-    def say_under_parameterised(self, step: Step) -> None:
-        """Warn where a step has more unknowns than parameters to tell them apart by."""
-        if step.fit.is_partial or not step.fit.settings.learns_weights_or_labels:
-            return  # one layer tells rows apart by their features; nothing is told apart
-        matched = sum(parameter.numel() for parameter in step.fit.engine.params)
-        unknowns = step.fit.ranks.size * step.tasks[0].solution.soft_labels.numel()
-        if unknowns > matched:
+    def look_at(self, step: Step, trainer: pl.Trainer, batch_idx: int) -> None:
+        """Warn of what a solved step shows; waits for the device."""
+        fit = step.fit
+        if int(fit.skipped) != self.skipped_before:
+            self.say(
+                "Expected finite gradients and scores, but SAFLEX met a non-finite number in the "
+                f"solve at or before batch {batch_idx} of epoch {trainer.current_epoch}. Such "
+                "steps are trained with weights 1 and upstream labels; this is said once. Look "
+                "at the validation rows, the learning rate and the loss."
+            )
+        # One layer tells rows apart by their features; elsewhere it takes as many parameters.
+        matched = sum(parameter.numel() for parameter in fit.matching.engine.params)
+        unknowns = fit.ranks.size * step.tasks[0].solution.soft_labels.numel()
+        solves = fit.settings.weight_rule != "ones" or fit.settings.label_rule != "keep"
+        if unknowns > matched and solves and not fit.matching.is_partial:
             self.say(
                 "Expected more matched parameters than unknowns, but there are "
                 f"{matched} against {unknowns} (rows times classes). In this under-parameterised "

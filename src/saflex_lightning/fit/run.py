@@ -14,16 +14,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from saflex_lightning.batch import check_batch
-from saflex_lightning.engines.choose import (
-    describe_engine,
-    find_last_layer,
-    make_engine,
-    restore_engine,
-)
+from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
-from saflex_lightning.engines.engine import Engine
 from saflex_lightning.engines.head import LastLayer
-from saflex_lightning.engines.parameters import select_parameters
+from saflex_lightning.engines.last_layer import find_last_layer
 from saflex_lightning.engines.untouched import full_precision
 from saflex_lightning.evidence.gates import Gates
 from saflex_lightning.evidence.memory import ValidationMemory
@@ -32,11 +26,8 @@ from saflex_lightning.functional.losses import (
     NO_OPTIONS,
     LossOptions,
     Scores,
-    as_tuple,
-    check_target,
     dense_target,
     mean_cross_entropy,
-    widen,
 )
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.settings import Settings
@@ -44,19 +35,14 @@ from saflex_lightning.module import SAflexMixin
 from saflex_lightning.step import Step
 from saflex_lightning.validation.gradient import ValidationGradient
 from saflex_lightning.validation.source import count_rows, is_plain
-from saflex_lightning.validation.stream import (
-    ValidationStream,
-    evaluation,
-    mix_seed,
-    move_batch,
-)
+from saflex_lightning.validation.stream import ValidationStream, evaluation, mix_seed
 
 from .checks import check_saved_gradient
 from .report import describe_fit
 
 __all__ = ["Fit"]
 
-_GATES, _EVALUATION = 1, 2  # keep these draws apart from the Gumbel noise of the same step
+_GATES = 1  # keeps the gates' draws apart from the Gumbel noise of the same step
 
 
 class Fit:
@@ -65,11 +51,10 @@ class Fit:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.ranks = Ranks()
-        self.engine: Engine
-        self.is_partial = False  # whether one layer is matched, which schedules do not widen
+        self.matching = Matching(settings)
         self.gradient = ValidationGradient(settings)
         self.options = NO_OPTIONS
-        self.num_classes = 0  # of the validation scores
+        self.val_classes: tuple[int, ...] = ()  # of each task of the validation scores
         self.memory = ValidationMemory() if settings.gates or settings.row_evidence else None
         self.memory_for = "`gates=True`" if settings.gates else "`row_evidence=True`"
         self.gates = Gates(self.memory) if settings.gates and self.memory else None
@@ -80,10 +65,7 @@ class Fit:
         self._batch_size = settings.val_batch_size
         self._batches = 0  # training batches seen
         self._draws = 0  # validation batches drawn before the stream was opened
-        self._engine_name = ""  # of the engine in use, once one is
-        self._matched: tuple[str, ...] = ()  # names, in the order of the gradient's parts
         self._stream: ValidationStream | None = None
-        self._labels_seen = False
 
     def start(
         self,
@@ -102,9 +84,8 @@ class Fit:
         """
         self.ranks = Ranks(trainer.global_rank, trainer.world_size)
         self._loader, self._keep_batch_size = loader, keep_batch_size
-        check_saved_gradient(self.gradient.state_dict(), self._matched, module)
-        if self._engine_name:
-            self.engine = restore_engine(self._engine_name, module, self._matched)  # type: ignore[arg-type]
+        check_saved_gradient(self.gradient.state_dict(), self.matching.names, module)
+        self.matching.start(module)
         self.gradient.to(module.device)
         self.options = self.options.to(module.device)
         self.skipped = self.skipped.to(module.device)
@@ -125,29 +106,29 @@ class Fit:
         check_batch(batch)
         if self._stream is None:
             self._stream = self._open_stream(trainer, batch)
-            if self._engine_name and not self._engine_fits(trainer, module):
+            if self.matching.names and not self.matching.fits(module, _held(trainer)):
                 self.gradient = ValidationGradient(settings)  # a checkpoint's, of other parameters
         seed = mix_seed(self._seed or 0, number, self.ranks.rank)
-        step = Step(
-            self,
-            number,
-            batch,
-            generator=torch.Generator().manual_seed(seed),
-            gate_draws=torch.Generator().manual_seed(mix_seed(seed, _GATES)),
-        )
-        if self.memory is not None or self.gradient.is_due(number):
-            self._look(trainer, module, self._stream, number)
+        gate_draws = None
+        if self.gates is not None:
+            gate_draws = torch.Generator().manual_seed(mix_seed(seed, _GATES))
+        step = Step(self, number, batch, torch.Generator().manual_seed(seed), gate_draws)
+        is_due = self.gradient.is_due(number)
+        if self.memory is not None or is_due:
+            self._look(trainer, module, self._stream, number, is_due=is_due)
         step.seconds = time.perf_counter() - started
         return step
 
-    def end(self, step: Step) -> None:
-        """Take in what a training batch has shown, once its loss is known.
+    def end(self, step: Step) -> bool:
+        """Take in what a training batch has shown; say whether it met a non-finite number.
 
-        Later validation gradients are made with the class weights and the label smoothing of that
-        loss.
+        Later validation gradients are made with the class weights and the label smoothing of its
+        loss. False where that number could not be told without waiting for the device.
         """
+        step.batch = None
+        step.calls.clear()  # and the graph with them
         if step.options is None:
-            return
+            return False
         started = time.perf_counter()
         if self.gates is not None:
             for task in step.tasks:
@@ -157,14 +138,15 @@ class Fit:
                 evidence = (task.features, task.probs, labels, task.gated)
                 with torch.no_grad():
                     self.gates.update(step.number, *evidence, step.options, self.ranks)
-        if step.tasks:
+        if step.finite is not None:
             self.skipped += ~step.finite
-        if not self.options.same_kind(step.options):
+        else:  # the gradient was made with other options than the loss has
             self.gradient = ValidationGradient(self.settings)
             if self.memory is not None:
                 self.memory.clear()  # its residuals are those of the other loss
         self.options = step.options
         step.seconds += time.perf_counter() - started
+        return step.finite is not None and not step.finite.is_cuda and not bool(step.finite)
 
     def _look(
         self,
@@ -172,117 +154,74 @@ class Fit:
         module: pl.LightningModule,
         stream: ValidationStream,
         number: int,
+        *,
+        is_due: bool,
     ) -> None:
         """Draw a validation batch; refresh the gradient where due, remember its features."""
         assert isinstance(module, SAflexMixin)
-        seed = mix_seed(self._seed or 0, stream.draws, self.ranks.rank, _EVALUATION)
-        batch = stream.draw()
-        with evaluation(trainer, module, seed):
-            inputs, target = module.saflex_val_batch(move_batch(trainer, module, batch))
-            run = partial(_score, module, inputs)
+        with evaluation(trainer, module, stream) as batch:
+            inputs, target = module.saflex_val_batch(batch)
+            run = partial(self._score, module, inputs)
 
-            def loss(scores: Scores) -> Tensor:
-                return self._loss(scores, target)
+            # Looking at values waits for the device, so on others than the CPU it is done once.
+            look = module.device.type == "cpu" or not self.val_classes
 
-            is_due = self.gradient.is_due(number)
-            if is_due and not (self._engine_name and self._engine_fits(trainer, module)):
+            options: Any = {"check": "values" if look else "shapes", "options": self.options}
+            loss = partial(mean_cross_entropy, target=target, **options)
+            held = _held(trainer)
+            if is_due and not self.matching.fits(module, held):
                 # A forward may write in its inputs, and these are read again.
                 inputs = apply_to_collection(inputs, Tensor, torch.clone)
-                self._choose_engine(trainer, module, partial(_score, module, inputs))
+                self._choose_engine(module, partial(self._score, module, inputs), held)
             if self.memory is not None:
-                run = self._remembering(module, run, loss, target)
+                last = self._watched_layer(module, run, target)
+                assert target is not None
+                run = self.memory.watching(run, loss, target, last, self.ranks)
             if not is_due:
                 with torch.no_grad(), full_precision(module.device.type):
                     run()
                 return
-            gradient = self.engine.gradient(run, loss)
+            gradient = self.matching.engine.gradient(run, loss)
         moments = None
         if self.settings.precondition:
-            moments = adam_second_moments(self.engine.params, trainer.optimizers)
+            moments = adam_second_moments(self.matching.engine.params, trainer.optimizers)
         self.gradient.update(number, self.ranks.mean(gradient), moments)
 
-    def _remembering(
-        self,
-        module: pl.LightningModule,
-        run: Callable[[], Scores],
-        loss: Callable[[Scores], Tensor],
-        target: Tensor | None,
-    ) -> Callable[[], Scores]:
-        """Return a pass that also remembers the features and residuals of the validation rows."""
+    def _score(self, module: SAflexMixin, inputs: Any) -> Scores:
+        """Return the scores of the inputs of a validation batch."""
+        if isinstance(inputs, dict):
+            scores = module.saflex_scores(**inputs)
+        else:
+            scores = module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        tasks = (scores,) if isinstance(scores, Tensor) else scores
+        self.val_classes = tuple(task.shape[-1] for task in tasks)
+        return scores
+
+    def _choose_engine(
+        self, module: SAflexMixin, run: Callable[[], Scores], held: Sequence[Tensor]
+    ) -> None:
+        """Choose an engine for what is trained now; an average over other parameters is given up."""
+        assert isinstance(module, pl.LightningModule)
+        is_first = not self.matching.names
+        if self.matching.choose(module, run, module.saflex_head(), held):
+            self.gradient = ValidationGradient(self.settings)
+        if is_first:
+            rank_zero_info(describe_fit(self.settings, self.matching.describe()))
+
+    def _watched_layer(
+        self, module: SAflexMixin, run: Callable[[], Scores], target: Tensor | None
+    ) -> LastLayer:
+        """Return the layer whose features are remembered, found at the first validation batch."""
         if target is None:
             raise MisconfigurationException(
                 f"Expected validation batches with class labels for {self.memory_for}, but the "
                 "target is None, as for contrastive scores. Leave that setting out."
             )
-        assert isinstance(module, SAflexMixin)
         if self.last_layer is None:
+            assert isinstance(module, pl.LightningModule)
             head = module.saflex_head()
             self.last_layer = find_last_layer(module, run, head, wanted_by=self.memory_for)
-        last, memory = self.last_layer, self.memory
-        assert memory is not None
-
-        def run_and_remember() -> Scores:
-            recording = last.record()
-            try:
-                scores = run()
-            finally:
-                recording.close()
-            features = widen(recording.take(scores))
-            assert isinstance(scores, Tensor)
-            logits = widen(scores.detach()).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(loss(logits), logits)
-            labels = dense_target(target, logits.shape[-1], logits.dtype)
-            memory.add(features, len(logits) * gradient, labels, self.ranks)
-            return scores
-
-        return run_and_remember
-
-    def _loss(self, scores: Scores, target: Tensor | None) -> Tensor:
-        """Return the mean validation loss with the options of the training loss."""
-        first = as_tuple(scores)[0]
-        if target is not None:
-            self.num_classes = first.shape[-1]
-            # Looking at values waits for the device, so on others than the CPU it is done once.
-            check_target(target, first, values=target.device.type == "cpu" or not self._labels_seen)
-            self._labels_seen = True
-        return mean_cross_entropy(scores, target, self.options)
-
-    # The engine
-
-    def _choose_engine(
-        self, trainer: pl.Trainer, module: pl.LightningModule, run: Callable[[], Scores]
-    ) -> None:
-        """Build the engine for what is trained now; an average over other parameters is given up."""
-        assert isinstance(module, SAflexMixin)
-        self.engine = make_engine(
-            self.settings.engine,
-            module,
-            run,
-            params=self.settings.params,
-            head=module.saflex_head(),
-            held=_held(trainer),
-        )
-        if not self._engine_name:
-            rank_zero_info(describe_fit(self.settings, describe_engine(self.engine, module)))
-        self._engine_name = self.engine.name
-        table = {parameter: name for name, parameter in module.named_parameters()}
-        names = tuple(table[parameter] for parameter in self.engine.params)
-        everything = select_parameters(module, self.settings.params, _held(trainer))
-        self.is_partial = self.engine.name == "head" or len(names) < len(everything)
-        if names != self._matched:
-            self.gradient, self._matched = ValidationGradient(self.settings), names
-
-    def _engine_fits(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-        """Say whether the engine still matches what is trained, as schedules may change that."""
-        table = dict(module.named_parameters(remove_duplicate=False))
-        matched = [table[name] for name in self._matched]
-        expected = self.engine.params  # of the head engine without a bias that is frozen
-        if not self.is_partial:
-            expected = select_parameters(module, self.settings.params, _held(trainer))
-        return list(map(id, matched)) == list(map(id, expected)) and all(
-            parameter.requires_grad for parameter in matched
-        )
+        return self.last_layer
 
     # The end, and checkpoints
 
@@ -302,10 +241,8 @@ class Fit:
             "draws": self._draws if self._stream is None else self._stream.draws,
             "options": tuple(self.options),
             "gradient": self.gradient.state_dict(),
-            "engine": self._engine_name,
-            "matched": self._matched,
-            "partial": self.is_partial,
-            "num_classes": self.num_classes,
+            "matching": self.matching.state_dict(),
+            "val_classes": self.val_classes,
             "skipped_steps": int(self.skipped),
             "memory": self.memory and self.memory.state_dict(),
             "gates": self.gates and self.gates.state_dict(),
@@ -323,12 +260,11 @@ class Fit:
             self._batch_size = state["batch_size"]
         self._batches, self._draws = state["batches"], state["draws"]
         self.options = LossOptions(*state["options"])
-        self.num_classes = state["num_classes"]
+        self.val_classes = tuple(state["val_classes"])
         self.skipped = torch.tensor(state["skipped_steps"])
         if not {"engine", "params"}.intersection(changed):
             self.gradient.load_state_dict(state["gradient"])
-            self._engine_name, self._matched = state["engine"], tuple(state["matched"])
-            self.is_partial = state["partial"]
+            self.matching.load_state_dict(state["matching"])
         parts: dict[str, Any] = {
             "memory": self.memory,
             "gates": self.gates,
@@ -356,13 +292,6 @@ class Fit:
             ranks=self.ranks,
             start=self._draws,
         )
-
-
-def _score(module: SAflexMixin, inputs: Any) -> Scores:
-    """Return the scores of the inputs of a validation batch."""
-    if isinstance(inputs, dict):
-        return module.saflex_scores(**inputs)
-    return module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
 
 
 def _held(trainer: pl.Trainer) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Tensors in, tensors out: the solve, its settings and its losses, without a model or a trainer."""
 
 from .contrastive import contrastive_scores, same_class_target
-from .losses import soft_cross_entropy, weighted_mean
+from .losses import weighted_cross_entropy
 from .settings import Settings, make_settings
 from .solve import solve
 
@@ -10,7 +10,6 @@ __all__ = [
     "contrastive_scores",
     "make_settings",
     "same_class_target",
-    "soft_cross_entropy",
     "solve",
-    "weighted_mean",
+    "weighted_cross_entropy",
 ]

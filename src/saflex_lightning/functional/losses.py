@@ -1,7 +1,7 @@
 """Cross-entropy per sample, with labels that may be learned, and the checks of its target."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,7 @@ __all__ = [
     "dense_target",
     "map_scores",
     "mean_cross_entropy",
-    "soft_cross_entropy",
-    "weighted_mean",
+    "weighted_cross_entropy",
     "widen",
 ]
 
@@ -77,32 +76,35 @@ def dense_target(target: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor
     return target.to(dtype)
 
 
-def soft_cross_entropy(
+def weighted_cross_entropy(
     logits: Float[Tensor, "batch classes"],
     soft_labels: Float[Tensor, "batch classes"],
+    weights: Float[Tensor, " batch"],
     *,
     class_weight: Float[Tensor, " classes"] | None = None,
     label_smoothing: float = 0.0,
-) -> Float[Tensor, " batch"]:
-    r"""Return the cross-entropy of each sample against its own label distribution.
+    total: Tensor | None = None,
+) -> Tensor:
+    r"""Return the weighted mean cross-entropy of samples with label distributions of their own.
 
-    .. math:: \ell_i = -\sum_k c_k \big((1 - \epsilon)\, y_{ik} + \epsilon / K\big) \log p_{ik}
-
-    No reduction: weighting and averaging are the caller's, see `weighted_mean`.
+    .. math:: L = \frac{1}{W} \sum_i -w_i
+        \sum_k c_k \big((1 - \epsilon)\, y_{ik} + \epsilon / K\big) \log p_{ik}
 
     Args:
         logits: Model scores, ``(batch, classes)``.
         soft_labels: Label distributions y, ``(batch, classes)``; rows sum to 1.
+        weights: Sample weights w, ``(batch,)``, non-negative.
         class_weight: c, ``(classes,)``; None means 1 for every class.
         label_smoothing: epsilon, in [0, 1).
+        total: W, scalar; None means the sum of the weights.
 
     Returns:
-        Loss of each sample in nats, ``(batch,)``, float32 or wider.
+        Scalar in nats, float32 or wider; zero, and connected to the logits, where W is zero.
 
     Example:
-        >>> logits = torch.zeros(1, 2)
-        >>> soft_cross_entropy(logits, torch.tensor([[0.25, 0.75]])).round(decimals=4)
-        tensor([0.6931])
+        >>> logits, labels = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]])
+        >>> weighted_cross_entropy(logits, labels, torch.ones(1)).round(decimals=4)
+        tensor(0.6931)
 
     References:
         Ding et al. 2024, Eq. 1 (the loss whose weights and labels are learned).
@@ -114,25 +116,26 @@ def soft_cross_entropy(
     if class_weight is not None:
         labels = labels * class_weight.to(log_p)
     # A class that is ruled out by a score of minus infinity costs nothing where no label is on it.
-    return -(labels * log_p.masked_fill(labels == 0, 0)).sum(-1)
-
-
-def weighted_mean(losses: Tensor, weights: Tensor, total: Tensor) -> Tensor:
-    """Return ``sum(weights * losses) / total``, and zero where ``total`` is zero.
-
-    Args:
-        losses: One value per sample, ``(batch,)``.
-        weights: Sample weights, ``(batch,)``, non-negative.
-        total: What the weights of all ranks sum to, scalar.
-
-    Returns:
-        Scalar that stays connected to ``losses`` even if every weight is zero.
-    """
+    losses = -(labels * log_p.masked_fill(labels == 0, 0)).sum(-1)
+    total = weights.sum() if total is None else total
     return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def mean_cross_entropy(logits: Scores, target: Tensor | None, options: LossOptions) -> Tensor:
-    """Return ``F.cross_entropy``, averaged over tasks when the scores are a tuple."""
+def mean_cross_entropy(
+    logits: Scores,
+    target: Tensor | None,
+    options: LossOptions = NO_OPTIONS,
+    *,
+    check: Literal["nothing", "shapes", "values"] = "nothing",
+) -> Tensor:
+    """Return ``F.cross_entropy``, averaged over tasks when the scores are a tuple.
+
+    Without a target it is that of contrastive scores. To ``check`` a target's values waits for the
+    device.
+    """
+    tasks = (logits,) if isinstance(logits, Tensor) else logits
+    if target is not None and check != "nothing":
+        check_target(target, tasks[0], values=check == "values")
     weight = options.class_weight
     losses = [
         torch.nn.functional.cross_entropy(
@@ -141,7 +144,7 @@ def mean_cross_entropy(logits: Scores, target: Tensor | None, options: LossOptio
             weight=None if weight is None else weight.to(scores.dtype),
             label_smoothing=options.label_smoothing,
         )
-        for scores in as_tuple(logits)
+        for scores in tasks
     ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 

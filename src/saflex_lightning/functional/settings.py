@@ -108,11 +108,6 @@ class Settings:
         if problems:
             raise ValueError(" ".join(problems))
 
-    @property
-    def learns_weights_or_labels(self) -> bool:
-        """Whether the solve can change anything."""
-        return self.weight_rule != "ones" or self.label_rule != "keep"
-
 
 class SettingsKwargs(TypedDict, total=False):
     """`Settings` as keywords; None keeps the preset's value."""

@@ -1,7 +1,9 @@
 """The solve: from the derivative of a batch's scores to sample weights and soft labels.
 
-One row per sample, one column per class. Where several processes share a batch, every statistic
-is one of the whole batch.
+The derivative Z is that of a model's scores along the descent direction t = -g of the validation
+loss, so a positive inner product Pi always means "training on this row, labelled so, lowers
+validation loss". One row per sample, one column per class. Where several processes share a batch,
+every statistic is one of the whole batch.
 """
 
 from dataclasses import dataclass
@@ -10,12 +12,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .inner_products import inner_products, loss_inner_products
-from .losses import NO_OPTIONS, LossOptions, dense_target, widen
+from .losses import NO_OPTIONS, LossOptions, dense_target
 from .ranks import Ranks
-from .settings import Settings
+from .settings import ScoreSpace, Settings
 
-__all__ = ["SAflexSolution", "learned_labels", "learned_weights", "solution_metrics", "solve"]
+__all__ = [
+    "SAflexSolution",
+    "inner_products",
+    "learned_labels",
+    "learned_weights",
+    "loss_inner_products",
+    "solve",
+]
 
 _FLOOR = 1e-12  # below this, a root mean square or the weight of a class counts as zero
 _CLASS_PRIOR = 4.0  # pseudo-rows of average weight that steady a class's mean weight
@@ -87,7 +95,7 @@ def solve(
         Ding et al. 2024, Theorem 1 and Algorithm 1, lines 3 to 5. The paper prints the inner
         products with the opposite sign.
     """
-    probs = widen(probs)
+    probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
     labels = dense_target(target, probs.shape[-1], probs.dtype)
     if augmented is None:
         augmented = torch.ones(probs.shape[0], dtype=torch.bool, device=probs.device)
@@ -123,6 +131,46 @@ def solve(
     )
     weights = torch.where(augmented & finite, weights, 1)
     return SAflexSolution(weights, soft_labels, products, rms, finite)
+
+
+def inner_products(
+    jvp: Float[Tensor, "batch classes"],
+    probs: Float[Tensor, "batch classes"],
+    score_space: ScoreSpace = Settings.score_space,
+) -> Float[Tensor, "batch classes"]:
+    r"""Return the gradient inner products in the chosen score space.
+
+    With the logits' derivative Z and probabilities p: log-probabilities move by
+    :math:`Z_{ik} - \sum_j p_{ij} Z_{ij}`, probabilities by :math:`p_{ik}` times that.
+    In log-probability space ``(probs * Pi).sum(-1)`` is 0, in probability space ``Pi.sum(-1)``.
+
+    Example:
+        >>> Z, p = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5, 0.5]])
+        >>> inner_products(Z, p, "log_probs")
+        tensor([[ 1., -1.]])
+    """
+    if score_space == "logits":
+        return jvp
+    products = jvp - (probs * jvp).sum(-1, keepdim=True)
+    return products * probs if score_space == "probs" else products
+
+
+def loss_inner_products(
+    products: Float[Tensor, "batch classes"],
+    class_weight: Float[Tensor, " classes"] | None,
+    label_smoothing: float,
+) -> Float[Tensor, "batch classes"]:
+    r"""Return the inner products of the loss that is really minimised.
+
+    A row labelled k trains on :math:`-(1-\epsilon) c_k \log p_k - \epsilon/K \sum_j c_j \log p_j`;
+    its inner product is the same combination of the plain ones.
+    """
+    if class_weight is not None:
+        products = products * class_weight.to(products)
+    if label_smoothing:
+        uniform = products.mean(-1, keepdim=True)
+        products = (1 - label_smoothing) * products + label_smoothing * uniform
+    return products
 
 
 def learned_labels(
@@ -196,36 +244,6 @@ def _raw_weights(products: Tensor, labels: Tensor, soft_labels: Tensor, rule: st
     if rule == "positive":
         return (labels * products).sum(-1).clamp(min=0)
     return torch.ones_like(products[:, 0])
-
-
-def solution_metrics(
-    solution: SAflexSolution, target: Tensor, augmented: Bool[Tensor, " batch"] | None = None
-) -> dict[str, Tensor]:
-    r"""Return what the solution did to the augmented rows of this process, as scalars.
-
-    ``kept_fraction`` (weight above 0), ``relabelled_fraction`` (argmax moved away from the upstream
-    label's), ``effective_fraction`` :math:`(\sum w)^2 / (n \sum w^2)` (1 for equal weights, 0 when
-    all are dropped), ``target_entropy`` (nats), ``inner_product_rms``. The fractions of a batch
-    without augmented rows are 1, 0 and 1.
-    """
-    labels = solution.soft_labels
-    mask = torch.ones_like(solution.weights, dtype=torch.bool) if augmented is None else augmented
-    count = mask.sum().clamp(min=1)
-    none = ~mask.any()
-    upstream = target if target.ndim == 1 else target.argmax(-1)
-    weights = torch.where(mask, solution.weights, 0)
-    squares = weights.square().sum()
-    effective = torch.where(
-        squares > 0, weights.sum().square() / (count * squares).clamp(min=_FLOOR), 0
-    )
-    entropy = -(torch.xlogy(labels, labels)).sum(-1)
-    return {
-        "kept_fraction": ((weights > 0).sum() / count).masked_fill(none, 1.0),
-        "relabelled_fraction": ((labels.argmax(-1) != upstream) & mask).sum() / count,
-        "effective_fraction": effective.masked_fill(none, 1.0),
-        "target_entropy": torch.where(mask, entropy, 0).sum() / count,
-        "inner_product_rms": solution.inner_product_rms,
-    }
 
 
 def _gumbel_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:

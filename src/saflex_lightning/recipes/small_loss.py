@@ -2,9 +2,7 @@
 
 import torch
 from torch import Tensor
-
-from saflex_lightning.functional import soft_cross_entropy, weighted_mean
-from saflex_lightning.functional.losses import dense_target
+from torch.nn.functional import cross_entropy
 
 __all__ = ["small_loss", "small_loss_weights"]
 
@@ -66,12 +64,11 @@ def small_loss(
     Returns:
         Scalar; ``F.cross_entropy`` with the same options where no row is dropped.
     """
-    labels = dense_target(target, logits.shape[-1], logits.dtype)
-    ranked = soft_cross_entropy(logits.detach(), labels)
+    ranked = cross_entropy(logits.detach(), target, reduction="none")
     weights = total = small_loss_weights(ranked, augmented, dropped_share)
     if class_weight is not None and target.ndim == 1:
         total = weights * class_weight[target]  # as F.cross_entropy averages
-    losses = soft_cross_entropy(
-        logits, labels, class_weight=class_weight, label_smoothing=label_smoothing
+    losses = cross_entropy(
+        logits, target, class_weight, reduction="none", label_smoothing=label_smoothing
     )
-    return weighted_mean(losses, weights, total.sum())
+    return (weights * losses).sum() / total.sum()

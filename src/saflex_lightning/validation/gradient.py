@@ -23,6 +23,7 @@ class ValidationGradient:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.direction: Direction  # in use, once there is one
         self._decay = settings.gradient_decay
         self._interval = settings.refresh_every_n_steps
         self._state: dict[str, Any] = {
@@ -34,11 +35,6 @@ class ValidationGradient:
             "finite": None,
             "norm": None,
         }
-
-    @property
-    def direction(self) -> Direction:
-        """The direction in use, from `descent_direction`."""
-        return Direction(self._state["direction"], self._state["length"])
 
     @property
     def norm(self) -> Tensor:
@@ -79,12 +75,14 @@ class ValidationGradient:
             average.lerp_(torch.where(finite, new, average), share.to(average.dtype))
         state["started"] = state["started"] | finite
         state["refreshed"] = number
-        state["direction"] = None  # its memory serves the next one
-        state["direction"], state["length"] = descent_direction(state["average"], second_moments)
+        state["direction"] = self.direction = None  # their memory serves the next one
+        self.direction = descent_direction(state["average"], second_moments)
+        state["direction"], state["length"] = self.direction
 
     def to(self, device: torch.device) -> None:
         """Move the tensors, after `load_state_dict`."""
         self._state = apply_to_collection(self._state, Tensor, lambda tensor: tensor.to(device))
+        self.direction = Direction(self._state["direction"], self._state["length"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""

@@ -6,14 +6,12 @@ see, and a resumed run needs to remember nothing but how many batches were drawn
 """
 
 import itertools
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
@@ -25,7 +23,9 @@ from saflex_lightning.functional.ranks import Ranks
 
 from .source import is_plain
 
-__all__ = ["EndlessBatchSampler", "ValidationStream", "evaluation", "mix_seed", "move_batch"]
+__all__ = ["EndlessBatchSampler", "ValidationStream", "evaluation", "mix_seed"]
+
+_EVALUATION = 1  # keeps what an evaluation draws apart from what the loader draws
 
 
 class ValidationStream:
@@ -60,7 +60,7 @@ class ValidationStream:
         if is_plain(loader):
             assert isinstance(loader, DataLoader)
             self._loader = _endless_loader(loader, batch_size, seed, ranks, start)
-            with self._random_state(-1):
+            with untouched_generators(seed=mix_seed(seed, -1, ranks.rank)):
                 self._iterator: Iterator[Any] | None = iter(self._loader)
             return
         if isinstance(loader, DataLoader):
@@ -69,15 +69,19 @@ class ValidationStream:
             loader._iterator = None
         self._iterator = _repeat(loader)
         for number in range(start):  # only by going there can its place be found
-            with self._random_state(number):
+            with untouched_generators(seed=mix_seed(seed, number, ranks.rank)):
                 next(self._iterator)
+
+    def seed_of_draw(self, *numbers: int) -> int:
+        """Return the seed of the next draw, or of something else that belongs to it."""
+        return mix_seed(self._seed, self.draws, self._rank, *numbers)
 
     def draw(self) -> Any:
         """Return the next batch as the loader's collate function makes it."""
         if self._iterator is None:
             raise RuntimeError("Expected an open validation stream, but it was closed.")
-        draw, self.draws = self.draws, self.draws + 1
-        with self._random_state(draw):
+        seed, self.draws = self.seed_of_draw(), self.draws + 1
+        with untouched_generators(seed=seed):
             return next(self._iterator)
 
     def close(self) -> None:
@@ -86,12 +90,6 @@ class ValidationStream:
             # Letting go is not enough: the traceback of a worker's error holds the iterator.
             CombinedLoader(self._loader).reset()
         self._loader = self._iterator = None
-
-    @contextmanager
-    def _random_state(self, draw: int) -> Iterator[None]:
-        with untouched_generators():
-            seed_all(mix_seed(self._seed, draw, self._rank))
-            yield
 
 
 def _endless_loader(
@@ -169,27 +167,22 @@ def mix_seed(*numbers: int) -> int:
     return mixed
 
 
-def seed_all(seed: int) -> None:
-    """Seed the global generators of torch, NumPy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  transforms draw from the global state
-    random.seed(seed)
-
-
 @contextmanager
-def evaluation(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Iterator[None]:
-    """Put a training run where Lightning's own validation has it, and everything back.
+def evaluation(
+    trainer: pl.Trainer, module: pl.LightningModule, stream: ValidationStream
+) -> Iterator[Any]:
+    """Yield the next batch of a stream, where Lightning's own validation has it; then all is back.
 
     That is the stage, the module's mode by its own hooks, the default dtype and autocast of the
-    precision plugin; random numbers come from a seed.
+    precision plugin, and the batch on its device; random numbers come from the stream's seed.
     """
+    seed, batch = stream.seed_of_draw(_EVALUATION), stream.draw()
     trainer.validating = True
     try:
-        with untouched(module), trainer.precision_plugin.val_step_context():
-            seed_all(seed)
+        with untouched(module, seed), trainer.precision_plugin.val_step_context():
             module.on_validation_model_eval()
             try:
-                yield
+                yield move_batch(trainer, module, batch)
             finally:
                 if is_overridden("on_validation_model_train", module):
                     module.on_validation_model_train()

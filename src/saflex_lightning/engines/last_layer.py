@@ -1,0 +1,186 @@
+"""Which layer makes the scores: found by watching one pass."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from saflex_lightning.functional.losses import Scores
+
+from .direction import whole_tensor
+from .errors import UnsupportedModelError
+from .head import LastLayer, same_values
+from .untouched import full_precision
+
+__all__ = ["Call", "find_last_layer", "last_layer_of", "maker_of", "watch_calls", "watched_layer"]
+
+_NAME_IT = "name the layer with `saflex_head()`"
+
+
+def find_last_layer(
+    module: nn.Module,
+    run: Callable[[], Scores],
+    head: nn.Module | None = None,
+    *,
+    wanted_by: str,
+) -> LastLayer:
+    """Return the linear layer that makes the scores.
+
+    Raises:
+        UnsupportedModelError: If there is none, or it is frozen or computed from others.
+    """
+    calls, scores = watch_calls(module, run)
+    return last_layer_of(module, calls, scores, head, wanted_by=wanted_by)
+
+
+class Call:
+    """A call of a module; of a linear layer on rows of features it keeps what went in and out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+
+@torch.enable_grad()
+def watch_calls(module: nn.Module, run: Callable[[], Scores]) -> tuple[list[Call], Scores]:
+    """Return the calls of one pass in the order they began, and the scores.
+
+    The graph tells whether scores are a layer's output; equal values may be a scale that is still 1.
+    """
+    calls: list[Call] = []
+    open_calls: list[Call] = []
+
+    def enter(part: nn.Module, _args: Any) -> None:
+        call = Call(part)
+        calls.append(call)
+        open_calls.append(call)
+
+    def leave(part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        while open_calls and open_calls[-1].module is not part:
+            open_calls.pop()  # of calls that raised, and were caught
+        call = open_calls.pop() if open_calls else Call(part)
+        if isinstance(part, nn.Linear) and output.ndim == 2:
+            call.seen = (args[0] if args else kwargs["input"], output)
+
+    with _hooked(module, enter, leave), full_precision(_device_type(module)):
+        scores = run()
+    return calls, scores
+
+
+@contextmanager
+def _hooked(module: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
+    parts = list(module.modules())
+    handles = [part.register_forward_pre_hook(enter) for part in parts]
+    handles += [part.register_forward_hook(leave, with_kwargs=True) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _device_type(module: nn.Module) -> str:
+    return next(module.parameters()).device.type
+
+
+def last_layer_of(
+    module: nn.Module,
+    calls: Sequence[Call],
+    scores: Scores,
+    head: nn.Module | None,
+    *,
+    wanted_by: str,
+) -> LastLayer:
+    instead = f"Pass engine='forward_mode', or {_NAME_IT}."
+    if head is not None and not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(
+            f"Expected `saflex_head()` to return an `nn.Linear`, but got {type(head).__name__}. "
+            f"{instead}"
+        )
+    names = {part: name for name, part in module.named_modules()}
+    linears = [call for call in calls if isinstance(call.module, nn.Linear)]
+    if head is not None:
+        linears = [call for call in linears if call.module is head]
+    if not linears:
+        asked = "an `nn.Linear`" if head is None else f"submodule `{names.get(head, 'head')}`"
+        raise UnsupportedModelError(
+            f"Expected {wanted_by} to see {asked} called, but the scores used none. {instead}"
+        )
+    makers = [
+        call
+        for call in linears
+        if call.seen is not None
+        and isinstance(scores, Tensor)
+        and same_values(scores, call.seen[1])
+    ]
+    call = (makers or linears)[-1]
+    layer = call.module
+    assert isinstance(layer, nn.Linear)
+    last = watched_layer(layer, names.get(layer, "head"), wanted_by, instead)
+    if call.seen is None or not isinstance(scores, Tensor):
+        raise UnsupportedModelError(
+            f"Expected submodule `{last.name}` to map (batch, features) to the scores, but the "
+            f"model does something else with it. {instead}"
+        )
+    if not makers or not _is_linear(layer, *call.seen):
+        raise UnsupportedModelError(
+            f"Expected the output of submodule `{last.name}` to be the scores, but they differ. "
+            f"{instead}"
+        )
+    return last
+
+
+def watched_layer(layer: nn.Linear, name: str, wanted_by: str, instead: str = "") -> LastLayer:
+    """Return the layer's watcher, after checking that its own parameters are trained."""
+    instead = instead or f"Pass engine='forward_mode', or {_NAME_IT}."
+    if "weight" not in layer._parameters:
+        raise UnsupportedModelError(
+            f"Expected the weight of the last linear layer to be a parameter for {wanted_by}, but "
+            f"that of `{name}` is computed from others (weight or spectral norm). {instead}"
+        )
+    if not layer.weight.requires_grad:
+        raise UnsupportedModelError(
+            f"Expected the last linear layer to be trainable for {wanted_by}, but `{name}` is "
+            f"frozen. {instead}"
+        )
+    return LastLayer(layer, name, wanted_by=wanted_by, instead=instead)
+
+
+def _is_linear(layer: nn.Linear, features: Tensor, output: Tensor) -> bool:
+    """Say whether an output is the linear function of the layer's parameters that it seems."""
+    weight = whole_tensor(layer.weight)
+    bias = None if layer.bias is None else whole_tensor(layer.bias)
+    with torch.no_grad(), full_precision(output.device.type):
+        expected = linear(features.to(weight), weight, bias)
+    return torch.allclose(output.to(expected), expected, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def maker_of(
+    calls: Sequence[Call], num_classes: int, trained: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """Return the trained parameters of the last module called that makes one score per class.
+
+    That is one with a matrix of its own (or one that a parametrization computes) that has as many
+    entries as there are classes along some dimension; else the last one with any matrix.
+    """
+    fallback = None
+    for call in reversed(calls):
+        own = _own_parameters(call.module, set(trained))
+        matrices = [parameter for parameter in own if parameter.ndim > 1]
+        if any(num_classes in matrix.shape for matrix in matrices):
+            return own
+        fallback = fallback or (own if matrices else None)
+    return fallback
+
+
+def _own_parameters(part: nn.Module, trained: set[Tensor]) -> list[Tensor]:
+    """Return a module's own trained parameters, those of its parametrizations among them."""
+    if isinstance(part, nn.utils.parametrize.ParametrizationList):
+        return []  # they belong to the module whose weight it computes
+    own = list(part._parameters.values())
+    if nn.utils.parametrize.is_parametrized(part):
+        own += list(part.parametrizations.parameters())  # pyright: ignore
+    return [parameter for parameter in own if parameter is not None and parameter in trained]

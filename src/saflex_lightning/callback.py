@@ -160,8 +160,8 @@ class SAflexCallback(pl.Callback):
     def _is_read_before_next(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         """Say whether a logger or the end of an epoch, or of the fit, comes before the next solve.
 
-        One call of ``log`` costs Lightning about 0.25 ms on a CPU, and gates alone have one value for
-        every group, so values that nobody would read are neither computed nor logged.
+        One call of ``log`` costs Lightning about 0.25 ms on a CPU, and gates have a value for every
+        group, so what nobody would read is neither computed nor logged.
         """
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         stepped = trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning itself counts

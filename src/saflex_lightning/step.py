@@ -193,7 +193,7 @@ class Step:
         check_target(target, scores, values=target.device.type == "cpu")
         mask = row_field(self.batch, "augmented", augmented, size)
         gated = None
-        if fit.gates is not None:
+        if fit.gates is not None and self.gate_draws is not None:
             every = torch.ones(size, dtype=torch.bool, device=scores.device)
             group = row_field(self.batch, "group", group, size)
             mask = every if mask is None else mask

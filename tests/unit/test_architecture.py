@@ -1,6 +1,11 @@
-"""Imports point down only: functional < engines < Lightning glue < recipes and entry points."""
+"""What the tree promises: imports point down, few public names, few files in a step."""
 
 import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,61 +13,58 @@ import pytest
 import saflex_lightning
 
 PACKAGE = Path(saflex_lightning.__file__).parent
+TRACE = Path(__file__).parents[2] / "benchmarks" / "trace_step.py"
 LAYERS = {
     "functional": 0,
     "engines": 1,
-    "gather": 1,
     "batch": 2,
-    "bank": 2,
-    "evidence": 2,
-    "state": 2,
-    "preflight": 2,
-    "draws": 2,
-    "val_stream": 2,
-    "val_gradient": 2,
-    "row_evidence": 2,
-    "gated_rows": 2,
-    "watch": 3,
-    "gating": 3,
-    "pool": 3,
-    "gathered": 3,
-    "inputs": 2,
-    "plain_loss": 2,
-    "val_batch": 2,
-    "skips": 2,
-    "strategy_calls": 2,
-    "learned": 3,
-    "measured": 3,
-    "step": 3,
-    "mixin": 4,
-    "notices": 4,
-    "metrics": 4,
-    "settings": 4,
-    "sources": 2,
-    "arming": 5,
-    "checks": 5,
-    "matching": 5,
-    "steering": 5,
-    "callback": 6,
-    "__init__": 7,
-    "recipes": 8,
-    "train": 9,
-    "cli": 9,
-    "generate": 9,
+    "validation": 3,
+    "evidence": 3,
+    "step": 4,
+    "module": 5,
+    "fit": 6,
+    "callback": 7,
+    "__init__": 8,
+    "data": 8,
+    "recipes": 9,
+    "cli": 10,
     "configs": 10,
+}
+PUBLIC = {
+    "saflex_lightning": {
+        "AugmentedBatch",
+        "SAflexCallback",
+        "SAflexMixin",
+        "SAflexSolution",
+        "SAflexWarning",
+        "UnsupportedModelError",
+        "gather_rows",
+    },
+    "saflex_lightning.functional": {
+        "Settings",
+        "contrastive_scores",
+        "make_settings",
+        "same_class_target",
+        "solve",
+        "weighted_cross_entropy",
+    },
+    "saflex_lightning.engines": {"UnsupportedModelError", "descent_direction", "make_engine"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
 def part_of(path):
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_modules(path):
-    """Absolute names of everything a file imports."""
+def imported_modules(path, *, types=False):
+    """Absolute names of everything a file imports; of ``TYPE_CHECKING`` blocks if asked for."""
     package = ("saflex_lightning", *path.relative_to(PACKAGE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -87,14 +89,32 @@ def test_functional_and_engines_need_neither_lightning_nor_torchvision(path):
     assert not tops & {"lightning", "pytorch_lightning", "torchvision", "hydra", "jsonargparse"}
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_few_and_documented(name):
+    module = importlib.import_module(name)
+    assert set(module.__all__) == PUBLIC[name]
+    for public in module.__all__:
+        assert getattr(module, public).__doc__, public
+    assert len(set().union(*PUBLIC.values())) <= 15
+
+
 def test_recipes_use_only_the_public_api():
-    public = set(saflex_lightning.__all__) | {
-        f"{layer.__name__.rpartition('.')[-1]}.{name}"
-        for layer in (saflex_lightning.functional, saflex_lightning.engines)
-        for name in layer.__all__
-    }
+    public = {f"{name}.{entry}" for name, names in PUBLIC.items() for entry in names}
+    own = ("saflex_lightning.recipes", "saflex_lightning.data")
     for path in FILES:
         if part_of(path) == "recipes":
             for name in imported_modules(path):
-                if name.startswith("saflex_lightning.") and ".recipes" not in name:
-                    assert name.removeprefix("saflex_lightning.") in public, name
+                if name.startswith("saflex_lightning.") and not name.startswith(own):
+                    assert name in public, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "changes"),
+    [({}, 14, 100), ({"gates": True, "row_evidence": True}, 18, 180)],
+)
+def test_a_step_is_read_in_few_files(settings, files, changes):
+    command = [sys.executable, "-W", "ignore", str(TRACE), json.dumps(settings)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.fullmatch(r"(\d+) files, (\d+) changes", printed.strip().splitlines()[-1])
+    assert int(found[1]) <= files
+    assert int(found[2]) <= changes

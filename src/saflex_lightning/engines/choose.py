@@ -61,7 +61,7 @@ class Matching:
             self._name, module, run, params=self._patterns, head=head, held=held
         )
         self._is_ready = True
-        table = {parameter: name for name, parameter in module.named_parameters()}
+        table: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         before, self.names = self.names, tuple(table[p] for p in self.engine.params)
         everything = select_parameters(module, self._patterns, held)
         self.is_partial = self.engine.name == "head" or len(self.names) < len(everything)

@@ -94,10 +94,11 @@ def adam_second_moments(
     if not moments:
         return None
     for parameter in wanted - moments.keys():
-        moments[parameter], corrections[parameter] = whole_tensor(_widen(torch.zeros_like(parameter))), 1.0
-    return list(
-        _torch._foreach_div([moments[p] for p in params], [corrections[p] for p in params])
-    )
+        moments[parameter], corrections[parameter] = (
+            whole_tensor(_widen(torch.zeros_like(parameter))),
+            1.0,
+        )
+    return list(_torch._foreach_div([moments[p] for p in params], [corrections[p] for p in params]))
 
 
 def _widen(tensor: Tensor) -> Tensor:

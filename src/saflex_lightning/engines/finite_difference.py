@@ -60,7 +60,7 @@ class FiniteDifferenceEngine:
         return loss_gradient(self.module, self.params, run, loss, engine=self.name)
 
     def jvp(self, run: Callable[[], Scores], direction: Direction) -> Finish:
-        """Run the forward at moved parameters; the training forward that follows is the other point.
+        """Run the forward at moved parameters; the other point is the training forward to come.
 
         Raises:
             UnsupportedModelError: If a pass does not repeat itself, products are rounded, or the
@@ -86,8 +86,9 @@ class FiniteDifferenceEngine:
         with untouched(self.module), torch.set_grad_enabled(graph):
             if rounded := _rounded_products(device_type):
                 raise UnsupportedModelError(
-                    f"Expected exact float32 products for engine='finite_difference', but {rounded}"
-                    f" rounds them, and a difference of two nearby points drowns in that. {_INSTEAD}"
+                    "Expected exact float32 products for engine='finite_difference', but "
+                    f"{rounded} rounds them, and a difference of two nearby points drowns in that. "
+                    f"{_INSTEAD}"
                 )
             with full_precision(device_type) as ignored:
                 scores = run()
@@ -147,16 +148,16 @@ class FiniteDifferenceEngine:
                 direction = [part / expected.clamp(min=1e-30) for part in along]
                 with moved_parameters(params, direction, step):
                     ends.append(as_tuple(self._pass(run)))
-            found = sum(
-                (u * (a - b)).sum() for u, a, b in zip(cotangents, *ends, strict=True)
-            ) / (2 * self._step)
+            found = sum((u * (a - b)).sum() for u, a, b in zip(cotangents, *ends, strict=True)) / (
+                2 * self._step
+            )
             error = abs(float(found) - float(expected))
             return error > _AGREED * max(abs(float(found)), float(expected)) + noise
 
         owned = [
             (name, own)
             for name, part in self.module.named_modules()
-            if (own := [p for p in part._parameters.values() if id(p) in slopes])
+            if (own := [p for p in part._parameters.values() if p is not None and id(p) in slopes])
         ]
         width = -(-len(owned) // _GROUPS)
         for first in reversed(range(0, len(owned), width)):
@@ -187,7 +188,7 @@ def _switches(device_type: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for product in ("matmul", "conv", "rnn"):
             yield (
                 f"torch.backends.{backend}.{product}.fp32_precision",
-                lambda backend=backend, product=product: getattr(
-                    getattr(backends, backend), product
-                ).fp32_precision,
+                lambda backend=backend, product=product: (
+                    getattr(getattr(backends, backend), product).fp32_precision
+                ),
             )

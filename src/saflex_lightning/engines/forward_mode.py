@@ -80,8 +80,9 @@ def _differentiable_kernels(module: nn.Module) -> Iterator[None]:
         )
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(setattr, torch, "_weight_norm", torch._weight_norm)
-        setattr(torch, "_weight_norm", _weight_norm)  # noqa: B010  pyright knows no such name
+        library: Any = torch
+        stack.callback(setattr, library, "_weight_norm", library._weight_norm)
+        library._weight_norm = _weight_norm
         backends: Any = torch.backends
         for backend in (backends.mkldnn, backends.cudnn) if has_recurrence else ():
             # Their own `flags` would reset every other setting as well.

@@ -48,7 +48,7 @@ class Call:
 def watch_calls(module: nn.Module, run: Callable[[], Scores]) -> tuple[list[Call], Scores]:
     """Return the calls of one pass in the order they began, and the scores.
 
-    The graph tells whether scores are a layer's output; equal values may be a scale that is still 1.
+    The graph tells whether scores are a layer's output; equal values may be those of a scale of 1.
     """
     calls: list[Call] = []
     open_calls: list[Call] = []
@@ -94,6 +94,7 @@ def last_layer_of(
     *,
     wanted_by: str,
 ) -> LastLayer:
+    """Return the linear layer that made the scores in some calls; see `find_last_layer`."""
     instead = f"Pass engine='forward_mode', or {_NAME_IT}."
     if head is not None and not isinstance(head, nn.Linear):
         raise UnsupportedModelError(
@@ -151,8 +152,8 @@ def watched_layer(layer: nn.Linear, name: str, wanted_by: str, instead: str = ""
 
 def _is_linear(layer: nn.Linear, features: Tensor, output: Tensor) -> bool:
     """Say whether an output is the linear function of the layer's parameters that it seems."""
-    weight = whole_tensor(layer.weight)
-    bias = None if layer.bias is None else whole_tensor(layer.bias)
+    weight, bias = whole_tensor(layer.weight), layer._parameters["bias"]
+    bias = None if bias is None else whole_tensor(bias)
     with torch.no_grad(), full_precision(output.device.type):
         expected = linear(features.to(weight), weight, bias)
     return torch.allclose(output.to(expected), expected, rtol=1e-2, atol=1e-3, equal_nan=True)
@@ -166,9 +167,9 @@ def maker_of(
     That is one with a matrix of its own (or one that a parametrization computes) that has as many
     entries as there are classes along some dimension; else the last one with any matrix.
     """
-    fallback = None
+    fallback, kept = None, set(trained)
     for call in reversed(calls):
-        own = _own_parameters(call.module, set(trained))
+        own = [p for p in _own_parameters(call.module) if p in kept]
         matrices = [parameter for parameter in own if parameter.ndim > 1]
         if any(num_classes in matrix.shape for matrix in matrices):
             return own
@@ -176,11 +177,11 @@ def maker_of(
     return fallback
 
 
-def _own_parameters(part: nn.Module, trained: set[Tensor]) -> list[Tensor]:
-    """Return a module's own trained parameters, those of its parametrizations among them."""
+def _own_parameters(part: nn.Module) -> list[Tensor]:
+    """Return a module's own parameters, those of its parametrizations among them."""
     if isinstance(part, nn.utils.parametrize.ParametrizationList):
         return []  # they belong to the module whose weight it computes
-    own = list(part._parameters.values())
+    own = list(part.parameters(recurse=False))
     if nn.utils.parametrize.is_parametrized(part):
-        own += list(part.parametrizations.parameters())  # pyright: ignore
-    return [parameter for parameter in own if parameter is not None and parameter in trained]
+        own += list(part.get_submodule("parametrizations").parameters())
+    return [*own]

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _SIGNALS = tuple(map(int, signal.valid_signals()))
-_foreach_copy_: Any = torch._foreach_copy_  # documented, and exported under private names alone
+_torch: Any = torch  # joined operations are documented, and exported under private names alone
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         same_targets.append(target)
         same_sources.append(source)
     for same_targets, same_sources in kinds.values():
-        _foreach_copy_(same_targets, same_sources)
+        _torch._foreach_copy_(same_targets, same_sources)
 
 
 def _is_expanded(buffer: Tensor) -> bool:

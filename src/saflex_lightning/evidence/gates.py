@@ -13,9 +13,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from saflex_lightning.batch import AugmentedBatch, check_replaceable
-from saflex_lightning.functional.solve import loss_inner_products
 from saflex_lightning.functional.losses import LossOptions
 from saflex_lightning.functional.ranks import Ranks
+from saflex_lightning.functional.solve import loss_inner_products
 
 from .memory import RunningMoments, ValidationMemory
 from .products import last_layer_products, rescale_weights

@@ -34,7 +34,7 @@ class ValidationMemory:
         self._rows: Tensor | None = None  # features, residuals, labels, 1 for a row that is there
 
     def start(self, num_rows: int | None, device: torch.device) -> None:
-        """Set the room, before the first row: validation rows there are, None for no known number."""
+        """Set the room, before the first row, by the number of validation rows; None is unknown."""
         self._room = min(num_rows or _MOST_ROWS, _MOST_ROWS)
         if self._rows is not None:
             self._rows = self._rows.to(device)

@@ -1,7 +1,7 @@
 r"""Gradient inner products of the last layer, from all validation rows that are remembered.
 
-They need the layer's inputs (features) and no backward pass: with features h and residuals r = p - y
-of the validation rows, the mean mu and covariance Sigma of training features,
+They need the layer's inputs (features) and no backward pass: with features h and residuals
+r = p - y of the validation rows, the mean mu and covariance Sigma of training features,
 
 .. math::
     G = \frac 1 V \sum_v r_v (h_v - \mu)^\top, \qquad b = \frac 1 V \sum_v r_v, \qquad
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from saflex_lightning.engines.direction import descent_direction
 from saflex_lightning.engines.head import linear_jvp
-from saflex_lightning.functional.solve import inner_products
 from saflex_lightning.functional.ranks import Ranks
+from saflex_lightning.functional.solve import inner_products
 
 __all__ = ["damped_factor", "last_layer_products", "rescale_weights"]
 
@@ -48,7 +48,7 @@ def last_layer_products(
 
 
 def damped_factor(covariance: Tensor) -> Tensor:
-    """Return the Cholesky factor of a covariance with a ridge; unlike torch's it waits for nothing."""
+    """Return the Cholesky factor of a covariance with a ridge, without waiting for a check."""
     ridge = (_RIDGE * covariance.diagonal().mean()).clamp(min=_FLOOR)
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     return torch.linalg.cholesky_ex(covariance + ridge * eye)[0]

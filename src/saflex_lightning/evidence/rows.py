@@ -35,7 +35,7 @@ class RowEvidence(NamedTuple):
             low where the label looks wrong.
     """
 
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  tuple.index is not used
     evidence: Tensor
 
 
@@ -52,8 +52,8 @@ class RowAverages:
     def update(self, index: Tensor, values: Tensor, counted: Tensor, ranks: Ranks) -> Tensor:
         """Take in the numbers of one step, of this rank and of the others.
 
-        Returns the averages of this rank's rows, ``(rows,)`` like ``values``; the value itself for a
-        row that was never ``counted``. What is not finite is left out.
+        Returns the averages of this rank's rows, ``(rows,)`` like ``values``; the value itself for
+        a row that was never ``counted``. What is not finite is left out.
         """
         counted = counted & values.isfinite()
         rows = torch.stack([torch.where(counted, values, 0), counted], 1).to(torch.float64)

@@ -66,7 +66,7 @@ def check_model(module: pl.LightningModule, settings: Settings) -> None:
             f"Expected `params` to be None with engine='head', but got {settings.params!r}. The "
             "head engine matches the last linear layer only; remove `params`."
         )
-    head: object = module.saflex_head()
+    head: Any = module.saflex_head()
     if not isinstance(head, (nn.Linear, type(None))):
         problems.append(
             f"Expected `saflex_head()` to return an `nn.Linear`, but got {type(head).__name__}. "

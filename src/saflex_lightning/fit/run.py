@@ -200,7 +200,7 @@ class Fit:
     def _choose_engine(
         self, module: SAflexMixin, run: Callable[[], Scores], held: Sequence[Tensor]
     ) -> None:
-        """Choose an engine for what is trained now; an average over other parameters is given up."""
+        """Choose an engine for what is trained now; an average over others is given up."""
         assert isinstance(module, pl.LightningModule)
         is_first = not self.matching.names
         if self.matching.choose(module, run, module.saflex_head(), held):

@@ -1,4 +1,4 @@
-"""Gradient inner products by their definition: what the engines and the solve are checked against."""
+"""Gradient inner products by their definition: what engines and solve are checked against."""
 
 from collections.abc import Callable, Sequence
 

@@ -146,8 +146,9 @@ def _number(wanted: str, accepts: Any) -> tuple[str, Any]:
 
 def _integer(least: int, *, optional: bool = False) -> tuple[str, Any]:
     wanted = f"an integer of at least {least}" + (" or None" if optional else "")
-    return wanted, lambda value: (optional and value is None) or (
-        type(value) is int and value >= least
+    return (
+        wanted,
+        lambda value: (optional and value is None) or (type(value) is int and value >= least),
     )
 
 

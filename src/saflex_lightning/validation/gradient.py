@@ -75,7 +75,8 @@ class ValidationGradient:
             average.lerp_(torch.where(finite, new, average), share.to(average.dtype))
         state["started"] = state["started"] | finite
         state["refreshed"] = number
-        state["direction"] = self.direction = None  # their memory serves the next one
+        state["direction"] = None
+        self.direction = Direction((), state["norm"])  # their memory serves the next one
         self.direction = descent_direction(state["average"], second_moments)
         state["direction"], state["length"] = self.direction
 

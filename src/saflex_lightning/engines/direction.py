@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saflex_lightning.functional.ranks import as_real
+
 __all__ = ["Direction", "adam_second_moments", "descent_direction", "joint_norm", "whole_tensor"]
 
 _DAMPING = 0.1  # of the root mean square of sqrt(v); Adam's own 1e-8 lets dead units dominate
@@ -45,18 +47,21 @@ def descent_direction(
     References:
         Ding et al. 2024, Eq. 8 and 9, with the minus that the paper leaves out.
     """
+    # Adam treats complex parameters as pairs of real ones, their second moments too.
+    pairs = [as_real(part) for part in gradient]
     if second_moments is None:
-        ascent = _torch._foreach_mul(gradient, 1)
+        ascent = _torch._foreach_mul(pairs, 1)
     else:
-        roots = _torch._foreach_sqrt(second_moments)
+        roots = _torch._foreach_sqrt([as_real(moment) for moment in second_moments])
         rms = joint_norm(roots) / sum(root.numel() for root in roots) ** 0.5
         _torch._foreach_add_(roots, torch.where(rms > 0, _DAMPING * rms, 1))
-        ascent = [
-            torch.div(part, root, out=root) for part, root in zip(gradient, roots, strict=True)
-        ]
+        ascent = [torch.div(part, root, out=root) for part, root in zip(pairs, roots, strict=True)]
     norm = joint_norm(ascent)
     _torch._foreach_div_(ascent, -torch.where(norm > 0, norm, 1))
-    return Direction(tuple(ascent), norm)
+    parts = zip(gradient, ascent, strict=True)
+    return Direction(
+        tuple(torch.view_as_complex(t) if g.is_complex() else t for g, t in parts), norm
+    )
 
 
 def joint_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -104,6 +104,8 @@ class FiniteDifferenceEngine:
         """Compare two passes with one another, and differences with a backward pass."""
         with_graph, without = self._pass(run, graph=True), self._pass(run)
         tasks = [scores.detach() for scores in as_tuple(with_graph)]
+        if not all(scores.numel() for scores in tasks):
+            return  # a batch without rows: next time
         spread = torch.stack([scores.std(correction=0) for scores in tasks]).min().item()
         errors = [(a - b).abs().max() for a, b in zip(tasks, as_tuple(without), strict=True)]
         error = torch.stack(errors).max().item()
@@ -135,8 +137,9 @@ class FiniteDifferenceEngine:
         generator = torch.Generator().manual_seed(0)
         tasks = as_tuple(scores)
         cotangents = [torch.randn(task.shape, generator=generator).to(task) for task in tasks]
-        parts = torch.autograd.grad(tasks, self.params, cotangents, materialize_grads=True)
-        slopes = {id(p): part for p, part in zip(self.params, parts, strict=True)}
+        params = [p for p in self.params if p.requires_grad]  # `toggle_optimizer` freezes some
+        parts = torch.autograd.grad(tasks, params, cotangents, materialize_grads=True)
+        slopes = {id(p): part for p, part in zip(params, parts, strict=True)}
         size = joint_norm([task.detach() for task in tasks])
         noise = _NOISE * torch.finfo(size.dtype).eps / self._step * float(size)
 

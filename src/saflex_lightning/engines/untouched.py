@@ -3,8 +3,10 @@
 import random
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from types import FrameType
 from typing import Any
 
@@ -24,34 +26,108 @@ __all__ = [
     "unwritten",
 ]
 
+_COMMON = frozenset(vars(nn.Module()))  # attributes that every module has
 _SIGNALS = tuple(map(int, signal.valid_signals()))
 _torch: Any = torch  # joined operations are documented, and exported under private names alone
 
 
 @contextmanager
 def untouched(module: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Restore buffers (objects and values), training modes and random state on every exit.
+    """Leave a model and the random state as they were, on every exit.
 
-    With a seed, the block draws from that.
+    That is buffers (objects, sizes and values), training modes, and attributes of submodules: what
+    a forward counts, stores or appends. Nothing is read from or left in the cache of
+    parametrizations. With a seed, the block draws from that.
+
+    Raises:
+        UnsupportedModelError: If the block wrote in a parameter, or in a tensor that is an
+            attribute, in place.
     """
     parts = list(module.modules())
-    kept = [(part, part.training, dict(part._buffers)) for part in parts]
-    buffers = [b for _, _, slots in kept for b in slots.values() if b is not None]
+    attributes = [_Attributes(part) for part in parts]
+    slots = [dict(part._buffers) for part in parts]
+    buffers = [b for part in slots for b in part.values() if b is not None]
     tensors = [buffer for buffer in buffers if not _is_expanded(buffer)]
     saved = [torch.empty_like(tensor) for tensor in tensors]
     copy_all(saved, tensors)
-    params = [p for part in parts for p in part._parameters.values()]
-    with delayed_signals(), untouched_generators(params, seed):
+    versions = {name: (p, p._version) for name, p in module.named_parameters()}
+    params = [parameter for parameter, _ in versions.values()]
+    with delayed_signals(), untouched_generators(params, seed), _own_parametrization_cache():
         try:
             yield
         finally:
-            for part, mode, slots in kept:
-                if part.training != mode:  # an assignment to a module is slow
-                    part.training = mode
+            for part, kept in zip(parts, slots, strict=True):
                 part._buffers.clear()
-                part._buffers.update(slots)
+                part._buffers.update(kept)
+            for tensor, kept in zip(tensors, saved, strict=True):
+                if tensor.shape != kept.shape:
+                    tensor.resize_(kept.shape)  # observers of quantisation grow theirs
             # Through `data`, since what is the same again must not invalidate earlier graphs.
             copy_all([tensor.data for tensor in tensors], saved)
+            places = [place for part in attributes for place in part.restore()]
+    names = {part: name for name, part in module.named_modules()}
+    written = [name for name, (p, version) in versions.items() if p._version != version]
+    written += [f"{names[part]}.{name}".lstrip(".") for part, name in places]
+    if written:
+        raise UnsupportedModelError(
+            "Expected a forward that can be run beside the training, but it wrote in "
+            f"`{written[0]}` in place, which cannot be taken back. Update that in "
+            "`on_train_batch_end`; in evaluation leave it alone (`if self.training`)."
+        )
+
+
+class _Attributes:
+    """What a module has beside parameters, buffers and submodules, as it was at some moment."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part = part
+        self._values = dict(vars(part))
+        own = [entry for entry in self._values.items() if entry[0] not in _COMMON]
+        self._contents = [
+            (value, copy(value)) for _, value in own if isinstance(value, (list, dict, set, deque))
+        ]
+        self._versions = [
+            (name, value, value._version)
+            for name, value in own
+            if isinstance(value, Tensor) and not value.is_inference()
+        ]
+
+    def restore(self) -> list[tuple[nn.Module, str]]:
+        """Put everything back; return the tensors that were written in place."""
+        now, before = vars(self._part), self._values
+        for name in now.keys() - before.keys():
+            del now[name]
+        for name, value in before.items():
+            if now.get(name, now) is not value:
+                now[name] = value
+        for container, content in self._contents:
+            if not _has_same_items(container, content):
+                container.clear()
+                (container.extend if hasattr(container, "extend") else container.update)(content)
+        return [(self._part, name) for name, value, v in self._versions if value._version != v]
+
+
+def _has_same_items(one: Any, other: Any) -> bool:
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict):
+        return all(name in other and value is other[name] for name, value in one.items())
+    if isinstance(one, set):
+        return one == other
+    return all(a is b for a, b in zip(one, other, strict=True))
+
+
+@contextmanager
+def _own_parametrization_cache() -> Iterator[None]:
+    """Run the block with an empty cache of parametrizations, where a caller has one switched on."""
+    cache: Any = nn.utils.parametrize._cache
+    kept = dict(cache)
+    cache.clear()
+    try:
+        yield
+    finally:
+        cache.clear()
+        cache.update(kept)
 
 
 @contextmanager

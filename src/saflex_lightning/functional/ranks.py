@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "as_real"]
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as pairs of real numbers, and any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class Ranks:
@@ -40,11 +45,15 @@ class Ranks:
         """Return the means over ranks, in one flat sum."""
         if self.size == 1:
             return tensors
-        flat = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors])) / self.size
-        pieces = flat.split([tensor.numel() for tensor in tensors])
-        return [  # the flat one has the widest dtype of all
-            piece.view_as(tensor).to(tensor.dtype)
-            for piece, tensor in zip(pieces, tensors, strict=True)
+        pairs = [as_real(tensor) for tensor in tensors]
+        flat = self.sum(torch.cat([pair.reshape(-1) for pair in pairs])) / self.size
+        pieces = flat.split([pair.numel() for pair in pairs])
+        means = [  # the flat one has the widest dtype of all
+            piece.view_as(pair).to(pair.dtype) for piece, pair in zip(pieces, pairs, strict=True)
+        ]
+        return [
+            torch.view_as_complex(mean) if tensor.is_complex() else mean
+            for mean, tensor in zip(means, tensors, strict=True)
         ]
 
     def most_rows(self, rows: Tensor) -> int:

@@ -1,6 +1,6 @@
 """The processes that share a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ class Ranks:
             torch.view_as_complex(mean) if tensor.is_complex() else mean
             for mean, tensor in zip(means, tensors, strict=True)
         ]
+
+    def share_first(self, tensors: Iterable[Tensor]) -> None:
+        """Write the tensors of the first rank in those of the others."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor.data, 0)
 
     def most_rows(self, rows: Tensor) -> int:
         """Return how many rows the rank with the most has; on several it waits for the device."""

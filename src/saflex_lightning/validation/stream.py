@@ -55,7 +55,8 @@ class ValidationStream:
         start: int = 0,
     ) -> None:
         self.draws = start
-        self._seed, self._rank = seed, ranks.rank
+        self.ranks = ranks
+        self._seed = seed
         self._loader: DataLoader[Any] | None = None
         if is_plain(loader):
             assert isinstance(loader, DataLoader)
@@ -74,7 +75,7 @@ class ValidationStream:
 
     def seed_of_draw(self, *numbers: int) -> int:
         """Return the seed of the next draw, or of something else that belongs to it."""
-        return mix_seed(self._seed, self.draws, self._rank, *numbers)
+        return mix_seed(self._seed, self.draws, self.ranks.rank, *numbers)
 
     def draw(self) -> Any:
         """Return the next batch as the loader's collate function makes it."""
@@ -180,6 +181,8 @@ def evaluation(
     trainer.validating = True
     try:
         with untouched(module, seed), trainer.precision_plugin.val_step_context():
+            # Each process has running statistics of its own until the next forward of `ddp`.
+            stream.ranks.share_first(module.buffers())
             module.on_validation_model_eval()
             try:
                 yield move_batch(trainer, module, batch)

@@ -63,8 +63,8 @@ class SAflexCallback(pl.Callback):
         self._begin()
 
     def _begin(self) -> None:
-        self._fit = Fit(self.settings)
         self._report = Report()
+        self._fit = Fit(self.settings, self._report)
         self._loader: Any = None
         self._step: Step | None = None
         self._newest: Step | None = None  # until its metrics are read
@@ -139,6 +139,8 @@ class SAflexCallback(pl.Callback):
         met_trouble = self._fit.end(step)
         self._armed_steps += 1
         self._loss_calls += step.options is not None
+        if step.options is None and outputs:
+            self._report.say_no_loss(pl_module)
         if step.tasks:
             self._newest = step
             is_read = self._is_read_before_next(trainer, batch_idx)

@@ -160,6 +160,8 @@ class Step:
         self.options = options
         given = _tasks(logits)
         call = self._call_of(given)
+        if self.fit.val_probabilities:
+            self.fit.report.say_probabilities(given)
         if not self.fit.options.same_kind(options):
             return mean_cross_entropy(logits, target, options)
         tasks = [
@@ -264,6 +266,12 @@ class Step:
                 "Pass them on unchanged."
             )
         classes, expected = logits[0].shape[-1], self.fit.val_classes
+        if len(logits) < len(expected):
+            raise ValueError(
+                f"Expected the module to return as many score tensors in training as in evaluation,"
+                f" {len(expected)}, but got {len(logits)}. Return the logits alone from "
+                "`saflex_scores` in both modes."
+            )
         one = len(logits) == len(expected) == 1  # the classes of proxy tasks are the batch's own
         if one and classes != expected[0]:
             raise ValueError(

@@ -13,6 +13,7 @@ from saflex_lightning.engines.direction import Direction
 from saflex_lightning.engines.engine import Engine
 from saflex_lightning.engines.untouched import untouched
 from saflex_lightning.functional import solve as solve_with_settings
+from saflex_lightning.functional import weighted_cross_entropy
 from saflex_lightning.functional.losses import LossOptions, Scores
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.settings import Settings
@@ -45,6 +46,14 @@ def solve(
         options=LossOptions(class_weight, label_smoothing),
         generator=generator,
         ranks=ranks,
+    )
+
+
+def row_losses(logits: Tensor, soft_labels: Tensor, **options: Any) -> Tensor:
+    """Return the loss of each row by itself, ``(batch,)``."""
+    alone = torch.eye(len(logits), dtype=soft_labels.dtype)
+    return torch.stack(
+        [weighted_cross_entropy(logits, soft_labels, one, **options) for one in alone]
     )
 
 

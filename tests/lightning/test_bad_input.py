@@ -258,8 +258,13 @@ def test_saflex_loss_never_called_in_an_epoch():
             return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     match = r"`training_step` of Forgetful to call `self\.saflex_loss\(.*not called in 4 steps"
-    with pytest.raises(MisconfigurationException, match=match):
+    said = "it returned a loss without it, which is trained as it is"
+    with (
+        pytest.warns(SAflexWarning, match=said) as caught,
+        pytest.raises(MisconfigurationException, match=match),
+    ):
         fit(seeded(Forgetful), SAflexCallback(make_loader()))
+    assert len([w for w in caught if w.category is SAflexWarning]) == 1
 
 
 def test_saflex_loss_without_saflex_forward():

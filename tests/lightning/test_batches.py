@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
+from saflex_lightning.fit.report import Report
 from saflex_lightning.fit.run import Fit
 from saflex_lightning.functional import contrastive_scores
 from saflex_lightning.functional.losses import NO_OPTIONS
@@ -323,7 +324,7 @@ def test_pairs_of_one_process_are_solved_without_those_of_others(columns):
     scores, jvp = torch.randn(2, 6, columns, generator=torch.Generator().manual_seed(0))
     solutions = []
     for ranks in (Ranks(), Shifted(0, 2)):
-        fit = Fit(Settings())
+        fit = Fit(Settings(), Report())
         fit.ranks = ranks
         fit.gradient.is_usable = lambda number: torch.tensor(True)
         step = Step(fit, 0, None, torch.Generator())

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import traceback
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -72,13 +73,14 @@ class Faulty(Classifier):
 
     def __init__(self, stage=None, action=None):
         super().__init__()
-        self.stage, self.action = stage, action
+        # What a pass of the solve assigns to the module itself is taken back.
+        self.notes = SimpleNamespace(stage=stage, action=action)
 
     def at(self, stage):
-        is_here = stage == self.stage and self.trainer.fit_loop.total_batch_idx == BATCH
-        if is_here and self.action is not None:
-            action, self.action = self.action, None
-            self.noted = self.before
+        is_here = stage == self.notes.stage and self.trainer.fit_loop.total_batch_idx == BATCH
+        if is_here and self.notes.action is not None:
+            action, self.notes.action = self.notes.action, None
+            self.notes.before = self.before
             action()
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
@@ -96,7 +98,11 @@ class Faulty(Classifier):
         else:
             self.at("forward" if torch.is_grad_enabled() else "probe")
         scores = super().saflex_scores(*inputs)
-        if torch.is_grad_enabled() and not self.training and self.stage == "validation backward":
+        if (
+            torch.is_grad_enabled()
+            and not self.training
+            and self.notes.stage == "validation backward"
+        ):
             scores.register_hook(lambda _: self.at("validation backward"))
         return scores
 
@@ -154,7 +160,7 @@ def test_failure_at_any_stage_leaves_the_parameters_and_a_checkpoint(
     callback = SAflexCallback(DataLoader(rows, 8), **settings)
     interrupted_fit(module, callback, error, tmp_path)
     parameters = dict(module.named_parameters())
-    for name, value in module.noted.items():
+    for name, value in module.notes.before.items():
         if name in parameters or stage not in {"forward", "loss", "backward", "optimizer step"}:
             assert torch.equal(module.state_dict()[name], value), name
     assert all(part.training for part in module.modules() if part is not module.accuracy)
@@ -191,7 +197,7 @@ def test_checkpoint_that_a_signal_asks_for_in_the_solve_holds_the_weights(tmp_pa
     fit(module, callback, Requeue())
     saved = torch.load(tmp_path / "requeue.ckpt", weights_only=False)
     assert saved["global_step"] == BATCH
-    assert_same_state(module.noted, saved["state_dict"])
+    assert_same_state(module.notes.before, saved["state_dict"])
 
 
 @pytest.mark.parametrize("stage", ["validation forward", "probe", "forward"])

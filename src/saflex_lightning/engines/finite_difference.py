@@ -14,7 +14,7 @@ from .engine import Finish
 from .errors import UnsupportedModelError
 from .gradient import loss_gradient, refuse_unsupported
 from .parameters import moved_parameters
-from .untouched import full_precision, untouched
+from .untouched import full_precision, untouched, without_traces
 
 __all__ = ["FiniteDifferenceEngine"]
 
@@ -83,7 +83,7 @@ class FiniteDifferenceEngine:
 
     def _pass(self, run: Callable[[], Scores], *, graph: bool = False) -> Scores:
         device_type = self.params[0].device.type
-        with untouched(self.module), torch.set_grad_enabled(graph):
+        with untouched(self.module), without_traces(self.module), torch.set_grad_enabled(graph):
             if rounded := _rounded_products(device_type):
                 raise UnsupportedModelError(
                     "Expected exact float32 products for engine='finite_difference', but "

@@ -153,8 +153,9 @@ class HeadEngine:
         logits = scores.detach().to(wide).requires_grad_()
         with torch.enable_grad():
             (residual,) = torch.autograd.grad(loss(logits), logits)
-        features = features.to(residual.dtype)
-        return (residual.T @ features, residual.sum(0))[: len(self.params)]
+        with torch.autocast(features.device.type, enabled=False):
+            weight = residual.T @ features.to(residual.dtype)
+        return (weight, residual.sum(0))[: len(self.params)]
 
     def jvp(self, run: Callable[[], Scores], direction: Direction) -> Finish:
         """Record what the layer sees in the training forward that follows."""

@@ -24,6 +24,7 @@ __all__ = [
     "untouched",
     "untouched_generators",
     "unwritten",
+    "without_traces",
 ]
 
 _COMMON = frozenset(vars(nn.Module()))  # attributes that every module has
@@ -33,45 +34,59 @@ _torch: Any = torch  # joined operations are documented, and exported under priv
 
 @contextmanager
 def untouched(module: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Leave a model and the random state as they were, on every exit.
+    """Restore buffers (objects, sizes, values), training modes and random state on every exit.
 
-    That is buffers (objects, sizes and values), training modes, and attributes of submodules: what
-    a forward counts, stores or appends. Nothing is read from or left in the cache of
-    parametrizations. With a seed, the block draws from that.
-
-    Raises:
-        UnsupportedModelError: If the block wrote in a parameter, or in a tensor that is an
-            attribute, in place.
+    With a seed, the block draws from that.
     """
     parts = list(module.modules())
-    attributes = [_Attributes(part) for part in parts]
-    slots = [dict(part._buffers) for part in parts]
-    buffers = [b for part in slots for b in part.values() if b is not None]
+    kept = [(part, part.training, dict(part._buffers)) for part in parts]
+    buffers = [b for _, _, slots in kept for b in slots.values() if b is not None]
     tensors = [buffer for buffer in buffers if not _is_expanded(buffer)]
     saved = [torch.empty_like(tensor) for tensor in tensors]
     copy_all(saved, tensors)
-    versions = {name: (p, p._version) for name, p in module.named_parameters()}
-    params = [parameter for parameter, _ in versions.values()]
-    with delayed_signals(), untouched_generators(params, seed), _own_parametrization_cache():
+    params = [p for part in parts for p in part._parameters.values()]
+    with delayed_signals(), untouched_generators(params, seed):
         try:
             yield
         finally:
-            for part, kept in zip(parts, slots, strict=True):
+            for part, mode, slots in kept:
+                if part.training != mode:  # an assignment to a module is slow
+                    part.training = mode
                 part._buffers.clear()
-                part._buffers.update(kept)
-            for tensor, kept in zip(tensors, saved, strict=True):
-                if tensor.shape != kept.shape:
-                    tensor.resize_(kept.shape)  # observers of quantisation grow theirs
+                part._buffers.update(slots)
+            for tensor, value in zip(tensors, saved, strict=True):
+                if tensor.shape != value.shape:
+                    tensor.resize_(value.shape)  # observers of quantisation grow theirs
             # Through `data`, since what is the same again must not invalidate earlier graphs.
             copy_all([tensor.data for tensor in tensors], saved)
+
+
+@contextmanager
+def without_traces(module: nn.Module) -> Iterator[None]:
+    """Undo what a forward in the block leaves behind beside buffers.
+
+    That is what it counts, stores in or appends to attributes of its modules, and the cache of
+    parametrizations, which it does not read either.
+
+    Raises:
+        UnsupportedModelError: If it wrote in a parameter, or in a tensor that is an attribute, in
+            place.
+    """
+    attributes = [_Attributes(part) for part in module.modules()]
+    versions = [(parameter, parameter._version) for parameter in module.parameters()]
+    with _own_parametrization_cache():
+        try:
+            yield
+        finally:
             places = [place for part in attributes for place in part.restore()]
-    names = {part: name for name, part in module.named_modules()}
-    written = [name for name, (p, version) in versions.items() if p._version != version]
-    written += [f"{names[part]}.{name}".lstrip(".") for part, name in places]
-    if written:
+    changed = [parameter for parameter, version in versions if parameter._version != version]
+    if changed or places:
+        parts = {part: name for name, part in module.named_modules()}
+        names = [name for name, p in module.named_parameters() if any(p is q for q in changed)]
+        names += [f"{parts[part]}.{name}".lstrip(".") for part, name in places]
         raise UnsupportedModelError(
             "Expected a forward that can be run beside the training, but it wrote in "
-            f"`{written[0]}` in place, which cannot be taken back. Update that in "
+            f"`{names[0]}` in place, which cannot be taken back. Update that in "
             "`on_train_batch_end`; in evaluation leave it alone (`if self.training`)."
         )
 

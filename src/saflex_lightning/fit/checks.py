@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from saflex_lightning.engines.parameters import select_parameters
 from saflex_lightning.functional.settings import Settings
@@ -25,6 +26,7 @@ from saflex_lightning.validation.source import ask_hook
 
 __all__ = [
     "check_fit",
+    "check_initialised",
     "check_launch",
     "check_model",
     "check_saved_gradient",
@@ -78,6 +80,22 @@ def check_model(module: pl.LightningModule, settings: Settings) -> None:
         problems.append(str(error))
     if problems:
         raise MisconfigurationException("\n".join(problems))
+
+
+def check_initialised(module: nn.Module) -> None:
+    """Refuse layers that wait for their first batch: it would be one of ours.
+
+    Raises:
+        MisconfigurationException: The message names the first of them.
+    """
+    for name, part in module.named_modules():
+        tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        if any(map(is_lazy, tensors)):
+            raise MisconfigurationException(
+                f"Expected initialised layers, but submodule `{name}` ({type(part).__name__}) "
+                "waits for its first batch. Run a batch through the model in `setup`, or leave "
+                "Lightning's sanity check on (`num_sanity_val_steps`)."
+            )
 
 
 def _module_problems(module: Any) -> Iterator[str]:

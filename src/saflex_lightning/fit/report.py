@@ -1,6 +1,6 @@
 """What a fit says: one line at its start, what each step learned, and each warning once."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,6 +8,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from saflex_lightning.functional.losses import is_probabilities
 from saflex_lightning.functional.settings import PRESETS, Settings
 from saflex_lightning.functional.solve import SAflexSolution
 from saflex_lightning.step import Step
@@ -155,6 +156,15 @@ class Report:
                 "regime rows are told apart poorly; use smaller batches or match more parameters."
             )
 
+    def say_probabilities(self, training: Sequence[Tensor]) -> None:
+        """Warn where evaluation, which returned probabilities, is no evaluation of the logits."""
+        if not all(map(is_probabilities, training)):
+            self.say(
+                "Expected the same scores in evaluation as in training, but evaluation returns "
+                "probabilities and training does not. The validation gradient is then that of "
+                "another loss; return logits from `saflex_scores` in both modes."
+            )
+
     def say_same_rows(self, roles: Iterable[str]) -> None:
         """Warn that the rows that steer play other roles too."""
         for role in roles:
@@ -163,6 +173,14 @@ class Report:
                 "Their score is then too good; give SAFLEX other rows with `val_dataloader` or "
                 "`saflex_dataloader()`."
             )
+
+    def say_no_loss(self, module: pl.LightningModule) -> None:
+        """Warn that a refined step did not ask for the loss."""
+        self.say(
+            f"Expected `training_step` of {type(module).__name__} to call `self.saflex_loss(...)`, "
+            "but it returned a loss without it, which is trained as it is. Return the loss that "
+            "`saflex_loss` computes from the logits of `saflex_forward`."
+        )
 
     def say_changed(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Return the settings that differ from those of a checkpoint, and warn of them."""

@@ -18,7 +18,7 @@ from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
 from saflex_lightning.engines.head import LastLayer
 from saflex_lightning.engines.last_layer import find_last_layer
-from saflex_lightning.engines.untouched import full_precision
+from saflex_lightning.engines.untouched import full_precision, without_traces
 from saflex_lightning.evidence.gates import Gates
 from saflex_lightning.evidence.memory import ValidationMemory
 from saflex_lightning.evidence.rows import RowWeights
@@ -27,6 +27,7 @@ from saflex_lightning.functional.losses import (
     LossOptions,
     Scores,
     dense_target,
+    is_probabilities,
     mean_cross_entropy,
 )
 from saflex_lightning.functional.ranks import Ranks
@@ -37,8 +38,8 @@ from saflex_lightning.validation.gradient import ValidationGradient
 from saflex_lightning.validation.source import count_rows, is_plain
 from saflex_lightning.validation.stream import ValidationStream, evaluation, mix_seed
 
-from .checks import check_saved_gradient
-from .report import describe_fit
+from .checks import check_initialised, check_saved_gradient
+from .report import Report, describe_fit
 
 __all__ = ["Fit"]
 
@@ -48,13 +49,15 @@ _GATES = 1  # keeps the gates' draws apart from the Gumbel noise of the same ste
 class Fit:
     """Everything that one fit learns and needs, and its state in checkpoints."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, report: Report) -> None:
         self.settings = settings
+        self.report = report
         self.ranks = Ranks()
         self.matching = Matching(settings)
         self.gradient = ValidationGradient(settings)
         self.options = NO_OPTIONS
         self.val_classes: tuple[int, ...] = ()  # of each task of the validation scores
+        self.val_probabilities = False  # whether these look like probabilities
         self.memory = ValidationMemory() if settings.gates or settings.row_evidence else None
         self.memory_for = "`gates=True`" if settings.gates else "`row_evidence=True`"
         self.gates = Gates(self.memory) if settings.gates and self.memory else None
@@ -84,6 +87,7 @@ class Fit:
         """
         self.ranks = Ranks(trainer.global_rank, trainer.world_size)
         self._loader, self._keep_batch_size = loader, keep_batch_size
+        check_initialised(module)
         check_saved_gradient(self.gradient.state_dict(), self.matching.names, module)
         self.matching.start(module)
         self.gradient.to(module.device)
@@ -189,11 +193,15 @@ class Fit:
 
     def _score(self, module: SAflexMixin, inputs: Any) -> Scores:
         """Return the scores of the inputs of a validation batch."""
-        if isinstance(inputs, dict):
-            scores = module.saflex_scores(**inputs)
-        else:
-            scores = module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        assert isinstance(module, pl.LightningModule)
+        positional = () if isinstance(inputs, dict) else inputs
+        positional = positional if isinstance(positional, tuple) else (positional,)
+        named = inputs if isinstance(inputs, dict) else {}
+        with without_traces(module):
+            scores = module.saflex_scores(*positional, **named)
         tasks = (scores,) if isinstance(scores, Tensor) else scores
+        if not self.val_classes:  # looking at values waits for the device
+            self.val_probabilities = all(map(is_probabilities, tasks))
         self.val_classes = tuple(task.shape[-1] for task in tasks)
         return scores
 

@@ -16,6 +16,7 @@ __all__ = [
     "as_tuple",
     "check_target",
     "dense_target",
+    "is_probabilities",
     "map_scores",
     "mean_cross_entropy",
     "weighted_cross_entropy",
@@ -36,6 +37,14 @@ def map_scores(function: Callable[..., Tensor], *scores: Scores) -> Scores:
     if isinstance(scores[0], Tensor):
         return function(*scores)
     return tuple(function(*tasks) for tasks in zip(*scores, strict=True))
+
+
+def is_probabilities(scores: Tensor) -> bool:
+    """Say whether scores of two classes or more look like probabilities; waits for the device."""
+    wide = scores.detach().float()
+    sums = wide.sum(-1)
+    positive = bool((wide >= 0).all()) and wide.ndim > 1 and wide.shape[-1] > 1
+    return positive and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
 class LossOptions(NamedTuple):

@@ -229,7 +229,7 @@ def learned_weights(
         prior = _CLASS_PRIOR * total / count.clamp(min=1)
         factors = (rows_of_class + _CLASS_PRIOR) / (weight_of_class + prior).clamp(min=_FLOOR)
         factors = factors.clamp(max=_CLASS_LIMIT)
-        raw = raw * (labels @ factors)
+        raw = raw * (labels * factors).sum(-1)  # a matrix product autocast would round
         total = (weight_of_class * factors).sum()
     return count * (raw / torch.where(total > 0, total, 1))
 

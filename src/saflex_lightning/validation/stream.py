@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Sampler
 
+from saflex_lightning.engines.errors import UnsupportedModelError
 from saflex_lightning.engines.untouched import untouched, untouched_generators
 from saflex_lightning.functional.ranks import Ranks
 
@@ -55,6 +56,7 @@ class ValidationStream:
         start: int = 0,
     ) -> None:
         self.draws = start
+        self.was_evaluated = False
         self.ranks = ranks
         self._seed = seed
         self._loader: DataLoader[Any] | None = None
@@ -183,7 +185,8 @@ def evaluation(
         with untouched(module, seed), trainer.precision_plugin.val_step_context():
             # Each process has running statistics of its own until the next forward of `ddp`.
             stream.ranks.share_first(module.buffers())
-            module.on_validation_model_eval()
+            _evaluate(module, is_first=not stream.was_evaluated)
+            stream.was_evaluated = True
             try:
                 yield move_batch(trainer, module, batch)
             finally:
@@ -191,6 +194,21 @@ def evaluation(
                     module.on_validation_model_train()
     finally:
         trainer.training = True
+
+
+def _evaluate(module: pl.LightningModule, *, is_first: bool) -> None:
+    """Put a module in evaluation; the first time look whether that leaves its parameters alone."""
+    params = dict(module.named_parameters()) if is_first else {}
+    before = [torch.linalg.vector_norm(parameter.detach()) for parameter in params.values()]
+    module.on_validation_model_eval()
+    for (name, parameter), norm in zip(params.items(), before, strict=True):
+        if not torch.equal(torch.linalg.vector_norm(parameter.detach()), norm):
+            module.train()
+            raise UnsupportedModelError(
+                f"Expected `eval()` to leave parameters as they are, but it changed `{name}`, as "
+                "adapters do that merge their weights. The validation gradient would be that of "
+                "others than the ones that are trained; switch merging off."
+            )
 
 
 def move_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:

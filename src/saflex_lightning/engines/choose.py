@@ -146,6 +146,6 @@ def _restore(name: str, module: nn.Module, names: Sequence[str]) -> Engine:
     if name == "head":
         layer = names[0].rpartition(".")[0]
         linear: Any = module.get_submodule(layer)
-        return HeadEngine(watched_layer(linear, layer, "engine='head'"))
+        return HeadEngine(watched_layer(module, linear, layer, "engine='head'"))
     kinds = {"forward_mode": ForwardModeEngine, "finite_difference": FiniteDifferenceEngine}
     return kinds[name](module, [table[entry] for entry in names])

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saflex_lightning.functional.ranks import as_real
-
 __all__ = ["Direction", "adam_second_moments", "descent_direction", "joint_norm", "whole_tensor"]
 
 _DAMPING = 0.1  # of the root mean square of sqrt(v); Adam's own 1e-8 lets dead units dominate
@@ -48,11 +46,11 @@ def descent_direction(
         Ding et al. 2024, Eq. 8 and 9, with the minus that the paper leaves out.
     """
     # Adam treats complex parameters as pairs of real ones, their second moments too.
-    pairs = [as_real(part) for part in gradient]
+    pairs = [_as_real(part) for part in gradient]
     if second_moments is None:
         ascent = _torch._foreach_mul(pairs, 1)
     else:
-        roots = _torch._foreach_sqrt([as_real(moment) for moment in second_moments])
+        roots = _torch._foreach_sqrt([_as_real(moment) for moment in second_moments])
         rms = joint_norm(roots) / sum(root.numel() for root in roots) ** 0.5
         _torch._foreach_add_(roots, torch.where(rms > 0, _DAMPING * rms, 1))
         ascent = [torch.div(part, root, out=root) for part, root in zip(pairs, roots, strict=True)]
@@ -104,6 +102,10 @@ def adam_second_moments(
             1.0,
         )
     return list(_torch._foreach_div([moments[p] for p in params], [corrections[p] for p in params]))
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _widen(tensor: Tensor) -> Tensor:

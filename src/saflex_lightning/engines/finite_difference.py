@@ -14,7 +14,7 @@ from .engine import Finish
 from .errors import UnsupportedModelError
 from .gradient import loss_gradient, refuse_unsupported
 from .parameters import moved_parameters
-from .untouched import full_precision, untouched, without_traces
+from .untouched import extra_pass, untouched
 
 __all__ = ["FiniteDifferenceEngine"]
 
@@ -83,14 +83,14 @@ class FiniteDifferenceEngine:
 
     def _pass(self, run: Callable[[], Scores], *, graph: bool = False) -> Scores:
         device_type = self.params[0].device.type
-        with untouched(self.module), without_traces(self.module), torch.set_grad_enabled(graph):
+        with untouched(self.module), torch.set_grad_enabled(graph):
             if rounded := _rounded_products(device_type):
                 raise UnsupportedModelError(
                     "Expected exact float32 products for engine='finite_difference', but "
                     f"{rounded} rounds them, and a difference of two nearby points drowns in that. "
                     f"{_INSTEAD}"
                 )
-            with full_precision(device_type) as ignored:
+            with extra_pass(self.module) as ignored:
                 scores = run()
             if ignored:
                 raise UnsupportedModelError(

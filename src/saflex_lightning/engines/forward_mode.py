@@ -15,7 +15,7 @@ from .direction import Direction
 from .engine import Finish
 from .gradient import loss_gradient, refuse_unsupported
 from .parameters import replaced_parameters
-from .untouched import full_precision, untouched, without_traces
+from .untouched import extra_pass, untouched
 
 __all__ = ["ForwardModeEngine"]
 
@@ -48,8 +48,7 @@ class ForwardModeEngine:
         def dual() -> Scores:
             with (
                 untouched(self.module),
-                without_traces(self.module),
-                full_precision(self.params[0].device.type),
+                extra_pass(self.module),
                 _differentiable_kernels(self.module),
                 forward_ad.dual_level(),
             ):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saflex_lightning.functional.losses import Scores, as_tuple, map_scores, widen
 
 from .errors import UnsupportedModelError
-from .untouched import full_precision, untouched
+from .untouched import extra_pass, untouched
 
 __all__ = ["loss_gradient", "refuse_unsupported"]
 
@@ -33,7 +33,7 @@ def loss_gradient(
     narrow = any(parameter.dtype == torch.float16 for parameter in module.parameters())
 
     def compute() -> Sequence[Tensor]:
-        with full_precision(params[0].device.type), torch.enable_grad():
+        with extra_pass(module), torch.enable_grad():
             scores = map_scores(widen, run())
             value = loss(scores)
             if narrow:

@@ -11,7 +11,7 @@ from saflex_lightning.functional.losses import Scores
 from .direction import Direction
 from .engine import Finish
 from .errors import UnsupportedModelError
-from .untouched import full_precision
+from .untouched import extra_pass
 
 __all__ = ["HeadEngine", "LastLayer", "Recording", "linear_jvp"]
 
@@ -35,13 +35,17 @@ class LastLayer:
     """The linear layer whose output is the scores.
 
     Args:
+        module: The model.
         layer: The layer.
         name: Its name, for errors.
         wanted_by: The setting that needs it, for errors.
         instead: What to do where it does not make the scores, as an instruction.
     """
 
-    def __init__(self, layer: nn.Linear, name: str, *, wanted_by: str, instead: str) -> None:
+    def __init__(
+        self, module: nn.Module, layer: nn.Linear, name: str, *, wanted_by: str, instead: str
+    ) -> None:
+        self.module = module
         self.layer = layer
         self.name = name
         self.wanted_by = wanted_by
@@ -143,7 +147,7 @@ class HeadEngine:
         """Return the gradient of the loss for the layer, without a backward pass through it."""
         recording = self.last.record()
         try:
-            with torch.no_grad(), full_precision(self.last.layer.weight.device.type):
+            with torch.no_grad(), extra_pass(self.last.module):
                 scores = run()
         finally:
             recording.close()

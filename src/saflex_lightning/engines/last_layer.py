@@ -13,7 +13,7 @@ from saflex_lightning.functional.losses import Scores
 from .direction import whole_tensor
 from .errors import UnsupportedModelError
 from .head import LastLayer, same_values
-from .untouched import full_precision
+from .untouched import extra_pass
 
 __all__ = ["Call", "find_last_layer", "last_layer_of", "maker_of", "watch_calls", "watched_layer"]
 
@@ -65,7 +65,7 @@ def watch_calls(module: nn.Module, run: Callable[[], Scores]) -> tuple[list[Call
         if isinstance(part, nn.Linear) and output.ndim == 2:
             call.seen = (args[0] if args else kwargs["input"], output)
 
-    with _hooked(module, enter, leave), full_precision(_device_type(module)):
+    with _hooked(module, enter, leave), extra_pass(module):
         scores = run()
     return calls, scores
 
@@ -80,10 +80,6 @@ def _hooked(module: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _device_type(module: nn.Module) -> str:
-    return next(module.parameters()).device.type
 
 
 def last_layer_of(
@@ -120,7 +116,7 @@ def last_layer_of(
     call = (makers or linears)[-1]
     layer = call.module
     assert isinstance(layer, nn.Linear)
-    last = watched_layer(layer, names.get(layer, "head"), wanted_by, instead)
+    last = watched_layer(module, layer, names.get(layer, "head"), wanted_by, instead)
     if call.seen is None or not isinstance(scores, Tensor):
         raise UnsupportedModelError(
             f"Expected submodule `{last.name}` to map (batch, features) to the scores, but the "
@@ -134,7 +130,9 @@ def last_layer_of(
     return last
 
 
-def watched_layer(layer: nn.Linear, name: str, wanted_by: str, instead: str = "") -> LastLayer:
+def watched_layer(
+    module: nn.Module, layer: nn.Linear, name: str, wanted_by: str, instead: str = ""
+) -> LastLayer:
     """Return the layer's watcher, after checking that its own parameters are trained."""
     instead = instead or f"Pass engine='forward_mode', or {_NAME_IT}."
     if "weight" not in layer._parameters:
@@ -147,14 +145,14 @@ def watched_layer(layer: nn.Linear, name: str, wanted_by: str, instead: str = ""
             f"Expected the last linear layer to be trainable for {wanted_by}, but `{name}` is "
             f"frozen. {instead}"
         )
-    return LastLayer(layer, name, wanted_by=wanted_by, instead=instead)
+    return LastLayer(module, layer, name, wanted_by=wanted_by, instead=instead)
 
 
 def _is_linear(layer: nn.Linear, features: Tensor, output: Tensor) -> bool:
     """Say whether an output is the linear function of the layer's parameters that it seems."""
     weight, bias = whole_tensor(layer.weight), layer._parameters["bias"]
     bias = None if bias is None else whole_tensor(bias)
-    with torch.no_grad(), full_precision(output.device.type):
+    with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
         expected = linear(features.to(weight), weight, bias)
     return torch.allclose(output.to(expected), expected, rtol=1e-2, atol=1e-3, equal_nan=True)
 

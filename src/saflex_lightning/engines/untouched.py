@@ -20,11 +20,11 @@ from .errors import UnsupportedModelError
 __all__ = [
     "copy_all",
     "delayed_signals",
+    "extra_pass",
     "full_precision",
     "untouched",
     "untouched_generators",
     "unwritten",
-    "without_traces",
 ]
 
 _COMMON = frozenset(vars(nn.Module()))  # attributes that every module has
@@ -62,11 +62,12 @@ def untouched(module: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def without_traces(module: nn.Module) -> Iterator[None]:
-    """Undo what a forward in the block leaves behind beside buffers.
+def extra_pass(module: nn.Module) -> Iterator[list[str]]:
+    """Run a forward beside the training: in full precision, and without a trace.
 
-    That is what it counts, stores in or appends to attributes of its modules, and the cache of
-    parametrizations, which it does not read either.
+    It undoes what the forward counts, stores in or appends to attributes of its modules, and puts
+    by the cache of parametrizations; buffers, modes and random state are `untouched`'s. Yields the
+    names of what would have rounded, filled while the block runs.
 
     Raises:
         UnsupportedModelError: If it wrote in a parameter, or in a tensor that is an attribute, in
@@ -74,9 +75,10 @@ def without_traces(module: nn.Module) -> Iterator[None]:
     """
     attributes = [_Attributes(part) for part in module.modules()]
     versions = [(parameter, parameter._version) for parameter in module.parameters()]
-    with _own_parametrization_cache():
+    device_type = versions[0][0].device.type if versions else "cpu"
+    with _own_parametrization_cache(), full_precision(device_type) as ignored:
         try:
-            yield
+            yield ignored
         finally:
             places = [place for part in attributes for place in part.restore()]
     changed = [parameter for parameter, version in versions if parameter._version != version]
@@ -118,7 +120,8 @@ class _Attributes:
         for container, content in self._contents:
             if not _has_same_items(container, content):
                 container.clear()
-                (container.extend if hasattr(container, "extend") else container.update)(content)
+                fill: Any = getattr(container, "extend", None) or getattr(container, "update", None)
+                fill(content)
         return [(self._part, name) for name, value, v in self._versions if value._version != v]
 
 

@@ -18,7 +18,7 @@ from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
 from saflex_lightning.engines.head import LastLayer
 from saflex_lightning.engines.last_layer import find_last_layer
-from saflex_lightning.engines.untouched import full_precision, without_traces
+from saflex_lightning.engines.untouched import extra_pass
 from saflex_lightning.evidence.gates import Gates
 from saflex_lightning.evidence.memory import ValidationMemory
 from saflex_lightning.evidence.rows import RowWeights
@@ -182,7 +182,7 @@ class Fit:
                 assert target is not None
                 run = self.memory.watching(run, loss, target, last, self.ranks)
             if not is_due:
-                with torch.no_grad(), full_precision(module.device.type):
+                with torch.no_grad(), extra_pass(module):
                     run()
                 return
             gradient = self.matching.engine.gradient(run, loss)
@@ -193,12 +193,10 @@ class Fit:
 
     def _score(self, module: SAflexMixin, inputs: Any) -> Scores:
         """Return the scores of the inputs of a validation batch."""
-        assert isinstance(module, pl.LightningModule)
-        positional = () if isinstance(inputs, dict) else inputs
-        positional = positional if isinstance(positional, tuple) else (positional,)
-        named = inputs if isinstance(inputs, dict) else {}
-        with without_traces(module):
-            scores = module.saflex_scores(*positional, **named)
+        if isinstance(inputs, dict):
+            scores = module.saflex_scores(**inputs)
+        else:
+            scores = module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
         tasks = (scores,) if isinstance(scores, Tensor) else scores
         if not self.val_classes:  # looking at values waits for the device
             self.val_probabilities = all(map(is_probabilities, tasks))

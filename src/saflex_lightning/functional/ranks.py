@@ -5,12 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Ranks", "as_real"]
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as pairs of real numbers, and any other as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+__all__ = ["Ranks"]
 
 
 class Ranks:
@@ -45,7 +40,7 @@ class Ranks:
         """Return the means over ranks, in one flat sum."""
         if self.size == 1:
             return tensors
-        pairs = [as_real(tensor) for tensor in tensors]
+        pairs = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         flat = self.sum(torch.cat([pair.reshape(-1) for pair in pairs])) / self.size
         pieces = flat.split([pair.numel() for pair in pairs])
         means = [  # the flat one has the widest dtype of all

@@ -1,16 +1,21 @@
-"""Finite differences check that an extra pass repeats the training forward."""
+"""Finite differences look, before their first use, whether a forward repeats itself."""
 
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers.cases import relative_error
 from helpers.models import CLASSES, make_mlp
+from helpers.solving import measure
 from torch import Tensor, nn
 
-from saflex_lightning.engines import Tangent, UnsupportedModelError, make_engine, make_tangent
+from saflex_lightning.engines import UnsupportedModelError, descent_direction, make_engine
+from saflex_lightning.engines.direction import Direction
 
-INPUTS = torch.linspace(-1, 1, 30).view(6, 5)
+INPUTS = torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5)
+NO_REPEAT = r"repeat itself.*differ by.*global generator.*engine='head'"
 
 
 class Noisy(nn.Module):
@@ -20,6 +25,7 @@ class Noisy(nn.Module):
         super().__init__()
         self.network = make_mlp()
         self.noise = noise
+        self.double()
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.network[:2](inputs)
@@ -27,94 +33,96 @@ class Noisy(nn.Module):
 
 
 def noise_by_graph(hidden: Tensor) -> Tensor:
-    """Draw as compiled dropout does: other numbers where no graph is kept."""
+    """Draw as compiled dropout may: other numbers where no graph is kept."""
     draws = torch.rand(2, *hidden.shape)
     return draws[int(torch.is_grad_enabled())]
 
 
-def tangent_of(engine) -> Tangent:
+def noise_of_its_own(generator: torch.Generator):
+    return lambda hidden: torch.rand(hidden.shape, generator=generator)
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002
+
+
+def direction_of(engine) -> Direction:
     torch.manual_seed(1)
-    return make_tangent([torch.randn_like(parameter) for parameter in engine.params])
+    return descent_direction([torch.randn_like(parameter) for parameter in engine.params])
 
 
-def central_difference(forward, params, tangent: Tangent, seed: int) -> Tensor:
-    """Return Z from two forwards with a graph and the same random state, in float64 throughout."""
+def central_difference(forward, params, direction: Direction) -> Tensor:
+    """Return Z from two forwards with a graph and the same random state."""
     kept, points = [parameter.data for parameter in params], []
     for step in (1e-5, -1e-5):
-        for parameter, value, part in zip(params, kept, tangent.direction, strict=True):
+        for parameter, value, part in zip(params, kept, direction.parts, strict=True):
             parameter.data = value + step * part
-        torch.manual_seed(seed)
+        seed(3)
         points.append(forward().detach())
     for parameter, value in zip(params, kept, strict=True):
         parameter.data = value
-    return tangent.norm * (points[0] - points[1]) / 2e-5
+    return direction.norm * (points[0] - points[1]) / 2e-5
 
 
-def test_random_numbers_that_depend_on_the_graph_are_repeated_from_the_second_call_on():
-    torch.manual_seed(0)
-    model, inputs = Noisy(noise_by_graph).double(), INPUTS.double()
-    engine = make_engine("finite_difference", model)
-    tangent = tangent_of(engine)
-    expected = central_difference(lambda: model(inputs), engine.params, tangent, seed=3)
-    errors = []
-    for _ in range(3):
-        torch.manual_seed(3)
-        scores, found = engine.measure(lambda: model(inputs), tangent)
+def assert_served(engine, forward, tolerance: float = 1e-6) -> None:
+    """Compare two steps' Z with that of central differences."""
+    direction = direction_of(engine)
+    expected = central_difference(forward, engine.params, direction)
+    for _ in range(2):
+        seed(3)
+        scores, found = measure(engine, forward, direction)
         scores.sum().backward()
-        errors.append(relative_error(found, expected))
-    # The first call has other noise than the training forward, but the same at both its points.
-    assert 0.05 < errors[0] < 2
-    assert max(errors[1:]) < 1e-6
+        assert relative_error(found, expected) < tolerance
 
 
-def test_a_generator_of_the_model_s_own_is_refused():
-    torch.manual_seed(0)
-    own = torch.Generator().manual_seed(5)
-    model = Noisy(lambda hidden: torch.rand(hidden.shape, generator=own))
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda hidden: torch.rand(hidden.shape),
+        lambda hidden: torch.as_tensor(np.random.rand(*hidden.shape)),  # noqa: NPY002
+        lambda hidden: random.random(),
+    ],
+    ids=["torch", "numpy", "python"],
+)
+def test_numbers_from_global_generators_are_repeated(noise):
+    model = Noisy(noise)
+    assert_served(make_engine("finite_difference", model), partial(model, INPUTS))
+
+
+@pytest.mark.parametrize("kind", ["its own generator", "by graph", "a counter"])
+def test_a_forward_that_does_not_repeat_itself_is_refused_at_the_first_call(kind):
+    calls = iter(range(100))
+    noise = {
+        "its own generator": noise_of_its_own(torch.Generator().manual_seed(5)),
+        "by graph": noise_by_graph,
+        "a counter": lambda hidden: 0.01 * next(calls),
+    }[kind]
+    model = Noisy(noise)
     engine = make_engine("finite_difference", model)
-    tangent = tangent_of(engine)
-    engine.measure(lambda: model(INPUTS), tangent)
-    with pytest.raises(UnsupportedModelError, match=r"repeat itself.*differ by.*global generator"):
-        engine.measure(lambda: model(INPUTS), tangent)
+    direction = direction_of(engine)
+    for _ in range(2):  # and stays refused
+        with pytest.raises(UnsupportedModelError, match=NO_REPEAT):
+            engine.jvp(lambda: model(INPUTS), direction)
 
 
-@pytest.mark.parametrize("kind", ["of its own", "of torch"])
-def test_under_autocast_two_extra_passes_are_compared(kind):
-    torch.manual_seed(0)
-    own = torch.Generator().manual_seed(5) if kind == "of its own" else None
-    model = Noisy(lambda hidden: torch.rand(hidden.shape, generator=own))
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_scores_that_tell_nothing_are_looked_at_again(value):
+    model = Noisy(noise_by_graph)
+    head = model.network[2]
+    start = [parameter.detach().clone() for parameter in head.parameters()]
+    nn.init.constant_(head.weight, value)
+    nn.init.zeros_(head.bias)
     engine = make_engine("finite_difference", model)
-    tangent = tangent_of(engine)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        if own is not None:
-            with pytest.raises(UnsupportedModelError, match="global generator"):
-                engine.measure(lambda: model(INPUTS), tangent)
-        for _ in range(2 * (own is None)):
-            torch.manual_seed(3)
-            _, found = engine.measure(lambda: model(INPUTS), tangent)
-    if own is None:
-        model, inputs = model.double(), INPUTS.double()
-        model.noise = lambda hidden: torch.rand(hidden.shape).double()
-        params = [parameter for parameter in model.parameters()]
-        exact = Tangent(tuple(part.double() for part in tangent.direction), tangent.norm)
-        expected = central_difference(lambda: model(inputs), params, exact, seed=3)
-        assert relative_error(found, expected) < 5e-3
-
-
-def test_a_head_that_starts_at_zero_hides_nothing():
-    torch.manual_seed(0)
-    model, inputs = Noisy(noise_by_graph).double(), INPUTS.double()
-    nn.init.zeros_(model.network[2].weight)
-    nn.init.zeros_(model.network[2].bias)
-    engine = make_engine("finite_difference", model)
-    tangent = tangent_of(engine)
-    engine.measure(lambda: model(inputs), tangent)
-    nn.init.normal_(model.network[2].weight)
-    engine.measure(lambda: model(inputs), tangent)
-    torch.manual_seed(3)
-    _, found = engine.measure(lambda: model(inputs), tangent)
-    expected = central_difference(lambda: model(inputs), engine.params, tangent, seed=3)
-    assert relative_error(found, expected) < 1e-6
+    direction = direction_of(engine)
+    measure(engine, lambda: model(INPUTS), direction)
+    for parameter, data in zip(head.parameters(), start, strict=True):
+        parameter.data = data
+    with pytest.raises(UnsupportedModelError, match=NO_REPEAT):
+        engine.jvp(lambda: model(INPUTS), direction)
+    model.noise = lambda hidden: torch.rand(hidden.shape)
+    assert_served(engine, partial(model, INPUTS))
 
 
 @pytest.mark.slow
@@ -136,10 +144,4 @@ def test_compiled_dropout_has_one_mask_in_both_points(backend):
             nn.Linear(32, CLASSES),
         ).double()
         compiled = torch.compile(model, backend=backend)
-        engine = make_engine("finite_difference", compiled)
-        tangent = tangent_of(engine)
-        for _ in range(2):
-            torch.manual_seed(3)
-            _, found = engine.measure(partial(compiled, inputs), tangent)
-        expected = central_difference(partial(compiled, inputs), engine.params, tangent, seed=3)
-        assert relative_error(found, expected) < 1e-5
+        assert_served(make_engine("finite_difference", compiled), partial(compiled, inputs), 1e-5)

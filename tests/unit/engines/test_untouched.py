@@ -8,13 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.cases import CASES, ENGINES, random_direction
-from helpers.models import CLASSES, Recurrent, Restless
+from helpers.models import CLASSES, Recurrent, Restless, make_weight_norm
 from helpers.solving import build_engine, measure, val_gradient
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saflex_lightning.engines import UnsupportedModelError, descent_direction, make_engine
-from saflex_lightning.engines.untouched import untouched, untouched_generators, unwritten
+from saflex_lightning.engines.untouched import (
+    extra_pass,
+    untouched,
+    untouched_generators,
+    unwritten,
+)
 
 TARGET = torch.arange(6) % CLASSES
 
@@ -292,6 +297,67 @@ def test_a_buffer_whose_entries_share_memory_is_left_alone(name):
     gradient = val_gradient(engine, model, forward, loss)
     measure(engine, forward, descent_direction(gradient))
     assert model.prior.tolist() == pytest.approx([-1.1] * CLASSES)
+
+
+class Remembering(nn.Module):
+    """A forward that counts, stores, appends and grows a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, CLASSES)
+        self.calls, self.seen, self.last = 0, [1], {"a": torch.ones(1)}
+        self.register_buffer("grown", torch.zeros(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(inputs)
+        self.last["a"] = self.new = inputs
+        self.grown.resize_(len(self.grown) + 1).fill_(self.calls)
+        return self.layer(inputs)
+
+
+def test_what_a_forward_remembers_is_forgotten():
+    model = Remembering()
+    seen, last, kept = model.seen, model.last, dict(model.last)
+    with untouched(model), extra_pass(model):
+        model(torch.randn(6, 5))
+        assert model.calls == 1
+    assert model.calls == 0
+    assert model.seen is seen
+    assert seen == [1]
+    assert model.last is last
+    assert last == kept
+    assert not hasattr(model, "new")
+    assert model.grown.tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["finite_difference", "forward_mode"])
+def test_a_training_forward_is_remembered_once(name):
+    model, inputs = Remembering(), torch.randn(6, 5)
+    engine = make_engine(name, model)
+    measure(engine, lambda: model(inputs), any_direction(engine))
+    assert (model.calls, len(model.seen), model.grown.tolist()) == (1, 2, [1, 1])
+
+
+@pytest.mark.parametrize("place", ["layer.weight", "centre"])
+def test_a_pass_that_writes_in_a_parameter_or_an_attribute_is_refused(place):
+    model = Remembering()
+    model.centre = torch.zeros(3)
+    with (
+        pytest.raises(UnsupportedModelError, match=f"wrote in `{place}` in place"),
+        extra_pass(model),
+        torch.no_grad(),
+    ):
+        (model.layer.weight if place == "layer.weight" else model.centre).add_(1)
+
+
+def test_the_cache_of_parametrizations_is_that_of_the_caller():
+    model, inputs = make_weight_norm(), torch.randn(6, 5)
+    engine = make_engine("forward_mode", model)
+    with nn.utils.parametrize.cached():
+        expected = model[0].weight
+        measure(engine, lambda: model(inputs), any_direction(engine))
+        assert model[0].weight is expected
 
 
 def test_a_forward_that_writes_in_its_inputs_is_refused():

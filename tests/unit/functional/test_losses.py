@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.solving import row_losses
 from torch import Tensor
 
 from saflex_lightning.functional.losses import (
@@ -12,8 +13,7 @@ from saflex_lightning.functional.losses import (
     check_target,
     dense_target,
     mean_cross_entropy,
-    soft_cross_entropy,
-    weighted_mean,
+    weighted_cross_entropy,
     widen,
 )
 
@@ -48,7 +48,7 @@ def value_and_gradient(loss, logits: Tensor) -> tuple[Tensor, Tensor]:
 def test_one_loss_by_hand() -> None:
     # p = (1/4, 3/4); loss = -(0.5 log 1/4 + 0.5 log 3/4)
     logits = torch.tensor([[0.0, math.log(3.0)]])
-    loss = soft_cross_entropy(logits, torch.tensor([[0.5, 0.5]]))
+    loss = row_losses(logits, torch.tensor([[0.5, 0.5]]))
     assert loss.tolist() == pytest.approx([0.5 * math.log(4) + 0.5 * math.log(4 / 3)])
 
 
@@ -58,7 +58,7 @@ def test_one_loss_by_hand() -> None:
 def test_rows_equal_cross_entropy(target, class_weight, label_smoothing) -> None:
     options = {"label_smoothing": label_smoothing}
     value, gradient = value_and_gradient(
-        lambda logits: soft_cross_entropy(
+        lambda logits: row_losses(
             logits,
             dense_target(target, CLASSES, logits.dtype),
             class_weight=class_weight,
@@ -86,15 +86,13 @@ def test_mean_equals_cross_entropy(target, class_weight, label_smoothing) -> Non
         total = class_weight[target].sum()
     options = {"label_smoothing": label_smoothing}
     value, gradient = value_and_gradient(
-        lambda logits: weighted_mean(
-            soft_cross_entropy(
-                logits,
-                dense_target(target, CLASSES, logits.dtype),
-                class_weight=class_weight,
-                **options,
-            ),
+        lambda logits: weighted_cross_entropy(
+            logits,
+            dense_target(target, CLASSES, logits.dtype),
             torch.ones(6, dtype=torch.float64),
-            total,
+            class_weight=class_weight,
+            total=total,
+            **options,
         ),
         make_logits(),
     )
@@ -109,8 +107,8 @@ def test_mean_equals_cross_entropy(target, class_weight, label_smoothing) -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_losses_of_half_precision_are_computed_in_float32(dtype) -> None:
     logits = make_logits(dtype)
-    loss = soft_cross_entropy(logits, SOFT.to(dtype))
-    expected = soft_cross_entropy(logits.float(), SOFT.to(dtype).float())
+    loss = row_losses(logits, SOFT.to(dtype))
+    expected = row_losses(logits.float(), SOFT.to(dtype).float())
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
 
@@ -119,7 +117,7 @@ def test_a_class_that_is_ruled_out_costs_nothing_where_no_label_is_on_it() -> No
     logits = make_logits().index_fill(1, torch.tensor([1]), -torch.inf)
     possible = SOFT[:, [0, 2, 3]] / SOFT[:, [0, 2, 3]].sum(-1, keepdim=True)
     value, gradient = value_and_gradient(
-        lambda scores: soft_cross_entropy(scores, F.pad(possible, (1, 0))[:, [1, 0, 2, 3]]), logits
+        lambda scores: row_losses(scores, F.pad(possible, (1, 0))[:, [1, 0, 2, 3]]), logits
     )
     expected, expected_gradient = value_and_gradient(
         lambda scores: F.cross_entropy(scores, possible, reduction="none"), logits[:, [0, 2, 3]]
@@ -127,7 +125,7 @@ def test_a_class_that_is_ruled_out_costs_nothing_where_no_label_is_on_it() -> No
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradient[:, [0, 2, 3]], expected_gradient)
     assert not gradient[:, 1].any()
-    assert soft_cross_entropy(logits, SOFT)[1] == torch.inf
+    assert row_losses(logits[1:2], SOFT[1:2]).item() == torch.inf
 
 
 @pytest.mark.parametrize(
@@ -169,13 +167,13 @@ def test_options_of_another_kind_need_another_gradient() -> None:
 
 def test_large_logits_of_float16_stay_finite() -> None:
     logits = torch.tensor([[60000.0, -60000.0]], dtype=torch.float16)
-    loss = soft_cross_entropy(logits, torch.tensor([[0.0, 1.0]], dtype=torch.float16))
+    loss = row_losses(logits, torch.tensor([[0.0, 1.0]], dtype=torch.float16))
     # float16 holds neither the loss nor the difference of the logits
     assert loss.item() == pytest.approx(120000, rel=1e-3)
 
 
 def test_float64_stays_float64() -> None:
-    assert soft_cross_entropy(make_logits(), SOFT.float()).dtype == torch.float64
+    assert row_losses(make_logits(), SOFT.float()).dtype == torch.float64
 
 
 def test_dense_target_of_labels_and_of_probabilities() -> None:
@@ -189,15 +187,18 @@ def test_dense_target_of_labels_and_of_probabilities() -> None:
 
 def test_weighted_mean_by_hand() -> None:
     losses, weights = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2.0, 0.0, 1.0])
-    assert weighted_mean(losses, weights, weights.sum()).item() == pytest.approx(7 / 3)
+    logits = torch.stack([losses.expm1().log(), torch.zeros(3)], 1)  # of class 1
+    labels = torch.tensor([[0.0, 1.0]]).expand(3, 2)
+    torch.testing.assert_close(row_losses(logits, labels), losses)
+    assert weighted_cross_entropy(logits, labels, weights).item() == pytest.approx(7 / 3)
     # `total` counts all ranks, so one rank's part is smaller than its own mean
-    assert weighted_mean(losses, weights, torch.tensor(14.0)).item() == pytest.approx(0.5)
+    found = weighted_cross_entropy(logits, labels, weights, total=torch.tensor(14.0))
+    assert found.item() == pytest.approx(0.5)
 
 
 def test_weighted_mean_of_no_weight_is_zero_and_connected() -> None:
     logits = make_logits().requires_grad_()
-    weights = torch.zeros(6, dtype=torch.float64)
-    loss = weighted_mean(soft_cross_entropy(logits, SOFT), weights, weights.sum())
+    loss = weighted_cross_entropy(logits, SOFT, torch.zeros(6, dtype=torch.float64))
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))

@@ -13,13 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import SAflexCallback, SAflexMixin
 from saflex_lightning.engines import descent_direction, make_engine
-from saflex_lightning.functional import (
-    Settings,
-    make_settings,
-    soft_cross_entropy,
-    solve,
-    weighted_mean,
-)
+from saflex_lightning.functional import Settings, make_settings, solve, weighted_cross_entropy
 from saflex_lightning.functional.losses import dense_target
 from saflex_lightning.validation.stream import mix_seed
 
@@ -72,8 +66,7 @@ def train_step(model, engine, optimizer, batch, val_batch, settings=ROBUST, gene
     solution = solve(
         finish.of(logits), logits.softmax(-1), target, augmented, settings, generator=generator
     )
-    losses = soft_cross_entropy(logits, solution.soft_labels)
-    loss = weighted_mean(losses, solution.weights, solution.weights.sum())
+    loss = weighted_cross_entropy(logits, solution.soft_labels, solution.weights)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -18,7 +18,7 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor
 
 from saflex_lightning.engines import descent_direction, make_engine
-from saflex_lightning.functional import Settings, soft_cross_entropy
+from saflex_lightning.functional import Settings, weighted_cross_entropy
 from saflex_lightning.functional.solve import SAflexSolution, learned_labels
 
 LEARNING_RATE = 1e-7  # float64: the second order is far below the first, rounding too
@@ -123,14 +123,16 @@ def test_the_fall_of_a_weighted_batch_is_predicted(preset, options) -> None:
         solution = solve_problem(problem, "forward_mode", options, **settings)
         plain = solve_problem(problem, "forward_mode", options, normalize=False)
         terms = solution.weights.unsqueeze(-1) * solution.soft_labels * plain.inner_products
-        losses = soft_cross_entropy(
+        loss = weighted_cross_entropy(
             problem.model(problem.inputs),
             solution.soft_labels,
+            solution.weights,
             class_weight=options.get("weight"),
             label_smoothing=options.get("label_smoothing", 0.0),
+            total=torch.tensor(1.0),
         )
         before = problem.val_loss(**options).item()
-        with descended(problem, (solution.weights * losses).sum()):
+        with descended(problem, loss):
             fall = before - problem.val_loss(**options).item()
         scale = terms.abs().sum().item()
         predicted = LEARNING_RATE * terms.sum().item()
@@ -157,8 +159,13 @@ def test_dropping_what_algorithm_1_drops_lowers_validation_loss(labels) -> None:
         )
 
         def loss_after(rows: Tensor, problem=problem, solution=solution) -> float:
-            losses = soft_cross_entropy(problem.model(problem.inputs), solution.soft_labels)
-            with descended(problem, losses[rows].sum()):
+            loss = weighted_cross_entropy(
+                problem.model(problem.inputs),
+                solution.soft_labels,
+                rows.double(),
+                total=torch.tensor(1.0),
+            )
+            with descended(problem, loss):
                 return problem.val_loss().item()
 
         every = torch.ones(5, dtype=torch.bool)

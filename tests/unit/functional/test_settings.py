@@ -87,19 +87,6 @@ def test_overrides_replace_values_and_none_keeps_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, True),
-        ({"label_rule": "keep"}, True),
-        ({"weight_rule": "ones"}, True),
-        ({"label_rule": "keep", "weight_rule": "ones"}, False),
-    ],
-)
-def test_only_kept_labels_and_equal_weights_learn_nothing(settings, expected) -> None:
-    assert Settings(**settings).learns_weights_or_labels is expected
-
-
-@pytest.mark.parametrize(
     "edge",
     [
         {"label_penalty": 0.0},

@@ -201,7 +201,7 @@ class Step:
             mask = every if mask is None else mask
             gated = fit.gates.take(mask, group, self.rejected, self.gate_draws)
             mask = gated.augmented
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
             wide = torch.promote_types(scores.dtype, torch.float32)
             probs = torch.softmax(scores, -1, dtype=wide)
             finite = scores.isfinite().all(-1)

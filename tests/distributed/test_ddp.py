@@ -85,9 +85,7 @@ def test_nan_on_one_rank_is_met_by_all_and_kept_by_none(ranks):
             assert part.isfinite().all()
         assert state["gates"]["log_weights"].isfinite().all()
         assert state["gates"]["moments"]["covariance"].isfinite().all()
-        assert state["gates"]["log_weights"].equal(
-            states[0]["gates"]["log_weights"]
-        )
+        assert state["gates"]["log_weights"].equal(states[0]["gates"]["log_weights"])
 
 
 def check_skip(endings):

@@ -1,7 +1,7 @@
 """Which engine serves a model, and for which parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -113,6 +113,11 @@ def make_engine(
         ValueError: If a setting does not fit the engine, or no parameter is trainable.
         UnsupportedModelError: If the engine cannot serve the model.
     """
+    if name not in get_args(EngineName):
+        raise ValueError(
+            f"Expected `name` to be one of {', '.join(sorted(get_args(EngineName)))}, but got "
+            f"{name!r}. Choose one."
+        )
     if name == "finite_difference":
         return FiniteDifferenceEngine(module, select_parameters(module, params, held))
     if name == "forward_mode" or (name == "auto" and params is not None):
@@ -131,7 +136,10 @@ def make_engine(
         return HeadEngine(find_last_layer(module, run, head, wanted_by="engine='head'"))
     calls, scores = watch_calls(module, run)
     try:
-        return HeadEngine(last_layer_of(module, calls, scores, head, wanted_by="engine='auto'"))
+        last = last_layer_of(module, calls, scores, head, wanted_by="engine='auto'")
+        if held and not any(last.layer.weight is parameter for parameter in held):
+            raise UnsupportedModelError("No optimizer holds it.")
+        return HeadEngine(last)
     except UnsupportedModelError:
         everything = select_parameters(module, None, held)
         if not isinstance(scores, Tensor):  # contrastive, or several tasks
@@ -144,8 +152,8 @@ def _restore(name: str, module: nn.Module, names: Sequence[str]) -> Engine:
     """Build the engine that matches the named parameters."""
     table = dict(module.named_parameters(remove_duplicate=False))
     if name == "head":
-        layer = names[0].rpartition(".")[0]
-        linear: Any = module.get_submodule(layer)
-        return HeadEngine(watched_layer(module, linear, layer, "engine='head'"))
+        for layer, part in module.named_modules():
+            if isinstance(part, nn.Linear) and part._parameters["weight"] is table[names[0]]:
+                return HeadEngine(watched_layer(module, part, layer, "engine='head'"))
     kinds = {"forward_mode": ForwardModeEngine, "finite_difference": FiniteDifferenceEngine}
     return kinds[name](module, [table[entry] for entry in names])

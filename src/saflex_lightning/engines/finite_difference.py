@@ -22,7 +22,6 @@ _INSTEAD = "Pass engine='forward_mode' or engine='head'."
 _REPEATED = 1e-5  # of the scores' spread: rounding lies below, other random draws far above
 _AGREED = 0.3  # of the derivative: the error of a step lies below, that of a surrogate above
 _NOISE = 100  # units of rounding of the scores that a difference cannot tell from a derivative
-_GROUPS = 16  # of submodules that are looked at together
 
 
 class FiniteDifferenceEngine:
@@ -84,7 +83,8 @@ class FiniteDifferenceEngine:
     def _pass(self, run: Callable[[], Scores], *, graph: bool = False) -> Scores:
         device_type = self.params[0].device.type
         with untouched(self.module), torch.set_grad_enabled(graph):
-            if rounded := _rounded_products(device_type):
+            single = any(parameter.dtype == torch.float32 for parameter in self.params)
+            if single and (rounded := _rounded_products(device_type)):
                 raise UnsupportedModelError(
                     "Expected exact float32 products for engine='finite_difference', but "
                     f"{rounded} rounds them, and a difference of two nearby points drowns in that. "
@@ -131,8 +131,8 @@ class FiniteDifferenceEngine:
         r"""Return the last submodule, in the model's order, whose backward pass is no derivative.
 
         For a random cotangent u, t is the part of :math:`J^\top u` that belongs to some parameters,
-        scaled to length 1; then :math:`\langle u, J t \rangle` is the length it had. Groups of
-        submodules are looked at first, so that the number of passes does not grow with the model.
+        scaled to length 1; then :math:`\langle u, J t \rangle` is the length it had. That takes two
+        passes for each submodule with parameters, once in a fit.
         """
         generator = torch.Generator().manual_seed(0)
         tasks = as_tuple(scores)
@@ -160,14 +160,9 @@ class FiniteDifferenceEngine:
         owned = [
             (name, own)
             for name, part in self.module.named_modules()
-            if (own := [p for p in part._parameters.values() if p is not None and id(p) in slopes])
+            if (own := [p for p in part.parameters(recurse=False) if id(p) in slopes])
         ]
-        width = -(-len(owned) // _GROUPS)
-        for first in reversed(range(0, len(owned), width)):
-            group = owned[first : first + width]
-            if differs(list({id(p): p for _, own in group for p in own}.values())):
-                return next((name for name, own in reversed(group) if differs(own)), group[-1][0])
-        return None
+        return next((name for name, own in reversed(owned) if differs(own)), None)
 
 
 def _rounded_products(device_type: str) -> str | None:
@@ -195,3 +190,4 @@ def _switches(device_type: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     getattr(getattr(backends, backend), product).fp32_precision
                 ),
             )
+    yield "torch.set_float32_matmul_precision", torch.get_float32_matmul_precision

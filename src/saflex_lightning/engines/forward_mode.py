@@ -1,5 +1,6 @@
 """The exact engine: one forward pass on dual numbers."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -80,9 +81,9 @@ def _differentiable_kernels(module: nn.Module) -> Iterator[None]:
         )
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        library: Any = torch
-        stack.callback(setattr, library, "_weight_norm", library._weight_norm)
-        library._weight_norm = _weight_norm
+        for library in (torch, sys.modules["torch.nn.utils.weight_norm"]):
+            stack.callback(setattr, library, "_weight_norm", vars(library)["_weight_norm"])
+            vars(library)["_weight_norm"] = _weight_norm
         backends: Any = torch.backends
         for backend in (backends.mkldnn, backends.cudnn) if has_recurrence else ():
             # Their own `flags` would reset every other setting as well.

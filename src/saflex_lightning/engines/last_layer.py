@@ -41,7 +41,7 @@ class Call:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.seen: tuple[Tensor, Tensor] | None = None
+        self.seen: tuple[Tensor, Tensor, int] | None = None  # and the version of the output
 
 
 @torch.enable_grad()
@@ -63,7 +63,7 @@ def watch_calls(module: nn.Module, run: Callable[[], Scores]) -> tuple[list[Call
             open_calls.pop()  # of calls that raised, and were caught
         call = open_calls.pop() if open_calls else Call(part)
         if isinstance(part, nn.Linear) and output.ndim == 2:
-            call.seen = (args[0] if args else kwargs["input"], output)
+            call.seen = (args[0] if args else kwargs["input"], output, output._version)
 
     with _hooked(module, enter, leave), extra_pass(module):
         scores = run()
@@ -104,15 +104,11 @@ def last_layer_of(
     if not linears:
         asked = "an `nn.Linear`" if head is None else f"submodule `{names.get(head, 'head')}`"
         raise UnsupportedModelError(
-            f"Expected {wanted_by} to see {asked} called, but the scores used none. {instead}"
+            f"Expected {wanted_by} to see {asked} called, but the scores used none, or "
+            f"`torch.compile` hides it. {instead}"
         )
-    makers = [
-        call
-        for call in linears
-        if call.seen is not None
-        and isinstance(scores, Tensor)
-        and same_values(scores, call.seen[1])
-    ]
+    last_calls = {call.module: call for call in linears}  # a layer may be called for other things
+    makers = [call for call in last_calls.values() if _makes(call, scores)]
     call = (makers or linears)[-1]
     layer = call.module
     assert isinstance(layer, nn.Linear)
@@ -122,7 +118,7 @@ def last_layer_of(
             f"Expected submodule `{last.name}` to map (batch, features) to the scores, but the "
             f"model does something else with it. {instead}"
         )
-    if not makers or not _is_linear(layer, *call.seen):
+    if not makers:
         raise UnsupportedModelError(
             f"Expected the output of submodule `{last.name}` to be the scores, but they differ. "
             f"{instead}"
@@ -148,12 +144,21 @@ def watched_layer(
     return LastLayer(module, layer, name, wanted_by=wanted_by, instead=instead)
 
 
-def _is_linear(layer: nn.Linear, features: Tensor, output: Tensor) -> bool:
-    """Say whether an output is the linear function of the layer's parameters that it seems."""
-    weight, bias = whole_tensor(layer.weight), layer._parameters["bias"]
-    bias = None if bias is None else whole_tensor(bias)
+def _makes(call: Call, scores: Scores) -> bool:
+    """Say whether scores are the output of a linear layer, a linear function of its parameters."""
+    layer = call.module
+    if call.seen is None or not isinstance(scores, Tensor) or not isinstance(layer, nn.Linear):
+        return False
+    features, output, version = call.seen
+    own_forward = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
+    if own_forward or output._version != version or not same_values(scores, output):
+        return False
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None:
+        return False
+    whole = whole_tensor(weight)
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-        expected = linear(features.to(weight), weight, bias)
+        expected = linear(features.to(whole), whole, None if bias is None else whole_tensor(bias))
     return torch.allclose(output.to(expected), expected, rtol=1e-2, atol=1e-3, equal_nan=True)
 
 

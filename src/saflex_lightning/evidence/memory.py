@@ -112,7 +112,8 @@ class ValidationMemory:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._rows, self._added = state["rows"], state["added"]
+        rows = state["rows"]
+        self._rows, self._added = None if rows is None else rows.clone(), state["added"]
         self._chunk, self._num_classes = state["chunk"], state["num_classes"]
 
 

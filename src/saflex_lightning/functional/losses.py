@@ -127,6 +127,7 @@ def weighted_cross_entropy(
     # A class that is ruled out by a score of minus infinity costs nothing where no label is on it.
     losses = -(labels * log_p.masked_fill(labels == 0, 0)).sum(-1)
     total = weights.sum() if total is None else total
+    losses = losses.masked_fill(weights == 0, 0)  # infinite ones too
     return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 

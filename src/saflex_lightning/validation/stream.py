@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from saflex_lightning.engines.errors import UnsupportedModelError
@@ -56,7 +57,7 @@ class ValidationStream:
         start: int = 0,
     ) -> None:
         self.draws = start
-        self.was_evaluated = False
+        self.looks_at_parameters = True  # whether an evaluation compares them before and after
         self.ranks = ranks
         self._seed = seed
         self._loader: DataLoader[Any] | None = None
@@ -185,30 +186,43 @@ def evaluation(
         with untouched(module, seed), trainer.precision_plugin.val_step_context():
             # Each process has running statistics of its own until the next forward of `ddp`.
             stream.ranks.share_first(module.buffers())
-            _evaluate(module, is_first=not stream.was_evaluated)
-            stream.was_evaluated = True
+            changed = _evaluate(module, look=stream.looks_at_parameters)
+            stream.looks_at_parameters = bool(changed)
             try:
                 yield move_batch(trainer, module, batch)
             finally:
                 if is_overridden("on_validation_model_train", module):
                     module.on_validation_model_train()
+                for part, name, value in changed:
+                    vars(part)[name] = value
     finally:
         trainer.training = True
 
 
-def _evaluate(module: pl.LightningModule, *, is_first: bool) -> None:
-    """Put a module in evaluation; the first time look whether that leaves its parameters alone."""
-    params = dict(module.named_parameters()) if is_first else {}
+def _evaluate(module: pl.LightningModule, *, look: bool) -> list[tuple[nn.Module, str, Any]]:
+    """Put a module in evaluation and return the attributes, with their values, that this changed.
+
+    Raises:
+        UnsupportedModelError: If a ``look`` shows that it changed a parameter.
+    """
+    parts = [(part, dict(vars(part))) for part in module.modules()] if look else []
+    params = dict(module.named_parameters()) if look else {}
     before = [torch.linalg.vector_norm(parameter.detach()) for parameter in params.values()]
     module.on_validation_model_eval()
     for (name, parameter), norm in zip(params.items(), before, strict=True):
-        if not torch.equal(torch.linalg.vector_norm(parameter.detach()), norm):
+        if not torch.linalg.vector_norm(parameter.detach()).allclose(norm, 0, 0, equal_nan=True):
             module.train()
             raise UnsupportedModelError(
                 f"Expected `eval()` to leave parameters as they are, but it changed `{name}`, as "
                 "adapters do that merge their weights. The validation gradient would be that of "
                 "others than the ones that are trained; switch merging off."
             )
+    return [
+        (part, name, value)
+        for part, values in parts
+        for name, value in values.items()
+        if name != "training" and vars(part).get(name, values) is not value
+    ]
 
 
 def move_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:

@@ -21,15 +21,6 @@ pytestmark = pytest.mark.filterwarnings(
 INPUTS = torch.linspace(-1, 1, 30).view(6, 5)
 
 
-OLD_WEIGHT_NORM = {"old weight norm": "forward mode has no derivative of the fused kernel here"}
-
-
-def heads(failing: dict[str, str]) -> list:
-    """Return the names of all models; those that fail are expected to, for the reason given."""
-    marks = {name: pytest.mark.xfail(reason=reason) for name, reason in failing.items()}
-    return [pytest.param(name, marks=marks.get(name, ())) for name in HEADS]
-
-
 def names_of(engine, model: nn.Module) -> list[str]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for parameter in engine.params]
@@ -63,7 +54,7 @@ def test_auto_finds_the_layer_that_makes_the_scores(name):
     assert chosen(*head.build()) == (head.engine, list(head.params))
 
 
-@pytest.mark.parametrize("name", heads(OLD_WEIGHT_NORM))
+@pytest.mark.parametrize("name", HEADS)
 def test_auto_is_exact_for_that_layer(name):
     model, inputs = HEADS[name].build()
     engine = build_engine("auto", model, lambda: model(inputs))
@@ -74,9 +65,7 @@ def test_auto_is_exact_for_that_layer(name):
         assert relative_error(part, expected_part) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "name", heads({**OLD_WEIGHT_NORM, "tied": "the name of a tied weight is not that of the head"})
-)
+@pytest.mark.parametrize("name", HEADS)
 def test_a_resumed_run_has_the_engine_that_was_chosen(name):
     model, inputs = HEADS[name].build()
     settings, held = Settings(), list(model.parameters())
@@ -169,13 +158,11 @@ class ScaledLinear(nn.Linear):
         return self.scale * super().forward(inputs)
 
 
-@pytest.mark.xfail(reason="the values of a first pass do not tell")
 def test_a_factor_inside_a_kind_of_linear_layer_is_no_head():
     engine, params = chosen(on_body(ScaledLinear(8, CLASSES)))
     assert (engine, params) == ("forward_mode", ["head.weight", "head.bias", "head.scale"])
 
 
-@pytest.mark.xfail(reason="the head is chosen, and refuses the training forward")
 @pytest.mark.parametrize(
     "make",
     [

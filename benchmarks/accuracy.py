@@ -60,9 +60,6 @@ PAIRS = (  # what is compared, and with which rival
     (f"{DEFAULT}, nothing held out", "no_aug, train + val"),
     ("gates, nothing held out", "uniform, train + val"),
     ("gates + robust, nothing held out", "uniform, train + val"),
-    (f"{DEFAULT}, merged late", "uniform, train + val"),
-    (f"{DEFAULT}, merged late", f"{DEFAULT}, nothing held out"),
-    ("gates + robust, merged late", "uniform, train + val"),
 )
 
 

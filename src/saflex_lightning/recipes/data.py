@@ -16,17 +16,14 @@ from saflex_lightning.recipes.augment import (
 )
 from saflex_lightning.recipes.batches import CleanImages
 from saflex_lightning.recipes.data_checks import (
-    check_merging,
     check_shares,
     check_sizes,
     check_steering,
 )
 from saflex_lightning.recipes.loaders import (
-    SteeringDraw,
     SteeringName,
     loader_options,
     make_image_loader,
-    make_steering_loader,
 )
 from saflex_lightning.recipes.medmnist import Split, read_medmnist
 from saflex_lightning.recipes.medmnist_sets import (
@@ -91,17 +88,11 @@ class MedMNISTDataModule(L.LightningDataModule):
             augmented rows only.
         batch_size: Clean images per step and process; a union batch has twice as many rows. The
             number of steps per epoch does not depend on ``batch``.
-        eval_batch_size: Images per validation, test or plain steering batch and process.
+        eval_batch_size: Images per validation, test or steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` the official validation split, ``"split"`` a
             stratified part of the training split, which is then not trained on, ``"train"`` the
-            clean training rows, ``"late"`` the validation split, which is trained on too from half
-            of the epochs on: nothing can be selected on it, and an epoch has as many steps as
-            before.
+            clean training rows.
         steering_fraction: Share of the training split that ``"split"`` takes, in (0, 1).
-        steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
-            every batch has rows of every class, in shares like those of the data but at least one;
-            ``"balanced"``: as many of each class.
-        steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
         merge_val: Train on the validation split too. Then there are no validation rows: nothing
             can be selected on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
         seed: Seed of the order of the rows, of the augmentation and of the split.
@@ -136,8 +127,6 @@ class MedMNISTDataModule(L.LightningDataModule):
         eval_batch_size: int = 256,
         steering: SteeringName = "val",
         steering_fraction: float = 0.2,
-        steering_draw: SteeringDraw = "plain",
-        steering_batch_size: int = 32,
         merge_val: bool = False,
         seed: int = 0,
         num_workers: int = 0,
@@ -147,12 +136,9 @@ class MedMNISTDataModule(L.LightningDataModule):
         check_choice("augmentation", augmentation, get_args(AugmentationName))
         check_choice("batch", batch, ("union", "replace"))
         check_choice("steering", steering, get_args(SteeringName))
-        check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
-        check_merging(steering, merge_val=merge_val)
         check_sizes(
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            steering_batch_size=steering_batch_size,
         )
         check_shares(steering_fraction=steering_fraction)
         facts = MEDMNIST_SETS[dataset.removesuffix("_subset")]
@@ -170,8 +156,6 @@ class MedMNISTDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.steering: SteeringName = steering
         self.steering_fraction = steering_fraction
-        self.steering_draw: SteeringDraw = steering_draw
-        self.steering_batch_size = steering_batch_size
         self.merge_val = merge_val
         self.seed = seed
         self.num_workers = num_workers
@@ -194,9 +178,7 @@ class MedMNISTDataModule(L.LightningDataModule):
             file = find_medmnist(self.dataset, self.root, check_md5=self.check_md5)
         splits = read_medmnist(file, num_classes=self.num_classes, in_channels=self.in_channels)
         train, val = splits["train"], splits["val"]
-        late = self.steering == "late"
-        self._num_late = len(val.target) if late else 0
-        if self.merge_val or late:
+        if self.merge_val:
             train = Split(*(torch.cat(parts) for parts in zip(train, val, strict=True)))
         steering = train
         if self.steering == "split":
@@ -207,7 +189,7 @@ class MedMNISTDataModule(L.LightningDataModule):
         self._val = CleanImages(val)
         self._test = CleanImages(splits["test"])
         # The same object where the rows are the same, so that SAFLEX can tell.
-        self._steering = self._val if self.steering in {"val", "late"} else CleanImages(steering)
+        self._steering = self._val if self.steering == "val" else CleanImages(steering)
         self._is_set_up = True
 
     def class_counts(self) -> Tensor:
@@ -225,7 +207,6 @@ class MedMNISTDataModule(L.LightningDataModule):
             trainer=self.trainer,
             seed=self.seed,
             num_workers=self.num_workers,
-            num_late=self._num_late,
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -235,16 +216,7 @@ class MedMNISTDataModule(L.LightningDataModule):
             MisconfigurationException: If those are validation rows that are trained on.
         """
         check_steering(self.steering, merge_val=self.merge_val)
-        return make_steering_loader(
-            self._steering,
-            self._steering.rows.target,
-            draw=self.steering_draw,
-            batch_size=self.steering_batch_size,
-            plain_batch_size=self.eval_batch_size,
-            trainer=self.trainer,
-            seed=self.seed,
-            num_workers=self.num_workers,
-        )
+        return self._make_loader(self._steering)
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for."""
@@ -252,7 +224,7 @@ class MedMNISTDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """Return the loader of the official validation split; none where it is trained on."""
-        if self.merge_val or self.steering == "late":
+        if self.merge_val:
             return []
         return self._make_loader(self._val)
 

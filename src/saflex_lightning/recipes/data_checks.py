@@ -4,7 +4,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 __all__ = [
     "check_batch_size",
-    "check_merging",
     "check_shares",
     "check_sizes",
     "check_steering",
@@ -59,23 +58,6 @@ def check_shares(**shares: float) -> None:
                 f"Expected `{name}` to be between 0 and 1, both excluded, but got {share}. Pass "
                 "0.2 for a fifth."
             )
-
-
-def check_merging(steering: str, *, merge_val: bool) -> None:
-    """Refuse to merge the validation rows twice.
-
-    Args:
-        steering: Which rows steer.
-        merge_val: Whether validation rows are training rows from the start.
-
-    Raises:
-        ValueError: If they are, and would become so later too.
-    """
-    if merge_val and steering == "late":
-        raise ValueError(
-            "Expected `merge_val` to be False with `steering`='late', which trains on the "
-            "validation rows from half of the training on, but got True. Set one of the two."
-        )
 
 
 def check_steering(steering: str, *, merge_val: bool) -> None:

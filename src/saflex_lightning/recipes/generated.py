@@ -19,7 +19,6 @@ from saflex_lightning.recipes.augment import (
 from saflex_lightning.recipes.batches import CleanImages
 from saflex_lightning.recipes.data import split_stratified
 from saflex_lightning.recipes.data_checks import (
-    check_merging,
     check_shares,
     check_sizes,
     check_steering,
@@ -32,11 +31,9 @@ from saflex_lightning.recipes.folders import (
 )
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
 from saflex_lightning.recipes.loaders import (
-    SteeringDraw,
     SteeringName,
     loader_options,
     make_image_loader,
-    make_steering_loader,
     mix_seeds,
 )
 from saflex_lightning.recipes.medmnist import Split
@@ -77,17 +74,11 @@ class GeneratedDataModule(L.LightningDataModule):
             these in place of those they were made from.
         batch_size: Clean images per step and process; augmented ones come on top in a union. The
             number of steps per epoch does not depend on the augmentation.
-        eval_batch_size: Images per validation, test or plain steering batch and process.
+        eval_batch_size: Images per validation, test or steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` the validation folder, ``"split"`` a stratified
             part of the training images, which neither they nor what was generated from them are
-            then trained on, ``"train"`` the clean training images, ``"late"`` the validation
-            folder, which is trained on too from half of the epochs on: nothing can be selected on
-            it, and an epoch has as many steps as before.
+            then trained on, ``"train"`` the clean training images.
         steering_fraction: Share of the training images that ``"split"`` takes, in (0, 1).
-        steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
-            every batch has rows of every class, in shares like those of the data but at least one;
-            ``"balanced"``: as many of each class.
-        steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
         merge_val: Train on the validation images too. Then there are no validation rows: nothing
             can be selected on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
         seed: Seed of the order of the rows, of the draws and of the split.
@@ -118,8 +109,6 @@ class GeneratedDataModule(L.LightningDataModule):
         eval_batch_size: int = 256,
         steering: SteeringName = "val",
         steering_fraction: float = 0.2,
-        steering_draw: SteeringDraw = "plain",
-        steering_batch_size: int = 64,
         merge_val: bool = False,
         seed: int = 0,
         num_workers: int = 0,
@@ -128,7 +117,6 @@ class GeneratedDataModule(L.LightningDataModule):
         check_sizes(
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            steering_batch_size=steering_batch_size,
         )
         check_shares(steering_fraction=steering_fraction)
         for name, value, choices in (
@@ -137,10 +125,8 @@ class GeneratedDataModule(L.LightningDataModule):
             ("group_by", group_by, ("prompt", "generator")),
             ("per_class", per_class, ("all", "extra", "real")),
             ("steering", steering, get_args(SteeringName)),
-            ("steering_draw", steering_draw, get_args(SteeringDraw)),
         ):
             check_choice(name, value, choices)
-        check_merging(steering, merge_val=merge_val)
         if generated_per_real <= 0.0:
             raise ValueError(
                 f"Expected `generated_per_real` to be positive, but got {generated_per_real}. Set "
@@ -179,8 +165,6 @@ class GeneratedDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.steering: SteeringName = steering
         self.steering_fraction = steering_fraction
-        self.steering_draw: SteeringDraw = steering_draw
-        self.steering_batch_size = steering_batch_size
         self.merge_val = merge_val
         self.seed = seed
         self.num_workers = num_workers
@@ -203,9 +187,7 @@ class GeneratedDataModule(L.LightningDataModule):
         if self.augmentation == "generated":
             self._pool = self._read_pool(real)
             files += self._pool.files
-        late = self.steering == "late"
-        self._num_late = len(val.files) if late else 0
-        if self.merge_val or late:
+        if self.merge_val:
             # Behind the training images, so that the numbers of the sources stay theirs.
             target = torch.cat([real.target, val.target])
             real = real._replace(files=[*real.files, *val.files], target=target)
@@ -223,9 +205,7 @@ class GeneratedDataModule(L.LightningDataModule):
         self._test = CleanImages(self._make_split(test))
         # The same object where the rows are the same, so that SAFLEX can tell.
         self._steering = (
-            self._val
-            if self.steering in {"val", "late"}
-            else CleanImages(self._make_split(real, steering))
+            self._val if self.steering == "val" else CleanImages(self._make_split(real, steering))
         )
         self._is_set_up = True
 
@@ -307,7 +287,6 @@ class GeneratedDataModule(L.LightningDataModule):
                 batch_size=self.batch_size,
                 trainer=self.trainer,
                 seed=self.seed,
-                num_late=self._num_late,
             )
             return make_paired_loader(
                 MixedImages(self._real, self._pool, self.image_size),
@@ -325,7 +304,6 @@ class GeneratedDataModule(L.LightningDataModule):
             trainer=self.trainer,
             seed=self.seed,
             num_workers=self.num_workers,
-            num_late=self._num_late,
         )
 
     def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -335,16 +313,7 @@ class GeneratedDataModule(L.LightningDataModule):
             MisconfigurationException: If those are validation rows that are trained on.
         """
         check_steering(self.steering, merge_val=self.merge_val)
-        return make_steering_loader(
-            self._steering,
-            self._steering.rows.target,
-            draw=self.steering_draw,
-            batch_size=self.steering_batch_size,
-            plain_batch_size=self.eval_batch_size,
-            trainer=self.trainer,
-            seed=self.seed,
-            num_workers=self.num_workers,
-        )
+        return self._make_loader(self._steering)
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for; needs `setup`."""
@@ -354,7 +323,7 @@ class GeneratedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """Return the loader of the validation folder; none where it is trained on."""
-        if self.merge_val or self.steering == "late":
+        if self.merge_val:
             return []
         return self._make_loader(self._val)
 

@@ -7,8 +7,6 @@ from typing import Any, Literal, cast
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from saflex_lightning import AugmentedBatch
@@ -21,22 +19,17 @@ from saflex_lightning.recipes.batches import (
 from saflex_lightning.recipes.data_checks import check_batch_size
 from saflex_lightning.recipes.medmnist import Split
 from saflex_lightning.recipes.resumable import ResumableLoader
-from saflex_lightning.recipes.sampling import ClassBatchSampler
 
 __all__ = [
-    "SteeringDraw",
     "SteeringName",
-    "late_epoch",
     "loader_options",
     "make_image_loader",
-    "make_steering_loader",
     "make_train_loader",
     "mix_seeds",
     "process_share",
 ]
 
-SteeringDraw = Literal["plain", "stratified", "balanced"]
-SteeringName = Literal["val", "split", "train", "late"]
+SteeringName = Literal["val", "split", "train"]
 
 
 def process_share(trainer: L.Trainer | None) -> dict[str, int]:
@@ -47,25 +40,6 @@ def process_share(trainer: L.Trainer | None) -> dict[str, int]:
     """
     given = (trainer and trainer.distributed_sampler_kwargs) or {}
     return {"num_replicas": given.get("num_replicas", 1), "rank": given.get("rank", 0)}
-
-
-def late_epoch(trainer: L.Trainer | None) -> int:
-    """Return the first epoch of the second half of the training.
-
-    Args:
-        trainer: The Trainer.
-
-    Raises:
-        MisconfigurationException: If it does not tell the number of epochs.
-    """
-    epochs = trainer and trainer.max_epochs
-    if not epochs or epochs < 0:
-        raise MisconfigurationException(
-            "Expected the Trainer to tell the number of epochs for `steering`='late', whose "
-            f"validation rows are trained on from half of them on, but got {epochs}. Pass "
-            "`max_epochs`."
-        )
-    return -(-epochs // 2)
 
 
 def loader_options(num_workers: int, seed: int) -> dict[str, Any]:
@@ -103,7 +77,6 @@ def make_train_loader(
     seed: int,
     num_workers: int,
     collate_fn: Callable[[list[Any]], Any],
-    num_late: int = 0,
 ) -> DataLoader[Any]:
     """Return a loader of training batches whose order is a function of seed and epoch.
 
@@ -117,12 +90,9 @@ def make_train_loader(
         seed: Seed of the order.
         num_workers: Loader processes.
         collate_fn: Makes a batch.
-        num_late: How many of the rows, the last ones, are drawn from half of the training on only;
-            the steps of an epoch stay as many.
 
     Raises:
         ValueError: If a process has fewer rows than a batch.
-        MisconfigurationException: If there are late rows and the number of epochs is not known.
     """
     share = process_share(trainer)
     sampler = EpochSampler(
@@ -130,8 +100,6 @@ def make_train_loader(
         num_replicas=share["num_replicas"],
         rank=share["rank"],
         seed=mix_seeds(seed),  # it adds the epoch: keep the orders of neighbouring seeds apart
-        num_late=num_late,
-        late_epoch=late_epoch(trainer) if num_late else 0,
     )
     check_batch_size(batch_size, len(sampler))
     return ResumableLoader(
@@ -154,7 +122,6 @@ def make_image_loader(
     trainer: L.Trainer | None,
     seed: int,
     num_workers: int,
-    num_late: int = 0,
 ) -> DataLoader[AugmentedBatch]:
     """Return a loader of training images with their augmented versions.
 
@@ -167,7 +134,6 @@ def make_image_loader(
         trainer: See `make_train_loader`.
         seed: Seed of the order and of the augmentation.
         num_workers: See `make_train_loader`.
-        num_late: See `make_train_loader`.
     """
     dataset = AugmentedImages(rows, augment, seed)
     collate = partial(collate_rows, batch=batch, num_rows=len(dataset), mixing=mixing, seed=seed)
@@ -178,52 +144,4 @@ def make_image_loader(
         seed=seed,
         num_workers=num_workers,
         collate_fn=collate,
-        num_late=num_late,
     )
-
-
-def make_steering_loader(
-    dataset: Dataset[Any],
-    target: Tensor,
-    *,
-    draw: SteeringDraw,
-    batch_size: int,
-    plain_batch_size: int,
-    trainer: L.Trainer | None,
-    seed: int,
-    num_workers: int,
-) -> DataLoader[Any]:
-    """Return a loader of the rows that steer SAFLEX.
-
-    The callback draws from a plain loader in batches of its own size and order. The others are
-    repeated as they are.
-
-    Args:
-        dataset: The rows.
-        target: Their labels, ``(n,)`` int64.
-        draw: ``"plain"``: in shuffled passes; ``"stratified"``: every batch has rows of every
-            class, in shares like those of the data but at least one; ``"balanced"``: as many of
-            each.
-        batch_size: Rows of a stratified or balanced batch, per process.
-        plain_batch_size: Rows of a plain one.
-        trainer: As for `process_share`.
-        seed: Seed of the order.
-        num_workers: Loader processes.
-
-    Raises:
-        ValueError: If a stratified or balanced batch has fewer rows than there are classes, or a
-            class has no row.
-    """
-    options = loader_options(num_workers, seed)
-    if draw == "plain":
-        return DataLoader(dataset, plain_batch_size, **options)
-    share = process_share(trainer)
-    sampler = ClassBatchSampler(
-        target,
-        batch_size,
-        balanced=draw == "balanced",
-        seed=seed,
-        rank=share["rank"],
-        world_size=share["num_replicas"],
-    )
-    return DataLoader(dataset, batch_sampler=sampler, **options)

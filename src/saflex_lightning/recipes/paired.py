@@ -13,7 +13,7 @@ from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.batches import normalize
 from saflex_lightning.recipes.data_checks import check_batch_size
 from saflex_lightning.recipes.folders import ClassFolders, FileImages
-from saflex_lightning.recipes.loaders import late_epoch, loader_options, mix_seeds, process_share
+from saflex_lightning.recipes.loaders import loader_options, mix_seeds, process_share
 from saflex_lightning.recipes.pool import Pool, draw_pool
 from saflex_lightning.recipes.resumable import ResumableLoader, ResumableSampler
 
@@ -65,7 +65,7 @@ class PairedBatches(ResumableSampler):
     any of its batches.
 
     Args:
-        rows: Numbers of the training images in use; late ones last.
+        rows: Numbers of the training images in use.
         num_real: Number of all training images, where the numbers of generated ones begin.
         pool: Generated images.
         wanted: See `draw_pool`.
@@ -76,11 +76,9 @@ class PairedBatches(ResumableSampler):
         batch_size: Clean rows per batch and process.
         trainer: As for `make_train_loader`.
         seed: Seed of the order and of the draw.
-        num_late: As for `make_train_loader`.
 
     Raises:
         ValueError: If a process has fewer clean rows than a batch.
-        MisconfigurationException: As for `make_train_loader`.
     """
 
     def __init__(
@@ -96,14 +94,11 @@ class PairedBatches(ResumableSampler):
         batch_size: int,
         trainer: L.Trainer | None,
         seed: int,
-        num_late: int = 0,
     ) -> None:
         share = process_share(trainer)
-        check_batch_size(batch_size, (len(rows) - num_late) // share["num_replicas"])
+        check_batch_size(batch_size, len(rows) // share["num_replicas"])
         super().__init__(
             rows,
-            num_late=num_late,
-            late_epoch=late_epoch(trainer) if num_late else 0,
             num_replicas=share["num_replicas"],
             rank=share["rank"],
             seed=mix_seeds(seed),  # it adds the epoch: keep neighbouring seeds' orders apart

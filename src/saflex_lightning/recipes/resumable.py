@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sized
 from typing import Any, cast
 
-import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 __all__ = ["ResumableLoader", "ResumableSampler"]
@@ -12,40 +11,24 @@ __all__ = ["ResumableLoader", "ResumableSampler"]
 class ResumableSampler(DistributedSampler[Any]):
     """Shuffled row numbers, an order for each epoch, from any place on.
 
-    With ``num_replicas=1, rank=0`` it serves one process. Late rows follow the others in number:
-    from an epoch on, a pass draws as many rows as before, but from all of them.
+    With ``num_replicas=1, rank=0`` it serves one process.
 
     Args:
         dataset: Rows; only its length is asked for.
-        num_late: How many of them are late.
-        late_epoch: First epoch that draws from them too.
         **kwargs: As for `DistributedSampler`.
     """
 
     start = 0
 
-    def __init__(
-        self, dataset: Sized, *, num_late: int = 0, late_epoch: int = 0, **kwargs: Any
-    ) -> None:
-        super().__init__(cast("Dataset[Any]", range(len(dataset) - num_late)), **kwargs)
-        self.num_late = num_late
-        self.late_epoch = late_epoch
+    def __init__(self, dataset: Sized, **kwargs: Any) -> None:
+        super().__init__(cast("Dataset[Any]", range(len(dataset))), **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the rows of one pass but the first `start`, which counts for this pass only."""
         start, self.start = self.start, 0
-        drawn = self._draw_rows()
         for place, row in enumerate(super().__iter__()):
             if place >= start:
-                yield row if drawn is None else drawn[row]
-
-    def _draw_rows(self) -> list[int] | None:
-        """Return which rows this epoch's numbers stand for, the same on every process."""
-        if not self.num_late or self.epoch < self.late_epoch:
-            return None
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        num_rows = len(cast("Sized", self.dataset)) + self.num_late
-        return torch.randperm(num_rows, generator=generator).tolist()
+                yield row
 
 
 class ResumableLoader(DataLoader[Any]):

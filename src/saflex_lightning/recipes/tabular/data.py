@@ -10,16 +10,13 @@ from torch.utils.data import DataLoader, Dataset
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.recipes.data import split_stratified
 from saflex_lightning.recipes.data_checks import (
-    check_merging,
     check_shares,
     check_sizes,
     check_steering,
 )
 from saflex_lightning.recipes.loaders import (
-    SteeringDraw,
     SteeringName,
     loader_options,
-    make_steering_loader,
     make_train_loader,
 )
 from saflex_lightning.recipes.options import check_choice
@@ -78,17 +75,11 @@ class TabularDataModule(L.LightningDataModule):
         batch: ``"union"``: clean rows, then one augmented row per clean row; ``"replace"``:
             augmented rows only.
         batch_size: Clean rows per step and process; a union batch has twice as many.
-        eval_batch_size: Rows per validation, test or plain steering batch and process.
+        eval_batch_size: Rows per validation, test or steering batch and process.
         steering: Rows that steer SAFLEX: ``"val"`` the validation rows, ``"split"`` a stratified
             part of the training rows, which is then not trained on, ``"train"`` the clean
-            training rows, ``"late"`` the validation rows, which are trained on too from half of
-            the epochs on: nothing can be selected on them, and an epoch has as many steps as
-            before.
+            training rows.
         steering_fraction: Share of the training rows that ``"split"`` takes, in (0, 1).
-        steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
-            every batch has rows of every class, in shares like those of the data but at least one;
-            ``"balanced"``: as many of each class.
-        steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
         merge_val: Train on the validation rows too. Then there are none: nothing can be selected
             on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
         seed: Seed of the split, of the order of the rows and of the augmentation.
@@ -125,8 +116,6 @@ class TabularDataModule(L.LightningDataModule):
         eval_batch_size: int = 1024,
         steering: SteeringName = "val",
         steering_fraction: float = 0.2,
-        steering_draw: SteeringDraw = "plain",
-        steering_batch_size: int = 128,
         merge_val: bool = False,
         seed: int = 0,
         num_workers: int = 0,
@@ -135,13 +124,10 @@ class TabularDataModule(L.LightningDataModule):
         check_sizes(
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            steering_batch_size=steering_batch_size,
         )
         check_shares(steering_fraction=steering_fraction)
         check_choice("batch", batch, ("union", "replace"))
         check_choice("steering", steering, get_args(SteeringName))
-        check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
-        check_merging(steering, merge_val=merge_val)
         self.dataset: SetName | None = dataset
         self.path = path
         self.roles = None
@@ -160,8 +146,6 @@ class TabularDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.steering: SteeringName = steering
         self.steering_fraction = steering_fraction
-        self.steering_draw: SteeringDraw = steering_draw
-        self.steering_batch_size = steering_batch_size
         self.merge_val = merge_val
         self.seed = seed
         self.num_workers = num_workers
@@ -191,12 +175,9 @@ class TabularDataModule(L.LightningDataModule):
             return CleanTable(prepare.transform(rows), torch.from_numpy(rows.target))
 
         self.classes = table.classes
-        late = self.steering == "late"
-        self._num_late = len(val.target) if late else 0
-        joined = join_rows(train, val) if late else train
-        self._train, self._val, self._test = clean(joined), clean(val), clean(test)
+        self._train, self._val, self._test = clean(train), clean(val), clean(test)
         # The same object where the rows are the same, so that SAFLEX can tell.
-        same = {"val": self._val, "late": self._val, "train": self._train}
+        same = {"val": self._val, "train": self._train}
         self._steering = same.get(self.steering) or clean(steering)
         self._is_set_up = True
 
@@ -220,7 +201,6 @@ class TabularDataModule(L.LightningDataModule):
             seed=self.seed,
             num_workers=self.num_workers,
             collate_fn=as_it_is,
-            num_late=self._num_late,
         )
 
     def saflex_group_names(self) -> tuple[str, ...]:
@@ -234,20 +214,11 @@ class TabularDataModule(L.LightningDataModule):
             MisconfigurationException: If those are validation rows that are trained on.
         """
         check_steering(self.steering, merge_val=self.merge_val)
-        return make_steering_loader(
-            self._steering,
-            self._steering.target,
-            draw=self.steering_draw,
-            batch_size=self.steering_batch_size,
-            plain_batch_size=self.eval_batch_size,
-            trainer=self.trainer,
-            seed=self.seed,
-            num_workers=self.num_workers,
-        )
+        return self._make_loader(self._steering)
 
     def val_dataloader(self) -> CleanLoader | list[Any]:
         """Return the loader of the validation rows; none where they are trained on."""
-        if self.merge_val or self.steering == "late":
+        if self.merge_val:
             return []
         return self._make_loader(self._val)
 

@@ -14,13 +14,13 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
+from saflex_lightning.recipes.checks import check_choice
 from saflex_lightning.recipes.optimizer import (
     OptimizerName,
     Schedule,
     learning_rate_factor,
     make_optimizer,
 )
-from saflex_lightning.recipes.options import check_choice
 from saflex_lightning.recipes.small_loss import small_loss
 
 __all__ = ["Classifier", "balanced_class_weight"]

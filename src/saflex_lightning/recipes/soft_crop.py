@@ -57,6 +57,8 @@ class SoftCrop:
         Liu et al. 2023, "Soft Augmentation for Image Classification", section 3.
     """
 
+    changes_label = True  # see `UnionDataset`
+
     def __init__(
         self,
         num_classes: int,

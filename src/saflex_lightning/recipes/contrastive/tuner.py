@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from saflex_lightning import AugmentedBatch, SAflexMixin, gather_rows
 from saflex_lightning.functional import contrastive_scores, same_class_target
+from saflex_lightning.recipes.checks import check_choice
 from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders
 from saflex_lightning.recipes.contrastive.metrics import log_stage_metrics, make_stage_metrics
 from saflex_lightning.recipes.contrastive.prompts import (
@@ -21,7 +22,6 @@ from saflex_lightning.recipes.contrastive.prompts import (
     zero_shot_head,
 )
 from saflex_lightning.recipes.contrastive.schedule import make_warm_up_adamw
-from saflex_lightning.recipes.options import check_choice
 
 __all__ = ["ContrastiveTuner"]
 

@@ -1,10 +1,12 @@
-"""Groups of mixed rows: Mixup, CutMix and tabular CutMix by how much of a row is foreign."""
+"""Rows mixed with one another, in groups by how much of a row is foreign."""
 
 from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
-__all__ = ["mixing_group", "mixing_group_names"]
+__all__ = ["group_of_mixed", "is_mixing", "mixing_group", "mixing_group_names"]
 
 
 def mixing_group(kept_share: Tensor, num_bins: int = 4) -> Tensor:
@@ -42,6 +44,9 @@ def mixing_group_names(name: str, num_bins: int = 4) -> tuple[str, ...]:
     Returns:
         ``num_bins + 1`` names; the numbers in them are foreign shares in percent.
 
+    Raises:
+        ValueError: If ``num_bins`` is not positive.
+
     Example:
         >>> mixing_group_names("mixup", 2)
         ('clean', 'mixup_0_50', 'mixup_50_100')
@@ -56,3 +61,19 @@ def _check_bins(num_bins: int) -> None:
         raise ValueError(
             f"Expected `num_bins` to be at least 1, but got {num_bins}. Pass a number of groups."
         )
+
+
+def is_mixing(augment: object) -> bool:
+    """Say whether a transform mixes the rows of a batch: MixUp, CutMix, one of these, or timm's."""
+    if isinstance(augment, v2.RandomChoice):
+        return all(map(is_mixing, augment.transforms))
+    if isinstance(augment, (v2.MixUp, v2.CutMix)):
+        return True
+    return f"{type(augment).__module__}.{type(augment).__name__}" == "timm.data.mixup.Mixup"
+
+
+def group_of_mixed(mixed: Tensor, target: Tensor) -> Tensor:
+    """Return the group of rows whose labels ``target`` became ``mixed``, ``(batch, classes)``."""
+    own = F.one_hot(target, mixed.shape[-1]) if target.ndim == 1 else target
+    # One share is drawn for the whole batch; it shows wherever two classes were mixed.
+    return mixing_group((mixed * own).sum(-1).min().expand(len(target)))

@@ -31,5 +31,5 @@ class SmallCNN(nn.Sequential):
         width: Channels of the first convolution.
     """
 
-    def __init__(self, num_classes: int = 8, in_channels: int = 3, *, width: int = 32) -> None:
+    def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 32) -> None:
         super().__init__(make_small_encoder(width, in_channels), nn.Linear(4 * width, num_classes))

@@ -32,7 +32,7 @@ from hydra import compose, initialize_config_module
 from registry import BENCHES, DEFAULT, METHODS
 from scipy.stats import t as student
 
-from saflex_lightning.train import train
+from saflex_lightning.cli.train import train
 
 BEST = "max(no_aug, upstream)"  # the better one on validation rows, per seed
 PAIRS = (  # what is compared, and with which rival

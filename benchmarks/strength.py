@@ -1,6 +1,6 @@
 """Test accuracy over the strength of an augmentation, from the results of a sweep.
 
-python -m saflex_lightning.recipes.strength outputs/strength
+python benchmarks/strength.py outputs/strength
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from saflex_lightning.recipes.sweep import read_results
+from saflex_lightning.cli.sweep import read_results
 
 __all__ = ["Point", "collect_curves", "main", "plot_curves"]
 

@@ -18,10 +18,9 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from saflex_lightning.cli.quiet import silence_hints
+from saflex_lightning.cli.report import RunReport, make_run_table, read_report
 from saflex_lightning.preflight import check_launch
-from saflex_lightning.recipes.paper import check_paper
-from saflex_lightning.recipes.quiet import silence_hints
-from saflex_lightning.recipes.report import RunReport, make_run_table, read_report
 
 __all__ = ["main", "train"]
 
@@ -46,7 +45,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     silence_hints()
     paper: Any = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
-    check_paper(paper)
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ValueError(
             f"Expected `seed` to be an integer from 0 to {2**32 - 1}, but got {cfg.seed!r}. Every "
@@ -99,10 +97,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_selection(trainer: L.Trainer, datamodule: Any) -> None:
     """Refuse to train for an epoch to be selected by validation rows that are not there."""
-    trained_on = getattr(datamodule, "merge_val", False) or (
-        getattr(datamodule, "steering", None) == "late"
-    )
-    if trained_on or not trainer.limit_val_batches:
+    if getattr(datamodule, "merge_val", False) or not trainer.limit_val_batches:
         raise MisconfigurationException(
             "Expected validation rows for `callbacks=best` to select an epoch by, but they are "
             "trained on, or `limit_val_batches` is 0. Pass `callbacks=none` to test the last epoch."

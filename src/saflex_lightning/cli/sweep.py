@@ -1,13 +1,10 @@
-"""The tables that end a Hydra sweep: ours, and the paper's with our numbers beside its own.
+"""The table that ends a Hydra sweep."""
 
-python -m saflex_lightning.recipes.sweep FOLDER ...   prints them again, over several sweeps.
-"""
-
-import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -15,9 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from saflex_lightning.recipes.paper import format_spread, make_paper_tables
-
-__all__ = ["SweepSummary", "main", "make_sweep_table", "read_results"]
+__all__ = ["SweepSummary", "format_spread", "make_sweep_table", "read_results"]
 
 
 class SweepSummary(Callback):
@@ -28,11 +23,10 @@ class SweepSummary(Callback):
         self.started = time.time()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Read the results of this sweep and print their tables."""
-        directory = Path(config.hydra.sweep.dir)
-        results = read_results(directory, since=self.started)
+        """Read the results of this sweep and print their table."""
+        results = read_results(Path(config.hydra.sweep.dir), since=self.started)
         if results:
-            Console().print(make_sweep_table(results), *make_paper_tables(results))
+            Console().print(make_sweep_table(results))
 
 
 def read_results(directory: Path, *, since: float = 0.0) -> list[dict[str, Any]]:
@@ -76,27 +70,20 @@ def make_sweep_table(results: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
+def format_spread(values: Sequence[float], digits: int) -> str:
+    """Return mean and standard deviation, or the one value there is.
+
+    Example:
+        >>> format_spread([80.0, 84.0], 2)
+        '82.00 ± 2.83'
+    """
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
 def _spread_of(
     results: list[dict[str, Any]], metric: str, digits: int, *, scale: float = 1.0
 ) -> str:
     values = [scale * result[metric] for result in results if result.get(metric) is not None]
     return format_spread(values, digits) if values else "-"
-
-
-def main(args: list[str] | None = None) -> None:
-    """Print the tables of all results below some folders.
-
-    Args:
-        args: Command line; None reads the process's.
-    """
-    parser = argparse.ArgumentParser(description="Print the tables of finished sweeps and runs.")
-    parser.add_argument("folders", type=Path, nargs="+", help="hydra.sweep.dir of the sweeps")
-    folders = parser.parse_args(args).folders
-    results = [result for folder in folders for result in read_results(folder)]
-    if not results:
-        parser.error(f"there is no result.json below {', '.join(map(str, folders))}")
-    Console().print(make_sweep_table(results), *make_paper_tables(results))
-
-
-if __name__ == "__main__":
-    main()

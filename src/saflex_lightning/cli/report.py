@@ -120,7 +120,7 @@ def make_run_table(result: dict[str, Any]) -> Table:
     out.
 
     Args:
-        result: What `saflex_lightning.train.train` returns.
+        result: What `saflex_lightning.cli.train.train` returns.
     """
     rows = {
         "test accuracy": ("test_accuracy", "{:.2%}"),

@@ -1,16 +1,24 @@
-"""The paper's tables with our own numbers beside its own."""
+"""The paper's tables with our own numbers beside its own, from the results of sweeps.
 
+    python benchmarks/paper.py multirun/DATE/TIME ...
+
+An experiment's block ``paper`` says which cells a run stands beside; ``result.json`` keeps it.
+"""
+
+import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
-from statistics import mean, stdev
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
-__all__ = ["PaperCell", "check_paper", "format_spread", "make_paper_tables", "paper_cell"]
+from saflex_lightning.cli.sweep import format_spread, make_sweep_table, read_results
 
-_FILE = "paper_tables.json"
+__all__ = ["PaperCell", "check_paper", "main", "make_paper_tables", "paper_cell"]
+
+_FILE = Path(__file__).with_name("paper_tables.json")
 # A run with another upstream augmentation or model stands beside no row of the paper.
 _OTHER_SYSTEM = ("augmentation=", "data.augmentation", "model")
 
@@ -27,8 +35,7 @@ def read_paper_tables() -> dict[str, Any]:
 
     Rows map a column to [mean, spread].
     """
-    file = resources.files("saflex_lightning.recipes") / "assets" / _FILE
-    tables = json.loads(file.read_text())
+    tables = json.loads(_FILE.read_text())
     del tables["source"]
     return tables
 
@@ -163,17 +170,20 @@ def _own_cell(results: Iterable[dict[str, Any]], column: str) -> str:
     return f"{format_spread(values, 2)} ({len(values)})" if values else "not measured"
 
 
-def format_spread(values: Sequence[float], digits: int) -> str:
-    """Return mean and standard deviation, or the one value there is.
+def main(args: list[str] | None = None) -> None:
+    """Print the tables of all results below some folders.
 
     Args:
-        values: At least one.
-        digits: Digits behind the point.
-
-    Example:
-        >>> format_spread([80.0, 84.0], 2)
-        '82.00 ± 2.83'
+        args: Command line; None reads the process's.
     """
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    parser = argparse.ArgumentParser(description="Print our results beside the paper's tables.")
+    parser.add_argument("folders", type=Path, nargs="+", help="hydra.sweep.dir of the sweeps")
+    folders = parser.parse_args(args).folders
+    results = [result for folder in folders for result in read_results(folder)]
+    if not results:
+        parser.error(f"there is no result.json below {', '.join(map(str, folders))}")
+    Console().print(make_sweep_table(results), *make_paper_tables(results))
+
+
+if __name__ == "__main__":
+    main()

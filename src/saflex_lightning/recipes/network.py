@@ -11,9 +11,10 @@ from torch import nn
 
 __all__ = ["Network", "NetworkMaker", "plain"]
 
-# A network that is ready; or what makes one: a class or function, the import path of a class, or a
-# mapping of ``class``, such a path, and of settings.
-Network = nn.Module | str | dict[str, Any] | Callable[..., nn.Module]
+# What makes a network: the import path of a class, a mapping of ``class``, such a path, and of
+# settings, a class or another function; or a network that is ready. LightningCLI takes the first
+# that fits, so paths come first.
+Network = str | dict[str, Any] | nn.Module | Callable[..., nn.Module]
 
 
 @dataclass(frozen=True)

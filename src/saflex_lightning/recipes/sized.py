@@ -50,8 +50,9 @@ class SizedModule(L.LightningModule):
         other = {name: size for name, size in told.items() if built_for.get(name, size) != size}
         if other:
             raise ValueError(
-                f"Expected data of the sizes that the model was built for, {built_for}, but they "
-                f"have {other}. Make a model for these data, and leave sizes out of its settings."
+                f"Expected the sizes that the model was built for, {built_for}, but got {other} "
+                "from the data or a checkpoint. Make a model for these, and leave sizes out of its "
+                "settings."
             )
 
     def configure_model(self) -> None:

@@ -7,11 +7,11 @@ from helpers.configs import CONFIGS, compose_config, render
 from helpers.standins import clip_experiment
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
-
-from saflex_lightning.recipes.contrastive import ContrastiveTuner, IWildCamDataModule
 from saflex_lightning.recipes.paper import make_paper_tables, paper_cell
 from saflex_lightning.recipes.sweep import read_results
 from saflex_lightning.train import train
+
+from saflex_lightning.recipes.contrastive import ContrastiveTuner, IWildCamDataModule
 
 
 @pytest.fixture

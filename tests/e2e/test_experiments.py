@@ -20,7 +20,6 @@ from helpers.configs import CONFIGS, compose_config, gates_in_log, render
 from helpers.standins import STANDINS
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-
 from saflex_lightning.recipes.paper import make_paper_tables, paper_cell
 from saflex_lightning.recipes.report import make_run_table
 from saflex_lightning.recipes.sweep import read_results

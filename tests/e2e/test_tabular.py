@@ -8,10 +8,10 @@ from helpers.tables import COLOURS, SHARED, make_table, write_csv, write_npz
 from helpers.training import assert_same_state, state_of
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from saflex_lightning.train import train
 
 from saflex_lightning.recipes.tabular import sets as tabular_sets
 from saflex_lightning.recipes.tabular.facts import SETS
-from saflex_lightning.train import train
 
 SHIPPED = ("arrhythmia", "qsar")
 SHORT = (

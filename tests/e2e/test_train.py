@@ -14,15 +14,15 @@ from helpers.standins import write_medmnist
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torchvision.transforms import v2
-
-import saflex_lightning
-from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
 from saflex_lightning.recipes.operations import TagOperations, group_names_of
 from saflex_lightning.recipes.report import make_run_table
 from saflex_lightning.recipes.sweep import main as print_sweeps
 from saflex_lightning.recipes.sweep import make_sweep_table, read_results
 from saflex_lightning.train import train
+from torchvision.transforms import v2
+
+import saflex_lightning
+from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
 
 # Choices for tables and for CLIP, not for the images of the main job; see test_tabular.py and
 # test_clip_configs.py.

@@ -7,9 +7,9 @@ from helpers.folders import make_image_folders, make_pool
 from torch import nn
 
 from saflex_lightning import SAflexCallback
+from saflex_lightning.cli.report import RunReport, read_report
 from saflex_lightning.recipes import Classifier, GeneratedDataModule
 from saflex_lightning.recipes.label_noise import detection_auroc, plant_wrong_labels
-from saflex_lightning.recipes.report import RunReport, read_report
 
 CLASSES = 5
 

@@ -3,15 +3,18 @@
 import json
 
 import pytest
+from helpers.benchmarks import load_benchmark
 
-from saflex_lightning.recipes.strength import SETTING, Point, collect_curves, main
+strength = load_benchmark("strength")
+SETTING, Point = strength.SETTING, strength.Point
+collect_curves, main = strength.collect_curves, strength.main
 
 
-def result(name, strength, accuracy, *others):
+def result(name, magnitude, accuracy, *others):
     return {
         "name": name,
         "test_accuracy": accuracy,
-        "overrides": [*others, f"{SETTING}={strength}"],
+        "overrides": [*others, f"{SETTING}={magnitude}"],
     }
 
 
@@ -44,11 +47,11 @@ def test_other_sweeps_are_refused(results):
 
 def test_picture_of_a_folder(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    for number, (strength, accuracy) in enumerate([(0, 0.8), (10, 0.7)]):
+    for number, (magnitude, accuracy) in enumerate([(0, 0.8), (10, 0.7)]):
         job = tmp_path / str(number)
         (job / ".hydra").mkdir(parents=True)
         (job / ".hydra" / "overrides.yaml").write_text(
-            json.dumps(["method=upstream", "seed=1", f"{SETTING}={strength}"])
+            json.dumps(["method=upstream", "seed=1", f"{SETTING}={magnitude}"])
         )
         content = {"name": "upstream", "seed": 1, "test_accuracy": accuracy}
         (job / "result.json").write_text(json.dumps(content))

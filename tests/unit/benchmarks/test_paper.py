@@ -1,14 +1,11 @@
 """The paper's numbers, and the tables with ours beside them."""
 
 import pytest
+from helpers.benchmarks import load_benchmark
 from helpers.configs import render
 
-from saflex_lightning.recipes.paper import (
-    check_paper,
-    make_paper_tables,
-    paper_cell,
-    read_paper_tables,
-)
+paper = load_benchmark("paper")
+make_paper_tables, paper_cell = paper.make_paper_tables, paper.paper_cell
 
 ROWS = {
     "no_aug": "table1/no_aug",
@@ -18,13 +15,13 @@ ROWS = {
 }
 
 
-def result(name, accuracy, *overrides, column="blood", **paper):
+def result(name, accuracy, *overrides, column="blood", **changed):
     settings = {
         "table": "table1",
         "cells": [{"column": column, "metric": "test_accuracy"}],
         "rows": ROWS,
         "references": {"LP-A3": "table8/lp_a3"},
-        **paper,
+        **changed,
     }
     return {
         "name": name,
@@ -60,7 +57,7 @@ def test_cells_as_printed_in_the_paper(row, column, mean, spread):
 
 
 def test_every_row_of_a_table_has_the_same_columns():
-    for table in read_paper_tables().values():
+    for table in paper.read_paper_tables().values():
         columns = [tuple(row) for row in table["rows"].values()]
         assert len(set(columns)) == 1
 
@@ -129,5 +126,5 @@ def test_runs_without_a_table_make_none():
 )
 def test_unknown_rows_are_named(change, found):
     with pytest.raises(ValueError, match="Expected `paper` to name tables and rows") as error:
-        check_paper(result("no_aug", 0.9, **change)["paper"])
+        paper.check_paper(result("no_aug", 0.9, **change)["paper"])
     assert found in str(error.value)

@@ -134,11 +134,8 @@ def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -
         role: See `Bench`.
     """
     file = f"{{data}}/few_shot/{name}_{{seed}}.npz"
-    sizes = (8, 3) if name == "blood" else (10, 1)
     overrides = (
         f"data.path={file}",
-        f"data.num_classes={sizes[0]}",
-        f"data.in_channels={sizes[1]}",
         "model=small_cnn",
         "model.network.width=16",
         f"augmentation={augmentation}",
@@ -147,7 +144,7 @@ def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -
     )
     source = FULL if name == "blood" else "FOLDER_OF_FASHION_MNIST"
     recipe = FEW_SHOT.replace("{source}", source).replace("{name}", name)
-    rows = 25 * sizes[0]
+    rows = 25 * (8 if name == "blood" else 10)
     return Bench(overrides, "test_accuracy", role, 0.7, needs=file, recipe=recipe, val_rows=rows)
 
 
@@ -216,7 +213,6 @@ def pool(role: Role, *overrides: str) -> Bench:
         "data.generated={data}/blood/pool",
         "model=small_cnn",
         "model.network.width=16",
-        "model.network.in_channels=3",
         "trainer.max_epochs=20",
         *overrides,
     )

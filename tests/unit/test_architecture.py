@@ -1,11 +1,14 @@
 """Imports point down only: functional < engines < Lightning glue < recipes and entry points."""
 
 import ast
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
 import saflex_lightning
+from saflex_lightning import data
 
 PACKAGE = Path(saflex_lightning.__file__).parent
 LAYERS = {
@@ -45,10 +48,9 @@ LAYERS = {
     "steering": 5,
     "callback": 6,
     "__init__": 7,
+    "data": 3,
     "recipes": 8,
-    "train": 9,
     "cli": 9,
-    "generate": 9,
     "configs": 10,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -87,12 +89,26 @@ def test_functional_and_engines_need_neither_lightning_nor_torchvision(path):
     assert not tops & {"lightning", "pytorch_lightning", "torchvision", "hydra", "jsonargparse"}
 
 
+def test_data_needs_nothing_but_the_batch():
+    for path in FILES:
+        if part_of(path) == "data":
+            for name in imported_modules(path):
+                parts = name.split(".")
+                assert parts[0] != "lightning"
+                assert parts[0] != "saflex_lightning" or parts[1] in {"batch", "data"}, name
+
+
 def test_recipes_use_only_the_public_api():
     public = set(saflex_lightning.__all__) | {
         f"{layer.__name__.rpartition('.')[-1]}.{name}"
         for layer in (saflex_lightning.functional, saflex_lightning.engines)
         for name in layer.__all__
     }
+    # A module of `data` may be built upon in parts.
+    parts = [f".{part.name}" for part in iter_modules(data.__path__)]
+    for module in (import_module(f"saflex_lightning.data{part}") for part in ("", *parts)):
+        place = module.__name__.removeprefix("saflex_lightning.")
+        public |= {f"{place}.{name}" for name in module.__all__}
     for path in FILES:
         if part_of(path) == "recipes":
             for name in imported_modules(path):

@@ -36,7 +36,10 @@ def find_config(value: str) -> str:
     if "\n" in value or Path(value).is_file():  # content, which a launcher repeats, or a file
         return value
     configs = Path(str(resources.files("saflex_lightning") / "configs"))
-    name, *overrides = shlex.split(value) or [value]
+    try:
+        name, *overrides = shlex.split(value)
+    except ValueError:  # nothing, or a quotation mark alone
+        return value
     if name == MAIN or (configs / "experiment" / f"{name}.yaml").is_file():
         return yaml.safe_dump(compose_experiment(name, *overrides), sort_keys=False)
     shipped = configs / "lightning_cli" / f"{Path(name).stem}.yaml"

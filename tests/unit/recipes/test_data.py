@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.batches import batches
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from saflex_lightning.batch import AugmentedBatch
@@ -19,12 +20,6 @@ def set_up(**settings):
     data = MedMNISTDataModule(**settings)
     data.setup("fit")
     return data
-
-
-def batches(data, epoch=0):
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
 
 
 def write_file(path, *, leave_out=(), **replaced):

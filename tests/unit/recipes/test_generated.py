@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.batches import batches
 from helpers.folders import make_image_folders, make_pool, write_image, write_manifest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
@@ -37,12 +38,6 @@ def set_up(folders, **settings):
     data = GeneratedDataModule(str(folders / "real"), **settings)
     data.setup("fit")
     return data
-
-
-def batches(data, epoch=0):
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
 
 
 def joined(data, name, epoch=0):

@@ -2,19 +2,18 @@
 
 from typing import Any
 
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from saflex_lightning import AugmentedBatch, SAflexMixin
-from saflex_lightning.recipes.contrastive.metrics import log_stage_metrics, make_stage_metrics
+from saflex_lightning.recipes.contrastive.metrics import make_stage_metrics
 from saflex_lightning.recipes.contrastive.probe import ImageTower
-from saflex_lightning.recipes.contrastive.schedule import make_warm_up_adamw
+from saflex_lightning.recipes.contrastive.tower_module import TowerModule
 from saflex_lightning.recipes.sized import SizedModule
 
 __all__ = ["TowerClassifier"]
 
 
-class TowerClassifier(SAflexMixin, SizedModule):
+class TowerClassifier(SAflexMixin, SizedModule, TowerModule):
     """Image tower and linear head, trained on cross-entropy: the rival of `ContrastiveTuner`.
 
     With `FitHeadFirst` this is LP-FT: the head is fitted on fixed features, then all is
@@ -65,23 +64,3 @@ class TowerClassifier(SAflexMixin, SizedModule):
         loss = self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
         self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log accuracy and macro F1 of the validation rows."""
-        self._evaluate("val", batch)
-
-    def test_step(
-        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Log accuracy and macro F1; a second test loader holds the rows out of distribution."""
-        self._evaluate("test" if dataloader_idx == 0 else "test_ood", batch)
-
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, labels = batch
-        log_stage_metrics(self, self.metrics, stage, self(images), labels)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with its warm-up and half cosine, stepped once per optimizer step."""
-        return make_warm_up_adamw(
-            self, lr=self.lr, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps
-        )

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.batches import batches
 from helpers.tables import make_table, write_csv, write_npz
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
@@ -27,12 +28,6 @@ def set_up(path, **settings):
     data = TabularDataModule(None, path, **{"batch_size": 20, **settings})
     data.setup("fit")
     return data
-
-
-def batches(data, epoch=0):
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
 
 
 def leaves(batch):

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from saflex_lightning.batch import AugmentedBatch
 
-from .draws import mix_seeds, seeded_draws
+from .draws import kept_generators, mix_seeds, seed_draws, seeded_draws
 from .mixing import group_of_mixed, is_mixing, mixing_group_names
 from .operations import TaggedImage, TagOperations, can_be_tagged
 from .resumable import EpochSampler, ResumableLoader, epoch_and_row
@@ -106,6 +106,9 @@ class UnionDataset(Dataset[UnionRow]):
         self._augment: Any = None if is_mixing(augment) else augment
         if can_be_tagged(augment):
             self._augment = TagOperations(cast("Any", augment))
+        # A dataset may say by `is_random` that reading a row draws nothing.
+        only_reads = self._augment is None and transform is None
+        self._is_random = not only_reads or getattr(dataset, "is_random", True)
 
     @property
     def group_names(self) -> tuple[str, ...]:
@@ -116,20 +119,33 @@ class UnionDataset(Dataset[UnionRow]):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int] | int) -> UnionRow:
-        epoch, row = epoch_and_row(key)
-        with seeded_draws(self.seed, epoch, row):
-            pair = self.dataset[row]
-            if not isinstance(pair, Sequence) or len(pair) != 2:
-                raise TypeError(
-                    f"Expected `dataset` to yield (input, label), but row {row} is "
-                    f"{_describe(pair)}. Wrap the dataset in one that does."
-                )
-            value, label = pair
-            clean = self._transform(value)
-            if self._augment is None:
-                return UnionRow(epoch, row, (clean, label), None, 0)
-            made, made_label, group = self._make(value, label)
-            made = self._transform(made)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> list[UnionRow]:
+        """Return some rows; a loader asks for those of a batch."""
+        pairs = [epoch_and_row(key) for key in keys]
+        if not self._is_random:
+            return [self._read(*pair) for pair in pairs]
+        with kept_generators():
+            return [self._draw(*pair) for pair in pairs]
+
+    def _draw(self, epoch: int, row: int) -> UnionRow:
+        seed_draws(self.seed, epoch, row)
+        return self._read(epoch, row)
+
+    def _read(self, epoch: int, row: int) -> UnionRow:
+        pair = self.dataset[row]
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(
+                f"Expected `dataset` to yield (input, label), but row {row} is "
+                f"{_describe(pair)}. Wrap the dataset in one that does."
+            )
+        value, label = pair
+        clean = self._transform(value)
+        if self._augment is None:
+            return UnionRow(epoch, row, (clean, label), None, 0)
+        made, made_label, group = self._make(value, label)
+        made = self._transform(made)
         shapes = [tuple(getattr(each, "shape", ())) for each in (clean, made)]
         if shapes[0] != shapes[1]:
             raise ValueError(

@@ -11,7 +11,7 @@ from saflex_lightning.recipes.augment import (
 )
 from saflex_lightning.recipes.checks import check_choice
 from saflex_lightning.recipes.datamodule import UnionDataModule
-from saflex_lightning.recipes.images import ImageRows, Split, normalize
+from saflex_lightning.recipes.images import ImageRows, Split, stack_normalized
 
 __all__ = ["ImageDataModule"]
 
@@ -57,9 +57,9 @@ class ImageDataModule(UnionDataModule):
         return UnionDataset(
             ImageRows(clean.rows, normalized=False),
             self._make_augmentation(self.sizes()["num_classes"]),
-            normalize,
             seed=self.seed,
             replace=self.batch == "replace",
+            collate_fn=stack_normalized,
         )
 
     def saflex_group_names(self) -> tuple[str, ...]:

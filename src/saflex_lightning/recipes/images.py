@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["ImageRows", "Split", "normalize"]
+__all__ = ["ImageRows", "Split", "normalize", "stack_normalized"]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -43,6 +43,8 @@ class Split(NamedTuple):
 class ImageRows(Dataset[tuple[Tensor, Tensor]]):
     """Images, as they are or normalised, and labels."""
 
+    is_random = False  # see `UnionDataset`
+
     def __init__(self, rows: Split, *, normalized: bool = True) -> None:
         self.rows = rows
         self.normalized = normalized
@@ -58,3 +60,9 @@ class ImageRows(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         image = self.rows.images[row]
         return normalize(image) if self.normalized else image, self.target[row]
+
+
+def stack_normalized(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return images of a batch, normalised all at once, and labels; a collate function."""
+    images, target = zip(*rows, strict=True)
+    return normalize(torch.stack(images)), torch.stack(target)

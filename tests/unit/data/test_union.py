@@ -195,6 +195,29 @@ def test_processes_share_the_rows_once_there_is_a_group(monkeypatch):
     assert sorted(seen) == list(range(ROWS))
 
 
+class Jittered(Dataset):
+    """Its own transform draws, as a dataset's usually does."""
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, row):
+        return PIXELS[row] + torch.rand(()) + random.random(), LABELS[row]
+
+
+@pytest.mark.parametrize("augment", [None, torch.fliplr, v2.MixUp(num_classes=CLASSES)])
+def test_what_the_dataset_draws_is_a_function_of_the_row_and_the_epoch(augment):
+    first = all_batches(union_loader(Jittered(), augment, batch_size=5), epoch=1)
+    random.seed(7)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    again = all_batches(union_loader(Jittered(), augment, batch_size=5), epoch=1)
+    assert_equal(first, again)
+    assert torch.get_rng_state().equal(state)
+    other = all_batches(union_loader(Jittered(), augment, batch_size=5, seed=1), epoch=1)
+    assert not first[0].inputs.equal(other[0].inputs)
+
+
 def test_rows_in_order():
     (batch,) = all_batches(union_loader(TENSORS, None, batch_size=ROWS, shuffle=False))
     assert batch.index.tolist() == list(range(ROWS))

@@ -199,9 +199,15 @@ class UnionDataset(Dataset[UnionRow]):
                 f"Expected rows that fit into one batch, but got {_describe(pairs[0])} and so on "
                 f"({error}). Pass a `transform` that makes tensors of one size, or a `collate_fn`."
             ) from error
-        if not target.is_floating_point():  # a class per row, of any integer type and as a column
-            target = target.long().reshape(len(pairs))
-        return inputs, target
+        if isinstance(target, Tensor) and target.is_floating_point():  # class probabilities
+            return inputs, target
+        if not isinstance(target, Tensor) or target.numel() != len(pairs):
+            raise ValueError(
+                "Expected labels that are one class per row, or class probabilities, but got "
+                f"{_describe(target)} of shape {tuple(getattr(target, 'shape', ()))} for "
+                f"{len(pairs)} rows. Return integers, or floats that sum to 1."
+            )
+        return inputs, target.long().reshape(-1)  # of any integer type, also as a column
 
 
 def group_names_of(augment: Any) -> tuple[str, ...]:

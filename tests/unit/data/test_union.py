@@ -314,6 +314,12 @@ def test_wrong_arguments(arguments, settings, error, message):
             ValueError,
             "one tensor for MixUp to mix, but got dict",
         ),
+        (
+            ([(PIXELS[0], torch.tensor([0, 1]))] * 2, None),
+            ValueError,
+            r"one class per row, .* but got Tensor of shape \(2, 2\) for 2 rows",
+        ),
+        (([(PIXELS[0], "cat")] * 2, None), ValueError, "one class per row, .* but got tuple"),
         (([(["a"], 0)] * 2, list), TypeError, "inputs to be tensors, .* but got str"),
     ],
 )

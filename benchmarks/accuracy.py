@@ -32,7 +32,7 @@ from hydra import compose, initialize_config_module
 from registry import BENCHES, DEFAULT, METHODS
 from scipy.stats import t as student
 
-from saflex_lightning.train import train
+from saflex_lightning.cli.train import train
 
 BEST = "max(no_aug, upstream)"  # the better one on validation rows, per seed
 PAIRS = (  # what is compared, and with which rival
@@ -60,9 +60,6 @@ PAIRS = (  # what is compared, and with which rival
     (f"{DEFAULT}, nothing held out", "no_aug, train + val"),
     ("gates, nothing held out", "uniform, train + val"),
     ("gates + robust, nothing held out", "uniform, train + val"),
-    (f"{DEFAULT}, merged late", "uniform, train + val"),
-    (f"{DEFAULT}, merged late", f"{DEFAULT}, nothing held out"),
-    ("gates + robust, merged late", "uniform, train + val"),
 )
 
 

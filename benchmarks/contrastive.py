@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from saflex_lightning import SAflexCallback
+from saflex_lightning.cli.quiet import silence_hints
 from saflex_lightning.recipes import MedMNISTDataModule
 from saflex_lightning.recipes.contrastive import (
     ContrastiveTuner,
@@ -30,7 +31,6 @@ from saflex_lightning.recipes.contrastive import (
     WeightEnsembling,
 )
 from saflex_lightning.recipes.contrastive.encoders import prepare_images
-from saflex_lightning.recipes.quiet import silence_hints
 
 NAMES = [
     "basophil",

@@ -22,18 +22,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
 from saflex_lightning import SAflexCallback, SAflexMixin
+from saflex_lightning.evidence.rows import RowAverages
+from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
-from saflex_lightning.row_evidence import RowAverages
 
 CLASSES, POOL, STEER = 10, 1000, 200
-ONLY_ROWS = {"engine": "head", "weight_rule": "ones", "label_rule": "keep"}
+ONLY_ROWS = {"weight_rule": "ones", "label_rule": "keep"}
 METHODS = {
     "plain": ONLY_ROWS,
     "robust": {},
-    "label_probability": {**ONLY_ROWS, "row_evidence": "label_probability"},
-    "discriminant": {**ONLY_ROWS, "row_evidence": "discriminant"},
-    "robust, label_probability": {"row_evidence": "label_probability"},
-    "robust, discriminant": {"row_evidence": "discriminant"},
+    "row evidence": {**ONLY_ROWS, "row_evidence": True},
+    "robust, row evidence": {"row_evidence": True},
     "oracle": ONLY_ROWS,
 }
 
@@ -59,8 +58,10 @@ class Perceptron(SAflexMixin, pl.LightningModule):
         loss = self.saflex_loss(logits, target, index=index)
         given = target.unsqueeze(1)
         products = self.saflex_solution.inner_products.gather(1, given).squeeze(1)
-        self.inner_products.update(index, products)
-        self.probabilities.update(index, logits.detach().softmax(1).gather(1, given).squeeze(1))
+        probabilities = logits.detach().softmax(1).gather(1, given).squeeze(1)
+        every = torch.ones_like(target, dtype=torch.bool)
+        self.inner_products.update(index, products, every, Ranks())
+        self.probabilities.update(index, probabilities, every, Ranks())
         return loss
 
     def configure_optimizers(self):
@@ -107,7 +108,8 @@ def run(method, seed, noise):
         }
         for name, average in averages.items():
             if average is not None:
-                found[name] = binary_auroc(average.float(), (~wrong).long()).item()
+                right = (~wrong)[average.index].long()
+                found[name] = binary_auroc(average.evidence.float(), right).item()
     return {name: 100 * value for name, value in found.items()}
 
 

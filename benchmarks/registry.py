@@ -102,8 +102,8 @@ def paper_variants() -> dict[str, Method]:
         f"paper, {space}, beta {beta}{batch}": Method(
             (
                 "method=saflex_paper",
-                f"+callbacks.saflex.score_space={space}",
-                f"+callbacks.saflex.label_penalty={beta}",
+                f"callbacks.saflex.score_space={space}",
+                f"callbacks.saflex.label_penalty={beta}",
                 *(("batch=replace",) if batch else ()),
             ),
             at_scale=True,
@@ -134,11 +134,8 @@ def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -
         role: See `Bench`.
     """
     file = f"{{data}}/few_shot/{name}_{{seed}}.npz"
-    sizes = (8, 3) if name == "blood" else (10, 1)
     overrides = (
         f"data.path={file}",
-        f"data.num_classes={sizes[0]}",
-        f"data.in_channels={sizes[1]}",
         "model=small_cnn",
         "model.network.width=16",
         f"augmentation={augmentation}",
@@ -147,7 +144,7 @@ def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -
     )
     source = FULL if name == "blood" else "FOLDER_OF_FASHION_MNIST"
     recipe = FEW_SHOT.replace("{source}", source).replace("{name}", name)
-    rows = 25 * sizes[0]
+    rows = 25 * (8 if name == "blood" else 10)
     return Bench(overrides, "test_accuracy", role, 0.7, needs=file, recipe=recipe, val_rows=rows)
 
 
@@ -216,7 +213,6 @@ def pool(role: Role, *overrides: str) -> Bench:
         "data.generated={data}/blood/pool",
         "model=small_cnn",
         "model.network.width=16",
-        "model.network.in_channels=3",
         "trainer.max_epochs=20",
         *overrides,
     )
@@ -335,8 +331,7 @@ BENCHES = {
 
 NO_SELECTION = ("callbacks=none", "+trainer.limit_val_batches=0")
 NOTHING_HELD_OUT = ("data.merge_val=true", "data.steering=train", *NO_SELECTION)
-MERGED_LATE = ("data.steering=late", *NO_SELECTION)
-KEPT = "+callbacks.saflex.label_rule=keep"
+KEPT = "callbacks.saflex.label_rule=keep"
 DEFAULT = "robust"
 METHODS = {
     "no_aug": Method(("method=no_aug",), augments=False),
@@ -363,18 +358,15 @@ METHODS = {
     "soft augmentation": Method(("method=soft_augmentation",), kinds=("images",)),
     "row evidence": Method(("method=row_evidence",), kinds=("pool",)),
     "robust + row evidence": Method(
-        ("method=saflex_robust", "+callbacks.saflex.row_evidence=discriminant"), kinds=("pool",)
+        ("method=saflex_robust", "callbacks.saflex.row_evidence=true"), kinds=("pool",)
     ),
     "oracle filter": Method(("method=uniform", "data.drop_wrong=true"), kinds=("pool",)),
     "gates + robust, nothing held out": Method(("method=saflex_gates", *NOTHING_HELD_OUT)),
-    "robust, merged late": Method(("method=saflex_robust", *MERGED_LATE)),
-    "gates + robust, merged late": Method(("method=saflex_gates", *MERGED_LATE)),
     **paper_variants(),
-    "robust, whole validation": ablation("+callbacks.saflex.val_batch_size={val_rows}"),
-    "robust, balanced validation": ablation("data.steering_draw=balanced"),
-    "robust, new gradient each step": ablation("engine.refresh_every_n_steps=1"),
-    "robust, no average": ablation("+callbacks.saflex.gradient_decay=0"),
-    "robust, no preconditioner": ablation("+callbacks.saflex.precondition=false"),
-    "robust, not normalized": ablation("+callbacks.saflex.normalize=false"),
-    "robust, head": ablation("engine=head"),
+    "robust, whole validation": ablation("callbacks.saflex.val_batch_size={val_rows}"),
+    "robust, new gradient each step": ablation("callbacks.saflex.refresh_every_n_steps=1"),
+    "robust, no average": ablation("callbacks.saflex.gradient_decay=0"),
+    "robust, no preconditioner": ablation("callbacks.saflex.precondition=false"),
+    "robust, not normalized": ablation("callbacks.saflex.normalize=false"),
+    "robust, head": ablation("callbacks.saflex.engine=head"),
 }

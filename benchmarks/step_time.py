@@ -6,13 +6,12 @@
 
 A step is forward, backward and Adam's update on 128 rows; a refined one adds the validation
 gradient where it is due, the engine's pass and the solve, but no metrics, as a step that no logger
-reads. All rows are augmented, but for the
-setting "union", where half of them are and the extra pass runs on those alone if the model scores
-rows one by one. Plain and refined steps of one model take turns in one process; an overhead is
-the ratio of a whole refresh interval to as many plain steps of the same round, given as median
-and quartiles over rounds. Peak memory is that of a fresh process for each engine. Where small
-operations are launched faster than a GPU computes, what counts is computing: ResNet-50 on images
-of 224 pixels, with ``--autocast`` for mixed precision, stands for that.
+reads. All rows are augmented, but for the setting "union", where half of them are. Plain and
+refined steps of one model take turns in one process; an overhead is the ratio of a whole refresh
+interval to as many plain steps of the same round, given as median and quartiles over rounds. Peak
+memory is that of a fresh process for each engine. Where small operations are launched faster than
+a GPU computes, what counts is computing: ResNet-50 on images of 224 pixels, with ``--autocast``
+for mixed precision, stands for that.
 """
 
 import argparse
@@ -31,22 +30,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 
-from saflex_lightning.engines import Engine, RowSubset, adam_second_moments, make_engine
-from saflex_lightning.functional import (
-    Preset,
-    make_preset,
-    soft_cross_entropy,
-    solve,
-    weighted_mean,
-)
-from saflex_lightning.val_gradient import ValidationGradient
+from saflex_lightning.engines import make_engine
+from saflex_lightning.engines.direction import adam_second_moments
+from saflex_lightning.functional import Settings, make_settings, solve, weighted_cross_entropy
+from saflex_lightning.validation.gradient import ValidationGradient
 
 ENGINES = ("head", "finite_difference", "forward_mode")
 SETTINGS = {
-    "B' = B, n = 1": partial(make_preset, "paper"),
-    "B' = B/4, n = 4": partial(make_preset, "paper", refresh_every_n_steps=4, val_batch_ratio=0.25),
-    "robust": partial(make_preset, "robust"),
-    "robust, union": partial(make_preset, "robust"),
+    "B' = B, n = 1": partial(make_settings, "paper"),
+    "B' = B/4, n = 4": partial(
+        make_settings, "paper", refresh_every_n_steps=4, val_batch_ratio=0.25
+    ),
+    "robust": partial(make_settings, "robust"),
+    "robust, union": partial(make_settings, "robust"),
 }
 UNION = "robust, union"
 NUM_CLASSES = 8
@@ -138,53 +134,39 @@ class Training:
         """Train on the batch with plain cross-entropy."""
         self.update(lambda: F.cross_entropy(self.model(self.inputs), self.target))
 
-    def make_refined_step(self, preset: Preset, *, union: bool = False) -> Callable[[], None]:
+    def make_refined_step(self, settings: Settings, *, union: bool = False) -> Callable[[], None]:
         """Return a function that trains on the batch once with SAFLEX.
 
         Args:
-            preset: The settings.
+            settings: The settings.
             union: Refine the second half of the rows alone.
         """
-        engine: Engine = make_engine(preset.engine, self.model)
-        subset = RowSubset(self.model)
-        augmented = torch.arange(len(self.inputs), device=self.device) >= len(self.inputs) // 2
-        val_gradient = ValidationGradient(preset)
-        val_rows = round(preset.val_batch_ratio * len(self.inputs))
+        size = len(self.inputs)
+        engine = make_engine(settings.engine, self.model, lambda: self.model(self.inputs[:8]))
+        augmented = torch.arange(size, device=self.device) >= (size // 2 if union else 0)
+        val_gradient = ValidationGradient(settings)
+        val_rows = round(settings.val_batch_ratio * size)
         number = 0
 
         def refined_loss() -> Tensor:
             nonlocal number
             if val_gradient.is_due(number):
-                rows = torch.randint(len(self.inputs), (val_rows,)).to(self.device)
+                rows = torch.randint(size, (val_rows,)).to(self.device)
                 inputs, target = self.inputs[rows], self.target[rows]
+                self.model.eval()
                 gradient = engine.gradient(
                     lambda: self.model(inputs), lambda scores: F.cross_entropy(scores, target)
                 )
+                self.model.train()
                 moments = adam_second_moments(engine.params, [self.optimizer])
-                val_gradient.refresh(number, gradient, moments if preset.precondition else None)
+                val_gradient.update(number, gradient, moments if settings.precondition else None)
             number += 1
-            probe, rows = None, None
-            if union:
-                probe, rows = subset.probe(self.model, (self.inputs,), {}, augmented)
-            scores, tangent = engine.measure(
-                lambda: self.model(self.inputs), val_gradient.tangent, probe=probe, rows=rows
-            )
-            if rows is not None:
-                tangent = torch.zeros_like(scores).index_copy(0, rows, tangent)
-            solution = solve(
-                tangent,
-                scores.detach().softmax(-1),
-                self.target,
-                augmented if union else None,
-                normalize=preset.normalize,
-                label_rule=preset.label_rule,
-                label_penalty=preset.label_penalty,
-                temperature=preset.temperature,
-                gumbel=preset.gumbel,
-                weight_rule=preset.weight_rule,
-            )
-            losses = soft_cross_entropy(scores, solution.soft_labels)
-            return weighted_mean(losses, solution.weights, solution.weights.sum())
+            finish = engine.jvp(lambda: self.model(self.inputs), val_gradient.direction)
+            scores = self.model(self.inputs)
+            with torch.no_grad():
+                probs = torch.softmax(scores, -1, dtype=torch.float32)
+                solution = solve(finish.of(scores), probs, self.target, augmented, settings)
+            return weighted_cross_entropy(scores, solution.soft_labels, solution.weights)
 
         return lambda: self.update(refined_loss)
 
@@ -280,7 +262,7 @@ def print_peak(name: str, engine: str, args: argparse.Namespace) -> None:
     before = peak_bytes()
     step = training.plain_step
     if engine != "plain":
-        step = training.make_refined_step(make_preset("robust", engine=engine))
+        step = training.make_refined_step(make_settings("robust", engine=engine))
     for _ in range(9):
         step()
     print(json.dumps({"before": before, "peak": peak_bytes()}))

@@ -125,7 +125,6 @@ class Evidence(L.Callback):
 def train(augmentation, *callbacks):
     L.seed_everything(seed, verbose=False)
     data = make_data(augmentation)
-    num_classes = len(data.class_counts())
     trainer = L.Trainer(
         max_epochs=max_epochs,
         callbacks=list(callbacks),
@@ -136,7 +135,7 @@ def train(augmentation, *callbacks):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    model = Classifier(ResNet18(num_classes), num_classes)
+    model = Classifier(ResNet18)  # the data tell it classes and channels
     trainer.fit(model, datamodule=data)
     return trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"]
 

@@ -81,7 +81,7 @@ def run(*callbacks):
     L.seed_everything(seed, verbose=False)
     data = TabularDataModule("qsar", batch_size=batch_size, seed=seed)
     model = Classifier(
-        TabularMLP(41, 2), 2, optimizer="adamw", lr=1e-4, weight_decay=0.01, schedule="constant"
+        TabularMLP, optimizer="adamw", lr=1e-4, weight_decay=0.01, schedule="constant"
     )
     trainer = L.Trainer(
         max_epochs=max_epochs,
@@ -105,7 +105,7 @@ print(f"test AUROC: weights 1 {plain:.4f}, SAFLEX {refined:.4f}")
 
 # %% [markdown]
 # One split and one seed rank nothing; `saflex-train -m experiment=tabular_mlp seed=1,2,3` repeats
-# both over seeds, beside the paper's numbers.
+# both over seeds.
 #
 # ## What the weights say
 #

@@ -28,14 +28,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from saflex_lightning.engines import make_engine, make_tangent
-from saflex_lightning.functional import soft_cross_entropy, solve, weighted_mean
+from saflex_lightning.engines import descent_direction, make_engine
+from saflex_lightning.functional import Settings, solve, weighted_cross_entropy
 
 # %% tags=["parameters"]
 steps = 300
 shown_steps = (5, 40, 150, 299)
 seed = 1
-settings = {"label_penalty": 0.5, "temperature": 0.5}  # so low that labels visibly move
+settings = Settings(label_penalty=0.5, temperature=0.5)  # so low that labels visibly move
 
 # %% [markdown]
 # ## The points
@@ -88,10 +88,11 @@ def train(refine, rows=slice(None)):
     for _ in range(steps):
         if refine:
             val_gradient = engine.gradient(lambda: model(val_points), val_loss)
-            logits, tangent = engine.measure(lambda: model(points), make_tangent(val_gradient))
-            solution = solve(tangent, logits.softmax(-1), target, augmented, **settings)
-            losses = soft_cross_entropy(logits, solution.soft_labels)
-            loss = weighted_mean(losses, solution.weights, solution.weights.sum())
+            finish = engine.jvp(lambda: model(points), descent_direction(val_gradient))
+            logits = model(points)
+            jvp = finish.of(logits)  # how the scores move along -g
+            solution = solve(jvp, logits.softmax(-1), target, augmented, settings)
+            loss = weighted_cross_entropy(logits, solution.soft_labels, solution.weights)
             weights = torch.lerp(weights, solution.weights, 0.1)
             labels = torch.lerp(labels, solution.soft_labels, 0.1)
             history.append((weights, labels))

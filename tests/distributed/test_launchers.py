@@ -26,8 +26,8 @@ LAUNCHERS = {
     "ddp_spawn": (PYTHON, "ddp_spawn"),
     "torchrun": (TORCHRUN, "ddp"),
 }
-FOUR_GPUS = "configs/lightning_cli/medmnist_4gpu_fp16.yaml"
-TRAIN = ("-m", "saflex_lightning.train")
+FOUR_GPUS = "medmnist_4gpu_fp16"
+TRAIN = ("-m", "saflex_lightning.cli.train")
 SIMULATED = (
     *("trainer=ddp_sim", "trainer.max_epochs=1"),
     *("data.batch_size=4", "data.eval_batch_size=128", "trainer.enable_progress_bar=false"),
@@ -135,7 +135,7 @@ def test_sweep_of_jobs_that_would_sweep_again_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("python", "strategy"), launchers("ddp"))
 def test_shipped_four_gpu_file_runs_on_two_cpu_processes(python, strategy, tmp_path):
-    fit = ("-m", "saflex_lightning.cli", "fit", "--config", FOUR_GPUS, *FIT)
+    fit = ("-m", "saflex_lightning.cli.saflex", "fit", "--config", FOUR_GPUS, *FIT)
     ends = (f"--trainer.strategy={strategy}", "--trainer.max_epochs=1")
     done = run([*python, *fit, *ends], tmp_path)
     assert done.returncode == 0, done.stdout
@@ -165,7 +165,9 @@ def test_batch_script_is_requeued_and_goes_on(tmp_path):
     """The shipped script, with an ``srun`` that starts two tasks here as SLURM's would."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    write_program(programs / "saflex", f'exec "{sys.executable}" -m saflex_lightning.cli "$@"\n')
+    write_program(
+        programs / "saflex", f'exec "{sys.executable}" -m saflex_lightning.cli.saflex "$@"\n'
+    )
     write_program(programs / "scontrol", 'echo "$@" > "$SLURM_SUBMIT_DIR/requeued"\n')
     write_program(
         programs / "srun",

@@ -1,7 +1,6 @@
 """The accuracy benchmark: its arithmetic, its tables, and one real run that is not repeated."""
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
@@ -10,20 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.benchmarks import BENCHMARKS, load_benchmark
 from helpers.configs import compose_config
 
 from saflex_lightning.recipes.medmnist import read_medmnist
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def accuracy():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("accuracy")
-        for name in ("accuracy", "registry"):
-            patch.delitem(sys.modules, name)
+    return load_benchmark("accuracy")
 
 
 def result(test, val=0.5):
@@ -147,6 +141,22 @@ def all_jobs(accuracy, folder):
     ]
 
 
+@pytest.mark.parametrize(
+    ("bench", "method"),
+    [
+        ("blood_few_mixup", "robust, nothing held out"),
+        ("qsar_mlp", "robust, head"),
+        ("qsar_saint", "paper, replaced"),
+        ("blood_pool_noise_40", "robust + row evidence"),
+        ("bloodmnist_randaugment", "paper, probs, beta 1"),
+    ],
+)
+def test_a_method_composes_on_a_bench(accuracy, tmp_path, bench, method):
+    job = accuracy.Job(bench, method, 1, tmp_path, tmp_path)
+    assert compose_config(tmp_path, *job.overrides()).seed == 1
+
+
+@pytest.mark.slow
 def test_every_method_composes_on_every_bench_that_it_serves(accuracy, tmp_path):
     jobs = all_jobs(accuracy, tmp_path)
     assert {job.bench for job, _ in jobs} == set(accuracy.BENCHES)

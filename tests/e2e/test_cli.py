@@ -1,29 +1,22 @@
 """``saflex``: driven with arguments in a clean directory."""
 
-import os
-import re
 import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
+from helpers.configs import CONFIGS, compose_config
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
+from omegaconf import OmegaConf
 
 import saflex_lightning
-from saflex_lightning.cli import find_config, main
+from saflex_lightning.cli.saflex import compose_experiment, find_config, main
 
-CONFIGS = Path(str(resources.files("saflex_lightning.configs")))
-# Rows of the table of methods by LightningCLI: the method, and what makes it of `saflex_robust`.
-ARGUMENTS = dict(
-    re.findall(r"^\| `(\w+)` \| `(--.*)` \|$", (CONFIGS / "README.md").read_text(), re.M)
-)
-SHORTLY = ("gates_only", "small_loss")
-SHIPPED = "configs/lightning_cli/blood_randaugment.yaml"
-RUN = Path("outputs/blood_randaugment")
+EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
+SHIPPED = "main"
+RUN = Path("outputs/main")
 SHORT = (
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
@@ -75,14 +68,14 @@ def test_saved_config_may_be_written_twice_into_one_directory(saflex):
     args = ("fit", "-c", SHIPPED, *SHORT, "--trainer.max_epochs=1", "--trainer.logger=false")
     saflex(*args, "--trainer.enable_checkpointing=false")
     saflex(*args, "--trainer.enable_checkpointing=false")
-    assert Path("config.yaml").is_file()
+    assert (RUN / "config.yaml").is_file()
 
 
 def test_callback_is_added_by_class_path(saflex):
     saflex(
         "fit",
         *("--model=saflex_lightning.recipes.Classifier", "--model.lr=0.01"),
-        *("--model.network=saflex_lightning.recipes.ResNet18", "--model.num_classes=8"),
+        "--model.network=saflex_lightning.recipes.ResNet18",
         *("--data=saflex_lightning.recipes.MedMNISTDataModule", *SHORT),
         *("--trainer.max_epochs=1", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"),
         "--trainer.logger.save_dir=logs",
@@ -109,51 +102,46 @@ def plain(value):
     }
 
 
-@pytest.mark.parametrize(
-    ("file", "on_cpu", "overrides"),
-    [
-        (SHIPPED, ["accelerator=cpu"], []),
-        (
-            "configs/lightning_cli/medmnist_randaugment.yaml",
-            ["accelerator=cpu"],
-            ["experiment=medmnist_randaugment"],
-        ),
-        (
-            "configs/lightning_cli/medmnist_4gpu_fp16.yaml",
-            ["accelerator=cpu", "precision=32"],
-            [
-                *("experiment=medmnist_randaugment", "trainer=ddp_4gpu", "data.batch_size=32"),
-                *("data.steering=split", "data.num_workers=4"),
-            ],
-        ),
-        *(
-            (f"configs/lightning_cli/{name}.yaml", ["accelerator=cpu"], [f"experiment={name}"])
-            for name in ("tabular_mlp", "tabular_saint")
-        ),
-    ],
-    ids=["main job", "experiment", "four GPUs", "perceptron", "SAINT"],
-)
-def test_same_objects_as_a_job_of_hydra(tmp_path, monkeypatch, file, on_cpu, overrides):
+def parse(monkeypatch, config, *args):
+    """What ``saflex`` instantiates before it fits."""
     monkeypatch.setattr(sys, "argv", ["saflex"])  # LightningCLI warns about arguments given twice
-    cli = LightningCLI(
-        args=["--config", find_config(file), *(f"--trainer.{setting}" for setting in on_cpu)],
+    return LightningCLI(
+        args=["--config", find_config(config), "--trainer.accelerator=cpu", *args],
         run=False,
         auto_configure_optimizers=False,
     )
-    with initialize_config_module(config_module="saflex_lightning.configs", version_base="1.3"):
-        settings = [f"output_dir={tmp_path}", *(f"trainer.{setting}" for setting in on_cpu)]
-        cfg = compose("train", overrides=[*overrides, *settings])
+
+
+# What is given to ``saflex`` -> what is given to ``saflex-train``.
+JOBS = {
+    ("main",): [],
+    ("tabular_mlp method=gates_only model.network.width=16",): [
+        *("experiment=tabular_mlp", "method=gates_only", "model.network.width=16")
+    ],
+    ("medmnist_4gpu_fp16", "--trainer.precision=32"): [
+        *("experiment=medmnist_randaugment", "trainer=ddp_4gpu", "data.batch_size=32"),
+        *("data.steering=split", "data.num_workers=4", "trainer.precision=32"),
+    ],
+    # CLIP's weights are a download.
+    **{(name,): [f"experiment={name}"] for name in EXPERIMENTS if not name.startswith("clip")},
+}
+
+
+@pytest.mark.parametrize(("given", "overrides"), JOBS.items(), ids=[key[0] for key in JOBS])
+def test_same_objects_as_a_job_of_hydra(tmp_path, monkeypatch, given, overrides):
+    cli = parse(monkeypatch, *given)
+    cfg = compose_config(tmp_path, *overrides, "trainer.accelerator=cpu")
     data, model = instantiate(cfg.data), instantiate(cfg.model)
-    saflex = instantiate(cfg.callbacks.saflex)
-    trainer = instantiate(cfg.trainer)
+    saflex, trainer = instantiate(cfg.callbacks.saflex), instantiate(cfg.trainer)
 
     assert cli.config.seed_everything == cfg.seed
     assert type(cli.datamodule) is type(data)
     assert plain(cli.datamodule) == plain(data)
+    assert cli.datamodule.augmentation_settings == data.augmentation_settings
     assert type(cli.model) is type(model)
     settings = {key: value for key, value in cli.model.hparams.items() if key[0] != "_"}
     assert settings == dict(model.hparams)
-    assert str(cli.model) == str(model)
+    assert cli.model._maker == model._maker
 
     theirs = [c for c in cli.trainer.callbacks if isinstance(c, saflex_lightning.SAflexCallback)]
     assert [plain(callback) for callback in theirs] == [plain(saflex)]
@@ -170,50 +158,58 @@ def test_same_objects_as_a_job_of_hydra(tmp_path, monkeypatch, file, on_cpu, ove
         assert getattr(cli.trainer, name) == getattr(trainer, name), name
 
 
-@pytest.mark.parametrize(
-    ("method", "experiment"),
-    [
-        pytest.param(*case, marks=() if short else pytest.mark.slow)
-        for *case, short in (
-            *((method, "tabular_mlp", method in SHORTLY) for method in ARGUMENTS),
-            *((method, "blood_generated", False) for method in ARGUMENTS),
-            *((method, "medmnist_randaugment", False) for method in ARGUMENTS),
-        )
-    ],
-)
-def test_methods_of_the_readme_are_those_of_hydra(tmp_path, monkeypatch, method, experiment):
-    monkeypatch.setattr(sys, "argv", ["saflex"])
-    file = find_config(f"configs/lightning_cli/{experiment}.yaml")
-    arguments = ["--config", file, "--trainer.accelerator=cpu", *ARGUMENTS[method].split()]
-    cli = LightningCLI(args=arguments, run=False, auto_configure_optimizers=False)
-    with initialize_config_module(config_module="saflex_lightning.configs", version_base="1.3"):
-        overrides = [f"experiment={experiment}", f"method={method}", f"output_dir={tmp_path}"]
-        cfg = compose("train", overrides=overrides)
-    data, model = instantiate(cfg.data), instantiate(cfg.model)
-    assert plain(cli.datamodule) == plain(data)
-    assert cli.datamodule.augmentation_settings == data.augmentation_settings
-    assert {key: cli.model.hparams[key] for key in model.hparams} == dict(model.hparams)
-    expected = [instantiate(cfg.callbacks.saflex)] if "saflex" in cfg.callbacks else []
-    found = [c for c in cli.trainer.callbacks if isinstance(c, saflex_lightning.SAflexCallback)]
-    assert [plain(callback) for callback in found] == [plain(callback) for callback in expected]
-    assert [callback.preset for callback in found] == [callback.preset for callback in expected]
-    assert cli.trainer.limit_val_batches == cfg.trainer.get("limit_val_batches", 1.0)
+def with_targets(value):
+    """Write class paths as Hydra does."""
+    if isinstance(value, list):
+        return [with_targets(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"class_path", "init_args"}:
+        return {"_target_": value["class_path"], **with_targets(value["init_args"])}
+    return {key: with_targets(entry) for key, entry in value.items()}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_leaf_of_an_experiment_is_that_of_hydra(name):
+    """Nothing is added and nothing is lost, but what two commands need between them."""
+    job = with_targets(compose_experiment(name))
+    cfg = compose_config(f"outputs/{name}", f"experiment={name}", "trainer.enable_checkpointing=1")
+    expected = OmegaConf.to_container(cfg, resolve=True)
+    expected["trainer"]["logger"] |= {"name": "", "version": None}
+    trainer = {"_target_": "lightning.Trainer", **job["trainer"]}
+    assert trainer.pop("callbacks") == list(expected["callbacks"].values())
+    assert (trainer, job["model"], job["data"]) == tuple(
+        expected[part] for part in ("trainer", "model", "data")
+    )
 
 
 class TestFindConfig:
-    packaged = str(CONFIGS / "lightning_cli" / "blood_randaugment.yaml")
+    packaged = str(CONFIGS / "lightning_cli" / "medmnist_4gpu_fp16.yaml")
 
-    @pytest.mark.parametrize("name", [SHIPPED, f".{os.sep}{SHIPPED}", SHIPPED[len("configs/") :]])
+    @pytest.mark.parametrize(
+        "name", ["medmnist_4gpu_fp16", "configs/lightning_cli/medmnist_4gpu_fp16.yaml"]
+    )
     def test_shipped_file_is_found_from_anywhere(self, name):
         assert find_config(name) == self.packaged
 
-    def test_a_file_that_exists_wins(self, tmp_path):
-        (tmp_path / "configs" / "lightning_cli").mkdir(parents=True)
-        (tmp_path / SHIPPED).write_text("")
-        assert find_config(SHIPPED) == SHIPPED
+    def test_an_experiment_is_composed_with_overrides(self):
+        found = yaml.safe_load(find_config("tabular_mlp method=uniform data=arrhythmia seed=7"))
+        assert found["seed_everything"] == 7
+        assert found["data"]["init_args"]["dataset"] == "arrhythmia"
+        assert found["trainer"]["callbacks"] == []
 
-    def test_other_names_are_left_to_the_parser(self):
-        assert find_config("mine.yaml") == "mine.yaml"
+    def test_a_command_that_a_launcher_repeats_is_composed_already(self):
+        text = find_config("main")
+        assert find_config(text) == text
+
+    @pytest.mark.parametrize("name", ["main", "tabular_mlp"])
+    def test_a_file_that_exists_wins(self, tmp_path, name):
+        (tmp_path / name).write_text("")
+        assert find_config(name) == name
+
+    @pytest.mark.parametrize("name", ["mine.yaml", "", "it's mine.yaml"])
+    def test_other_names_are_left_to_the_parser(self, name):
+        assert find_config(name) == name
 
 
 def test_missing_config_is_reported(saflex, capsys):

@@ -1,36 +1,15 @@
-"""The CLIP experiment: its LightningCLI file can be instantiated, its rivals stand in one table."""
+"""The CLIP experiments: their rivals stand in the same table."""
 
 import pytest
-import yaml
-from helpers.clip import TINY
-from helpers.configs import CONFIGS, compose_config, render
+from helpers.benchmarks import load_benchmark
+from helpers.configs import compose_config, render
 from helpers.standins import clip_experiment
-from jsonargparse import ArgumentParser
-from lightning import LightningDataModule, LightningModule
 
-from saflex_lightning.recipes.contrastive import ContrastiveTuner, IWildCamDataModule
-from saflex_lightning.recipes.paper import make_paper_tables, paper_cell
-from saflex_lightning.recipes.sweep import read_results
-from saflex_lightning.train import train
+from saflex_lightning.cli.sweep import read_results
+from saflex_lightning.cli.train import train
 
-
-@pytest.fixture
-def mirror():
-    return yaml.safe_load((CONFIGS / "lightning_cli" / "clip_flyp.yaml").read_text())
-
-
-def test_file_can_be_instantiated(mirror):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model")
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    mirror["model"]["init_args"]["encoders"]["init_args"]["config"] = TINY
-    made = parser.instantiate_classes(
-        parser.parse_object({"model": mirror["model"], "data": mirror["data"]})
-    )
-    assert isinstance(made.model, ContrastiveTuner)
-    assert made.model.lr == 1e-5
-    assert isinstance(made.data, IWildCamDataModule)
-    assert made.data.augmentation_settings == {"num_ops": 2, "magnitude": 9}
+paper = load_benchmark("paper")
+make_paper_tables, paper_cell = paper.make_paper_tables, paper.paper_cell
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from helpers.folders import make_image_folders
 from PIL import Image
 
-from saflex_lightning import generate
+from saflex_lightning.cli import generate
 from saflex_lightning.recipes import GeneratedDataModule
 from saflex_lightning.recipes.diffusion import fill_pool_by_diffusion
 

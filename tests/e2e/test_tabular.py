@@ -1,17 +1,17 @@
 """Tabular runs from the command line's configs: every set, every method, both networks."""
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from helpers.configs import CONFIGS, compose_config, gates_in_log
-from helpers.tables import COLOURS, SHARED, make_table, write_csv, write_npz
+from helpers.tables import SHARED, make_table, write_csv, write_npz
 from helpers.training import assert_same_state, state_of
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from saflex_lightning.recipes.tabular import sets as tabular_sets
+from saflex_lightning.cli.train import train
 from saflex_lightning.recipes.tabular.facts import SETS
-from saflex_lightning.train import train
 
 SHIPPED = ("arrhythmia", "qsar")
 SHORT = (
@@ -95,7 +95,12 @@ def test_soft_augmentation_of_a_table_is_refused(tmp_path):
 @pytest.mark.parametrize("model", ["tabular_mlp", "saint"])
 def test_other_engines_serve_both_networks(tmp_path, engine, model):
     small = SMALL_SAINT if model == "saint" else ("model.network.batch_norm=true",)
-    settings = (f"model={model}", f"engine={engine}", *small, "data.batch_size=100")
+    settings = (
+        f"model={model}",
+        f"callbacks.saflex.engine={engine}",
+        *small,
+        "data.batch_size=100",
+    )
     result = run(tmp_path, *settings, "debug=fast")
     assert result["steps"] == 4
     assert result["effective_fraction"] < 1.0
@@ -131,19 +136,17 @@ def test_same_rows_with_and_without_saflex(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dataset", SETS)
 def test_a_set_and_its_networks_fit(tmp_path, dataset):
     cfg = compose_config(
-        tmp_path,
-        *("experiment=tabular_saint", f"data={dataset}", *SMALL_SAINT),
-        *(["data.cardinalities=[3,3,3,3,3,3,3]"] if dataset == "click" else []),
+        tmp_path, "experiment=tabular_saint", f"data={dataset}", "model.network.dim=2"
     )
     facts = SETS[dataset]
     assert cfg.data.dataset == dataset
-    assert (cfg.data.num_numeric, cfg.data.num_classes) == (facts.numeric, facts.classes)
-    assert len(cfg.data.cardinalities) == facts.categorical
     assert cfg.data.path == (None if dataset in SHIPPED else "data")
-    network = instantiate(cfg.model).network
-    levels = torch.tensor([list(cfg.data.cardinalities)] * 3).long().reshape(3, -1) - 1
-    assert network(torch.randn(3, facts.numeric), levels).shape == (3, facts.classes)
     instantiate(cfg.data)
+    model = instantiate(cfg.model)
+    sizes = {"num_numeric": facts.numeric, "cardinalities": [3] * facts.categorical}
+    model.build({**sizes, "num_classes": facts.classes})
+    levels = torch.full((3, facts.categorical), 2)
+    assert model(torch.randn(3, facts.numeric), levels).shape == (3, facts.classes)
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "tabular").is_dir(), reason="needs the shared data")
@@ -159,10 +162,27 @@ def test_a_file_of_ones_own(tmp_path):
     result = run(
         tmp_path,
         *("data=tabular", "data.dataset=null", f"data.path={path}", "data.target=answer"),
-        *("data.categorical=[colour,size]", "data.num_numeric=2", "data.num_classes=2"),
-        *(f"data.cardinalities=[{len(COLOURS) + 2},4]", "data.batch_size=50"),
+        *("data.categorical=[colour,size]", "data.batch_size=50"),
     )
     assert result["steps"] == 4
+
+
+def test_a_csv_of_a_set_whose_columns_are_the_users(tmp_path):
+    """Click has no file of its own: 5 numeric and 7 categorical columns, as in Table 5."""
+    facts, generator = SETS["click"], np.random.default_rng(0)
+    target = generator.permutation(np.repeat([0, 1], facts.class_counts))
+    columns = {f"n{k}": generator.normal(size=facts.rows).round(3) for k in range(5)}
+    columns |= {f"c{k}": generator.integers(0, 2 + k, facts.rows) for k in range(7)}
+    lines = np.column_stack([target, *columns.values()]).astype(str)
+    file = tmp_path / "click.csv"
+    np.savetxt(file, lines, "%s", ",", header=",".join(["click", *columns]), comments="")
+    result = run(
+        tmp_path,
+        *("data=click", f"data.path={file}", "data.target=click", "debug=fast"),
+        f"data.categorical=[{','.join(f'c{k}' for k in range(7))}]",
+    )
+    assert result["steps"] == 4
+    assert result["paper"]["cells"] == [{"column": "click", "metric": "test_auroc"}]
 
 
 def targets_that_steer(cfg):
@@ -181,22 +201,8 @@ def targets_that_steer(cfg):
     return seen
 
 
-def test_rare_positives_reach_every_steering_batch(tmp_path, monkeypatch):
-    path = write_npz(tmp_path / "appetency.npz", make_table(2000, positives=20))
-    monkeypatch.setattr(tabular_sets, "_check_facts", lambda *_: None)
-    monkeypatch.setattr(tabular_sets, "make_rare", lambda table: table)
-    cfg = compose_config(
-        tmp_path,
-        *("experiment=tabular_mlp", "data=kdd99_rare", f"data.path={path}", *SHORT),
-        *("data.num_numeric=2", "data.cardinalities=[5,4]", "data.steering_batch_size=16"),
-        "engine.refresh_every_n_steps=1",
-    )
-    seen = [int(target.sum()) for target in targets_that_steer(cfg)]
-    assert seen == [1] * 10  # of 3 positives in 300 rows: most plain batches of 16 have none
-
-
 def test_all_rows_steer_at_every_refresh(tmp_path):
-    settings = ("engine.refresh_every_n_steps=2", "+callbacks.saflex.val_batch_size=158")
+    settings = ("callbacks.saflex.refresh_every_n_steps=2", "callbacks.saflex.val_batch_size=158")
     cfg = compose_config(tmp_path, "experiment=tabular_mlp", *SHORT, *settings)
     data = instantiate(cfg.data)
     data.setup("fit")
@@ -206,20 +212,12 @@ def test_all_rows_steer_at_every_refresh(tmp_path):
     assert all(target.bincount().equal(counts) for target in seen)
 
 
-@pytest.mark.slow
-def test_balanced_images_steer(tmp_path):
-    settings = ("data.steering_draw=balanced", "data.steering_batch_size=16", "engine=head")
-    cfg = compose_config(tmp_path, *settings, "data.batch_size=4", "debug=fast")
-    assert [target.bincount().tolist() for target in targets_that_steer(cfg)] == [[2] * 8]
-
-
 def test_a_resumed_run_draws_the_steering_batches_of_an_uninterrupted_one(tmp_path):
     path = write_npz(tmp_path / "table.npz", make_table(400))
     settings = (
         *("experiment=tabular_mlp", "data=tabular", "data.dataset=null", f"data.path={path}"),
-        *("data.num_numeric=2", "data.cardinalities=[5,4]", "data.num_classes=2", *SHORT),
-        *("data.batch_size=60", "data.steering_draw=balanced", "data.steering_batch_size=10"),
-        *("engine.refresh_every_n_steps=1", "model.network.dropout=0"),
+        *("data.batch_size=60", "model.network.dropout=0", *SHORT),
+        *("callbacks.saflex.refresh_every_n_steps=1", "callbacks.saflex.val_batch_size=10"),
     )
 
     def fit(max_epochs, checkpoint=None):

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from saflex_lightning import SAflexCallback
-from saflex_lightning.recipes.resumable import ResumableLoader, ResumableSampler
+from saflex_lightning.data.resumable import ResumableLoader, ResumableSampler
 
 STEPS_PER_EPOCH, EPOCHS = 6, 3
 NAME = "latest"

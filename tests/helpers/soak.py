@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import TensorDataset
 
 from saflex_lightning import SAflexCallback
-from saflex_lightning.recipes.resumable import ResumableLoader, ResumableSampler
+from saflex_lightning.data.resumable import ResumableLoader, ResumableSampler
 
 # No checkpoint falls on the last batch of an epoch: see the expected failure in test_resume.
 STEPS, STEPS_PER_EPOCH, CHECKPOINT_EVERY = 2000, 125, 48

@@ -55,7 +55,6 @@ def clip_experiment(folder):
     )
     return [
         f"data.root={folder}",
-        "data.num_classes=3",
         "data.image_size=28",
         "data.batch_size=4",
         "data.num_workers=0",
@@ -74,7 +73,7 @@ def blood_experiment(folder):
     make_image_folders(folder / "real", splits=("val", "test", "extra"))
     make_pool(folder / "pool")
     files = [f"data.root={folder / 'real'}", f"data.generated={folder / 'pool'}"]
-    return [*files, "data.num_classes=3", "data.batch_size=4", "data.num_workers=0"]
+    return [*files, "data.batch_size=4", "data.num_workers=0"]
 
 
 def imagenet_experiment(folder):

@@ -8,8 +8,8 @@ from helpers.training import Classifier, assert_same_state, fit, make_loader, se
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from saflex_lightning import SAflexCallback
+from saflex_lightning.cli.train import train
 from saflex_lightning.engines.direction import adam_second_moments
-from saflex_lightning.train import train
 
 pytestmark = [
     pytest.mark.gpu,

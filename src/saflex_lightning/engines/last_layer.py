@@ -17,7 +17,11 @@ from .untouched import extra_pass
 
 __all__ = ["Call", "find_last_layer", "last_layer_of", "maker_of", "watch_calls", "watched_layer"]
 
-_NAME_IT = "name the layer with `saflex_head()`"
+
+def _instead_of(wanted_by: str) -> str:
+    """Return what to do where no last layer is found, as an instruction."""
+    other = "Pass engine='forward_mode'" if "engine" in wanted_by else f"Leave {wanted_by} out"
+    return f"{other}, or name the layer with `saflex_head()`."
 
 
 def find_last_layer(
@@ -91,7 +95,7 @@ def last_layer_of(
     wanted_by: str,
 ) -> LastLayer:
     """Return the linear layer that made the scores in some calls; see `find_last_layer`."""
-    instead = f"Pass engine='forward_mode', or {_NAME_IT}."
+    instead = _instead_of(wanted_by)
     if head is not None and not isinstance(head, nn.Linear):
         raise UnsupportedModelError(
             f"Expected `saflex_head()` to return an `nn.Linear`, but got {type(head).__name__}. "
@@ -104,15 +108,15 @@ def last_layer_of(
     if not linears:
         asked = "an `nn.Linear`" if head is None else f"submodule `{names.get(head, 'head')}`"
         raise UnsupportedModelError(
-            f"Expected {wanted_by} to see {asked} called, but the scores used none, or "
-            f"`torch.compile` hides it. {instead}"
+            f"Expected {wanted_by} to see {asked} called, but the scores used none. A "
+            f"layer that `torch.compile` took is hidden: leave it out. {instead}"
         )
     last_calls = {call.module: call for call in linears}  # a layer may be called for other things
     makers = [call for call in last_calls.values() if _makes(call, scores)]
     call = (makers or linears)[-1]
     layer = call.module
     assert isinstance(layer, nn.Linear)
-    last = watched_layer(module, layer, names.get(layer, "head"), wanted_by, instead)
+    last = watched_layer(module, layer, names.get(layer, "head"), wanted_by)
     if call.seen is None or not isinstance(scores, Tensor):
         raise UnsupportedModelError(
             f"Expected submodule `{last.name}` to map (batch, features) to the scores, but the "
@@ -126,11 +130,9 @@ def last_layer_of(
     return last
 
 
-def watched_layer(
-    module: nn.Module, layer: nn.Linear, name: str, wanted_by: str, instead: str = ""
-) -> LastLayer:
+def watched_layer(module: nn.Module, layer: nn.Linear, name: str, wanted_by: str) -> LastLayer:
     """Return the layer's watcher, after checking that its own parameters are trained."""
-    instead = instead or f"Pass engine='forward_mode', or {_NAME_IT}."
+    instead = _instead_of(wanted_by)
     if "weight" not in layer._parameters:
         raise UnsupportedModelError(
             f"Expected the weight of the last linear layer to be a parameter for {wanted_by}, but "

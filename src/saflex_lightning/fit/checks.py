@@ -232,18 +232,20 @@ def _tasks_per_node(counts: str) -> list[int]:
 
 
 def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[str]:
-    """Return the name of every group of training rows, from a `saflex_group_names` hook.
+    """Return the name of every group of training rows, from a hook or else the training loader.
 
     Raises:
-        MisconfigurationException: If there is no hook, no augmented group, or a name twice.
+        MisconfigurationException: If nothing names them, no augmented group, or a name twice.
     """
     names = ask_hook(trainer, module, "saflex_group_names")
+    if names is None:
+        names = getattr(trainer.train_dataloader, "group_names", None)
     if names is None or len(names) < 2 or len(set(names)) < len(names):
         raise MisconfigurationException(
             "Expected `saflex_group_names()` of the datamodule or module to name the groups of "
             "`AugmentedBatch.group` for `gates=True`, the clean rows first, each once, but got "
             f"{names if names is None else list(names)}. Return names such as "
-            "('clean', 'Rotate', 'Invert'), or pass `gates=False`."
+            "('clean', 'Rotate', 'Invert'), train on a `union_loader`, or pass `gates=False`."
         )
     return names
 

@@ -1,34 +1,23 @@
-"""Upstream augmentations by name, and what they make of an image.
+"""Upstream augmentations of images by name.
 
-Most augment one image (`AugmentedImage`); Mixup and CutMix mix the images of a batch. Adding one is
-one line in one of the two tables.
+Most augment one image; Mixup and CutMix mix the images of a batch. `UnionDataset` makes the rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 from torchvision.transforms import v2
 
-from saflex_lightning.recipes.mixing import mixing_group_names
-from saflex_lightning.recipes.operations import TaggedImage, TagOperations, group_names_of
+from saflex_lightning.data.draws import seeded_draws
+from saflex_lightning.data.mixing import is_mixing
+from saflex_lightning.recipes.checks import check_flags, check_mapping, check_number
 from saflex_lightning.recipes.soft_crop import SoftCrop
 
-__all__ = [
-    "AugmentationName",
-    "AugmentedImage",
-    "BatchMixing",
-    "ImageAugmentation",
-    "augmentation_group_names",
-    "make_image_augmentation",
-    "make_mixing",
-    "seeded_draws",
-]
+__all__ = ["AugmentationName", "check_augmentation", "make_augmentation"]
 
 AugmentationName = Literal[
     "none",
@@ -43,153 +32,97 @@ AugmentationName = Literal[
 ]
 
 
-class AugmentedImage(NamedTuple):
-    """What an upstream augmentation makes of one image.
-
-    Attributes:
-        image: ``(channels, height, width)`` uint8.
-        group: What made it, from 1 (0 means clean); see `augmentation_group_names`.
-        target: ``(classes,)`` float32; None keeps the label of the image. An augmentation gives
-            one for every image or for none.
-    """
-
-    image: Tensor
-    group: int = 1
-    target: Tensor | None = None
-
-
-ImageAugmentation = Callable[[Tensor, int], AugmentedImage]
-BatchMixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def make_image_augmentation(
+def make_augmentation(
     name: AugmentationName, num_classes: int, settings: Mapping[str, Any]
-) -> ImageAugmentation | None:
-    """Return the augmentation of one image and its label, or None where the name has none.
+) -> Callable[..., Any] | None:
+    """Return an augmentation as `UnionDataset` takes it; None for ``"none"``.
 
     Args:
         name: An augmentation.
-        num_classes: Number of classes.
+        num_classes: Number of classes, for those that change labels.
         settings: Keyword values of the transform.
-
-    Returns:
-        A function that draws from torch's global generator, see `seeded_draws`.
 
     Raises:
         TypeError: If a setting is unknown.
-    """
-    if name == "soft_crop":
-        return partial(_soften, _build(partial(SoftCrop, num_classes), name, settings))
-    if name in _TRANSFORMS:
-        return partial(_transform, _build(_TRANSFORMS[name], name, settings))
-    return None
-
-
-def make_mixing(
-    name: AugmentationName, num_classes: int, settings: Mapping[str, Any]
-) -> BatchMixing | None:
-    """Return the augmentation that mixes a batch and its labels, or None where the name has none.
-
-    Args:
-        name: An augmentation.
-        num_classes: Number of classes.
-        settings: Keyword values of the transform.
-
-    Returns:
-        A function of float images ``(batch, channels, height, width)`` and labels ``(batch,)`` that
-        draws from torch's global generator and returns soft labels ``(batch, classes)``.
-
-    Raises:
-        TypeError: If a setting is unknown.
-    """
-    if name in _MIXINGS:
-        return _build(partial(_MIXINGS[name], num_classes=num_classes), name, settings)
-    return None
-
-
-def augmentation_group_names(
-    name: AugmentationName, settings: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """Return what each value of ``AugmentedBatch.group`` stands for.
-
-    Args:
-        name: An augmentation.
-        settings: Keyword values of the transform.
     """
     if name == "none":
-        return ("clean",)
-    if name in _MIXINGS:
-        return mixing_group_names(name)
-    if name in _TRANSFORMS:
-        return group_names_of(_build(_TRANSFORMS[name], name, settings))
-    return ("clean", name)
+        return None
+    make = _TRANSFORMS[name]
+    if "num_classes" in signature(make).parameters:
+        make = partial(make, num_classes=num_classes)
+    return make(**settings)
 
 
-def _tagged(make: Callable[..., v2.Transform]) -> Callable[..., TagOperations]:
-    return lambda **settings: TagOperations(make(**settings))
+def check_augmentation(name: AugmentationName, settings: Mapping[str, Any] | None) -> None:
+    """Refuse settings that the transform does not have or cannot work with, before any worker does.
+
+    Numbers are compared with the type of the transform's own default, and a few images are
+    augmented.
+
+    Args:
+        name: An augmentation.
+        settings: Keyword values of the transform.
+
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If a setting is unknown or of another type.
+    """
+    check_mapping("augmentation_settings", settings)
+    settings = dict(settings or {})
+    if name == "none":
+        return
+    parameters = signature(_TRANSFORMS[name]).parameters
+    for setting, value in settings.items():
+        if setting in parameters and setting not in {"fill", "interpolation"}:
+            _check_value(f"augmentation_settings.{setting}", value, parameters[setting].default)
+    try:
+        _try(name, make_augmentation(name, 2, settings))
+    except Exception as error:  # whatever the transform raises
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"Expected `augmentation_settings` to fit '{name}', but got {settings} ({error}). Pass "
+            "keyword values of that transform alone."
+        ) from error
+
+
+def _try(name: AugmentationName, augment: Any) -> None:
+    """Augment a few images; a crop must fit those of the set, which are not known yet."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    arguments: tuple[Any, ...] = (image,)
+    if is_mixing(augment):
+        arguments = (image[None].float(), torch.zeros(1, dtype=torch.int64))
+    elif getattr(augment, "changes_label", False):
+        arguments = (image, 0)
+    for draw in range(8 * (name != "crop")):  # one draw may need a setting that another does not
+        with seeded_draws(draw):
+            augment(*arguments)
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+    if isinstance(default, bool):
+        check_flags(**{name: value})
+    elif isinstance(default, int):
+        least = min(0, default)
+        wanted, advice = f"an integer of at least {least}", f"The transform's own is {default}."
+        check_number(name, value, wanted, lambda x: x >= least and x == int(x), advice)
+    elif isinstance(default, float):
+        advice = f"The transform's own is {default}."
+        check_number(name, value, "a positive number", lambda x: x > 0, advice)
 
 
 def _auto_augment(policy: Literal["imagenet", "cifar10", "svhn"] = "imagenet") -> v2.Transform:
     return v2.AutoAugment(v2.AutoAugmentPolicy(policy))
 
 
-_TRANSFORMS: Mapping[str, Callable[..., v2.Transform | TagOperations]] = MappingProxyType(
+_TRANSFORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
-        "randaugment": _tagged(v2.RandAugment),
-        "trivialaugment": _tagged(v2.TrivialAugmentWide),
-        "autoaugment": _tagged(_auto_augment),
+        "randaugment": v2.RandAugment,
+        "trivialaugment": v2.TrivialAugmentWide,
+        "autoaugment": _auto_augment,
         "augmix": v2.AugMix,
         "crop": v2.RandomCrop,
+        "soft_crop": SoftCrop,
+        "mixup": v2.MixUp,
+        "cutmix": v2.CutMix,
     }
 )
-_MIXINGS: Mapping[str, Callable[..., v2.Transform]] = MappingProxyType(
-    {"mixup": v2.MixUp, "cutmix": v2.CutMix}
-)
-
-
-def _transform(
-    transform: v2.Transform | TagOperations, image: Tensor, label: int
-) -> AugmentedImage:
-    made = transform(image)
-    if isinstance(made, TaggedImage):
-        return AugmentedImage(made.image, made.group)
-    return AugmentedImage(made)
-
-
-def _soften(crop: SoftCrop, image: Tensor, label: int) -> AugmentedImage:
-    image, target = crop(image, label)
-    return AugmentedImage(image, target=target)
-
-
-def _build(make: Callable[..., Any], name: str, settings: Mapping[str, Any]) -> Any:
-    try:
-        return make(**settings)
-    except TypeError as error:
-        raise TypeError(
-            f"Expected `augmentation_settings` to fit '{name}', but got {dict(settings)} ({error})."
-            " Pass keyword values of that transform alone."
-        ) from error
-
-
-@contextmanager
-def seeded_draws(*key: int) -> Iterator[None]:
-    """Make every draw from torch's global generator a function of some numbers alone.
-
-    The generator's state and the number of threads are put back. One thread computes: sharing out
-    an image of 28 pixels takes longer than augmenting it, and far longer (a factor of 40 was seen)
-    while another process has one of the cores.
-
-    Args:
-        *key: Non-negative integers.
-    """
-    draw = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    threads = torch.get_num_threads()
-    # The default generator is seeded by itself because torch.manual_seed would reseed the
-    # accelerator's too.
-    with torch.random.fork_rng(devices=[]):
-        torch.set_num_threads(1)
-        torch.default_generator.manual_seed(int(draw[0]))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)

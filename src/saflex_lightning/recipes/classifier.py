@@ -1,9 +1,8 @@
 """The LightningModule that trains the classifiers of every recipe."""
 
-from collections.abc import Sequence
+import math
 from typing import Any, Literal, get_args
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,18 +13,22 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
+from saflex_lightning.recipes.checks import check_choice, check_integers, check_number
+from saflex_lightning.recipes.network import Network, NetworkMaker, plain
 from saflex_lightning.recipes.optimizer import (
     OptimizerName,
     Schedule,
     learning_rate_factor,
     make_optimizer,
 )
-from saflex_lightning.recipes.options import check_choice
+from saflex_lightning.recipes.sized import SizedModule
 from saflex_lightning.recipes.small_loss import small_loss
 
 __all__ = ["Classifier", "balanced_class_weight"]
 
 Batch = AugmentedBatch | tuple[Any, Tensor]
+_AT_LEAST_ZERO = ("a non-negative number", lambda x: x >= 0, "Pass 0.0 for none.")
+_BELOW_ONE = ("a number in [0, 1)", lambda x: 0 <= x < 1, "Pass 0.0 for none.")
 
 
 def balanced_class_weight(class_counts: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ def balanced_class_weight(class_counts: Tensor) -> Tensor:
     return class_counts.sum() / (len(class_counts) * class_counts.clamp(min=1).float())
 
 
-class Classifier(SAflexMixin, L.LightningModule):
+class Classifier(SAflexMixin, SizedModule):
     """A network trained on (weighted, soft-label) cross-entropy, ready for SAFLEX.
 
     Without `SAflexCallback` it trains on plain cross-entropy. It logs accuracy, AUROC (macro, one
@@ -56,9 +59,12 @@ class Classifier(SAflexMixin, L.LightningModule):
     of the validation rows.
 
     Args:
-        network: From inputs to logits, ``(batch, classes)``. Inputs that are a tuple or list of
-            tensors (numeric and categorical columns) are passed one by one.
-        num_classes: Number of classes.
+        network: From inputs to logits, ``(batch, classes)``; inputs that are a tuple or list of
+            tensors (numeric and categorical columns) are passed one by one. A network that is
+            ready, or what makes one once the datamodule's ``sizes()`` are known: a class such as
+            `ResNet18`, its import path, a ``functools.partial`` of it, or a mapping of ``class``,
+            the import path, and of settings.
+        num_classes: Number of classes; None asks the datamodule.
         optimizer: See `make_optimizer`.
         lr: Learning rate of the first epoch.
         weight_decay: See `make_optimizer`.
@@ -72,15 +78,25 @@ class Classifier(SAflexMixin, L.LightningModule):
             none.
 
     Raises:
+        TypeError: If a setting is of another type.
         ValueError: If a setting is out of range.
+
+    Example:
+        >>> from saflex_lightning.recipes import MedMNISTDataModule, SmallCNN
+        >>> model, data = Classifier(SmallCNN, lr=0.01), MedMNISTDataModule()
+        >>> data.setup("fit")
+        >>> model.build(data.sizes())  # a Trainer does
+        >>> model.num_classes
+        8
     """
 
     class_weight: Tensor | None
+    network: nn.Module
 
     def __init__(
         self,
-        network: nn.Module,
-        num_classes: int,
+        network: Network,
+        num_classes: int | None = None,
         *,
         optimizer: OptimizerName = "adam",
         lr: float = 1e-3,
@@ -92,22 +108,22 @@ class Classifier(SAflexMixin, L.LightningModule):
         dropped_share: float = 0.0,
     ) -> None:
         super().__init__()
+        check_integers(1, optional=True, num_classes=num_classes)
         check_choice("optimizer", optimizer, get_args(OptimizerName))
         check_choice("schedule", schedule, get_args(Schedule))
-        given = _read_class_weight(class_weight, num_classes)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(
-                f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}. Pass 0.0 "
-                "to train on the labels as they are."
-            )
-        if not 0.0 <= dropped_share < 1.0:
-            raise ValueError(
-                f"Expected `dropped_share` to be in [0, 1), but got {dropped_share}. Pass 0.0 to "
-                "train on all rows."
-            )
-        self.save_hyperparameters(ignore=["network"])
-        self.network = network
-        self.num_classes = num_classes
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            check_number(name, value, *_AT_LEAST_ZERO)
+        for name, value in (
+            ("momentum", momentum),
+            ("label_smoothing", label_smoothing),
+            ("dropped_share", dropped_share),
+        ):
+            check_number(name, value, *_BELOW_ONE)
+        network, class_weight = plain(network), plain(class_weight)
+        _check_class_weight(class_weight)
+        # A network that is named can be made again from a checkpoint alone.
+        is_named = isinstance(network, (str, dict))
+        self.save_hyperparameters(ignore=[] if is_named else ["network"])
         self.optimizer: OptimizerName = optimizer
         self.lr = lr
         self.weight_decay = weight_decay
@@ -116,26 +132,52 @@ class Classifier(SAflexMixin, L.LightningModule):
         self.balanced = class_weight == "balanced"
         self.label_smoothing = label_smoothing
         self.dropped_share = dropped_share
+        self._given_weight, self._given_classes = class_weight, num_classes
+        if isinstance(network, nn.Module):
+            self.network = network
+            if num_classes is not None:
+                self.build({"num_classes": num_classes})
+        else:
+            self._maker = NetworkMaker.read(network)
+
+    def make_layers(self, sizes: dict[str, Any]) -> None:
+        """Make the network, if it is not ready, the class weights and the metrics."""
+        num_classes = sizes["num_classes"]
+        if self._given_classes not in (None, num_classes):
+            raise ValueError(
+                f"Expected `num_classes` to be {num_classes}, as the data have, but got "
+                f"{self._given_classes}. Leave it out: the data tell."
+            )
+        self.num_classes: int = num_classes
+        if not hasattr(self, "network"):
+            self.network = self._maker.build(sizes)
         # Not in checkpoints: the settings and the datamodule make it anew.
-        self.register_buffer("class_weight", given, persistent=False)
+        self.register_buffer("class_weight", None, persistent=False)
+        if isinstance(self._given_weight, list):
+            _check_class_weight(self._given_weight, num_classes)
+            self.class_weight = torch.tensor(self._given_weight, dtype=torch.float32)
         self.val_metrics = _make_metrics(num_classes)
         self.test_metrics = _make_metrics(num_classes)
 
     def setup(self, stage: str) -> None:
-        """Ask the datamodule for the class counts, where the class weights follow from them.
+        """Refuse a second thing that weighs rows beside the small-loss filter.
 
         Raises:
-            MisconfigurationException: If the datamodule has no ``class_counts()``, or both the
-                small-loss filter and `SAflexCallback` would weigh the rows.
+            MisconfigurationException: If both it and `SAflexCallback` would weigh the rows.
         """
-        if stage != "fit":
-            return
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks if stage == "fit" else []  # type: ignore[attr-defined]
         if self.dropped_share and any(isinstance(each, SAflexCallback) for each in callbacks):
             raise MisconfigurationException(
                 f"Expected `dropped_share` to be 0 beside `SAflexCallback`, but got "
                 f"{self.dropped_share}: both would weigh the rows. Leave one of them out."
             )
+
+    def on_fit_start(self) -> None:
+        """Ask the datamodule for the class counts, where the class weights follow from them.
+
+        Raises:
+            MisconfigurationException: If it has no ``class_counts()``.
+        """
         if not self.balanced:
             return
         count = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
@@ -234,15 +276,20 @@ def _as_tuple(inputs: Any) -> tuple[Tensor, ...]:
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
-def _read_class_weight(
-    class_weight: Sequence[float] | Literal["balanced"] | None, num_classes: int
-) -> Tensor | None:
+def _check_class_weight(class_weight: Any, num_classes: int | None = None) -> None:
+    """Refuse what is neither None, 'balanced' nor a list of weights, one per class if told."""
     if class_weight is None or class_weight == "balanced":
-        return None
-    is_text = isinstance(class_weight, str)
-    if is_text or len(class_weight) != num_classes or min(class_weight) < 0:
+        return
+    weights = class_weight if isinstance(class_weight, list) else [None]
+    fits = num_classes in (None, len(weights)) and all(map(_is_weight, weights))
+    if not fits:
+        wanted = "" if num_classes is None else f"{num_classes} "
         raise ValueError(
-            f"Expected `class_weight` to be None, 'balanced' or a list of {num_classes} "
-            f"non-negative numbers, but got {class_weight!r}. Pass one weight per class."
+            f"Expected `class_weight` to be None, 'balanced' or a list of {wanted}non-negative "
+            f"numbers, but got {class_weight!r}. Pass one weight per class."
         )
-    return torch.tensor(list(class_weight), dtype=torch.float32)
+
+
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0

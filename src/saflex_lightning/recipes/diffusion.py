@@ -10,9 +10,9 @@ import torch
 from PIL.Image import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from saflex_lightning.recipes.checks import check_choice
 from saflex_lightning.recipes.folders import FileImages, read_class_folders
 from saflex_lightning.recipes.generation import Task, fill_pool, plan_edits, plan_new
-from saflex_lightning.recipes.options import check_choice
 
 __all__ = ["fill_pool_by_diffusion"]
 

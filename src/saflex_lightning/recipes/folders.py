@@ -42,6 +42,14 @@ class FileImages(Sequence[Tensor]):
         self.files = files
         self.size = size
 
+    def take(self, rows: Sequence[int]) -> "FileImages":
+        """Return some of the images."""
+        return FileImages([self.files[row] for row in rows], self.size)
+
+    def join(self, other: "FileImages") -> "FileImages":
+        """Return these images and others behind them."""
+        return FileImages([*self.files, *other.files], self.size)
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -83,8 +91,8 @@ def read_class_folders(
     found = sorted(child.name for child in folder.iterdir() if child.is_dir())
     if num_classes is not None and len(found) != num_classes:
         raise ValueError(
-            f"Expected {num_classes} class folders in {folder}, but found {len(found)}. Set "
-            "`num_classes` of the data and of the model to the number of classes."
+            f"Expected {num_classes} class folders in {folder}, but found {len(found)}. Correct "
+            "the folders, or leave `num_classes` out."
         )
     classes = found if classes is None else list(classes)
     if missing := sorted(set(classes) - set(found)):

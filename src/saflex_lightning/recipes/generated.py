@@ -3,57 +3,48 @@
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from saflex_lightning import AugmentedBatch, SAflexWarning
-from saflex_lightning.recipes.augment import (
-    AugmentationName,
-    augmentation_group_names,
-    make_image_augmentation,
-    make_mixing,
+from saflex_lightning.data.draws import mix_seeds
+from saflex_lightning.recipes.augment import AugmentationName
+from saflex_lightning.recipes.checks import (
+    check_choice,
+    check_flags,
+    check_integers,
+    check_number,
+    check_paths,
 )
-from saflex_lightning.recipes.batches import CleanImages
-from saflex_lightning.recipes.data import split_stratified
-from saflex_lightning.recipes.data_checks import (
-    check_merging,
-    check_shares,
-    check_sizes,
-    check_steering,
-)
+from saflex_lightning.recipes.datamodule import Splits
 from saflex_lightning.recipes.folders import (
     ClassFolders,
     FileImages,
     check_images,
     read_class_folders,
 )
+from saflex_lightning.recipes.image_data import ImageDataModule
+from saflex_lightning.recipes.images import Split
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
-from saflex_lightning.recipes.loaders import (
-    SteeringDraw,
-    SteeringName,
-    loader_options,
-    make_image_loader,
-    make_steering_loader,
-    mix_seeds,
-)
-from saflex_lightning.recipes.medmnist import Split
-from saflex_lightning.recipes.options import check_choice
 from saflex_lightning.recipes.paired import MixedImages, PairedBatches, make_paired_loader
 from saflex_lightning.recipes.pool import Pool, read_pool
 
 __all__ = ["GeneratedDataModule"]
 
 _NOISE = 1  # keeps the draw of wrong labels apart from the others of the same seed
+GroupBy = Literal["prompt", "generator"]
+PerClass = Literal["all", "extra", "real"]
 
 
-class GeneratedDataModule(L.LightningDataModule):
+class GeneratedDataModule(ImageDataModule):
     """Image folders with a pool of generated images as the upstream augmentation.
 
     ``{root}/train``, ``{root}/val`` and ``{root}/test`` hold one folder per class. For the layout
-    of the pool see `read_pool`; ``saflex-generate`` makes one.
+    of the pool see `read_pool`; ``saflex-generate`` makes one. A generated image is in the batch of
+    the training image it was made from; in place of it with ``batch="replace"``, and what was made
+    from images that steer is not trained on either.
 
     Args:
         root: Folder of the real images.
@@ -73,28 +64,12 @@ class GeneratedDataModule(L.LightningDataModule):
         augmentation: ``"generated"``, or an upstream augmentation that needs no pool.
         augmentation_settings: Keyword values of the transform of that one; None keeps its
             defaults.
-        batch: ``"union"``: clean rows, then the augmented rows made from them; ``"replace"``:
-            these in place of those they were made from.
-        batch_size: Clean images per step and process; augmented ones come on top in a union. The
-            number of steps per epoch does not depend on the augmentation.
-        eval_batch_size: Images per validation, test or plain steering batch and process.
-        steering: Rows that steer SAFLEX: ``"val"`` the validation folder, ``"split"`` a stratified
-            part of the training images, which neither they nor what was generated from them are
-            then trained on, ``"train"`` the clean training images, ``"late"`` the validation
-            folder, which is trained on too from half of the epochs on: nothing can be selected on
-            it, and an epoch has as many steps as before.
-        steering_fraction: Share of the training images that ``"split"`` takes, in (0, 1).
-        steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
-            every batch has rows of every class, in shares like those of the data but at least one;
-            ``"balanced"``: as many of each class.
-        steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
-        merge_val: Train on the validation images too. Then there are no validation rows: nothing
-            can be selected on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
-        seed: Seed of the order of the rows, of the draws and of the split.
-        num_workers: Loader processes; 0 loads in the training process.
+        batch_size: As for `UnionDataModule`.
+        **shared: As for `UnionDataModule`.
 
     Raises:
-        ValueError: If a number is out of its range, or settings contradict each other.
+        TypeError: If a setting is of another type.
+        ValueError: If a setting is out of its range, or settings contradict each other.
     """
 
     def __init__(
@@ -105,58 +80,49 @@ class GeneratedDataModule(L.LightningDataModule):
         num_classes: int | None = None,
         image_size: int | None = 224,
         has_sources: bool = True,
-        group_by: Literal["prompt", "generator"] = "prompt",
-        per_class: Literal["all", "extra", "real"] = "all",
+        group_by: GroupBy = "prompt",
+        per_class: PerClass = "all",
         generated_per_real: float = 1.0,
         redraw: bool = False,
         label_noise: float = 0.0,
         drop_wrong: bool = False,
         augmentation: Literal["generated"] | AugmentationName = "generated",
         augmentation_settings: dict[str, Any] | None = None,
-        batch: Literal["union", "replace"] = "union",
         batch_size: int = 128,
-        eval_batch_size: int = 256,
-        steering: SteeringName = "val",
-        steering_fraction: float = 0.2,
-        steering_draw: SteeringDraw = "plain",
-        steering_batch_size: int = 64,
-        merge_val: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__()
-        check_sizes(
+        pooled = augmentation == "generated"
+        super().__init__(
+            augmentation="none" if pooled else augmentation,
+            augmentation_settings=augmentation_settings,
             batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            steering_batch_size=steering_batch_size,
+            **shared,
         )
-        check_shares(steering_fraction=steering_fraction)
-        for name, value, choices in (
-            ("augmentation", augmentation, ("generated", *get_args(AugmentationName))),
-            ("batch", batch, ("union", "replace")),
-            ("group_by", group_by, ("prompt", "generator")),
-            ("per_class", per_class, ("all", "extra", "real")),
-            ("steering", steering, get_args(SteeringName)),
-            ("steering_draw", steering_draw, get_args(SteeringDraw)),
-        ):
-            check_choice(name, value, choices)
-        check_merging(steering, merge_val=merge_val)
-        if generated_per_real <= 0.0:
-            raise ValueError(
-                f"Expected `generated_per_real` to be positive, but got {generated_per_real}. Set "
-                "`augmentation` to none to train without generated images."
-            )
-        if not 0.0 <= label_noise < 1.0:
-            raise ValueError(
-                f"Expected `label_noise` to be in [0, 1), but got {label_noise}. Pass 0.0 to keep "
-                "the labels of the pool."
-            )
-        if augmentation == "generated" and generated is None:
+        check_paths(root=root, generated=generated)
+        check_choice("group_by", group_by, get_args(GroupBy))
+        check_choice("per_class", per_class, get_args(PerClass))
+        check_flags(has_sources=has_sources, redraw=redraw, drop_wrong=drop_wrong)
+        check_integers(1, optional=True, num_classes=num_classes, image_size=image_size)
+        check_number(
+            "generated_per_real",
+            generated_per_real,
+            "a positive number",
+            lambda ratio: ratio > 0,
+            "Set `augmentation` to none to train without generated images.",
+        )
+        check_number(
+            "label_noise",
+            label_noise,
+            "a number in [0, 1)",
+            lambda share: 0 <= share < 1,
+            "Pass 0.0 to keep the labels of the pool.",
+        )
+        if pooled and generated is None:
             raise ValueError(
                 "Expected `generated` to name the folder of generated images, but got None. Make "
                 "one with `saflex-generate`, or set `augmentation` to none."
             )
-        if augmentation == "generated" and batch == "replace" and not has_sources:
+        if pooled and self.batch == "replace" and not has_sources:
             raise ValueError(
                 "Expected `batch`='union' for generated images without sources, but got "
                 "'replace': there is no telling which clean rows they replace. Choose union."
@@ -166,68 +132,41 @@ class GeneratedDataModule(L.LightningDataModule):
         self.num_classes = num_classes
         self.image_size = image_size
         self.has_sources = has_sources
-        self.group_by: Literal["prompt", "generator"] = group_by
+        self.group_by: GroupBy = group_by
         self.per_class = per_class
         self.generated_per_real = generated_per_real
         self.redraw = redraw
         self.label_noise = label_noise
         self.drop_wrong = drop_wrong
-        self.augmentation: Literal["generated"] | AugmentationName = augmentation
-        self.augmentation_settings = dict(augmentation_settings or {})
-        self.batch: Literal["union", "replace"] = batch
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.steering: SteeringName = steering
-        self.steering_fraction = steering_fraction
-        self.steering_draw: SteeringDraw = steering_draw
-        self.steering_batch_size = steering_batch_size
-        self.merge_val = merge_val
-        self.seed = seed
-        self.num_workers = num_workers
-        self._is_set_up = False
+        self.pooled = pooled
 
-    def setup(self, stage: str) -> None:
-        """List all images once, look at their heads, and set the steering rows aside.
-
-        Raises:
-            FileNotFoundError: If a folder or a listed file is missing.
-            ValueError: If an image, a class folder or a row of the pool is not as expected.
-        """
-        if self._is_set_up:
-            return
+    def make_splits(self) -> Splits:
+        """List all images and look at their heads."""
         root = Path(self.root).expanduser()
         real = read_class_folders(root / "train", num_classes=self.num_classes)
-        val = read_class_folders(root / "val", real.classes)
-        test = read_class_folders(root / "test", real.classes)
+        val, test = (read_class_folders(root / name, real.classes) for name in ("val", "test"))
+        self._classes = real.classes
         files = [*real.files, *val.files, *test.files]
-        if self.augmentation == "generated":
+        if self.pooled:
             self._pool = self._read_pool(real)
             files += self._pool.files
-        late = self.steering == "late"
-        self._num_late = len(val.files) if late else 0
-        if self.merge_val or late:
-            # Behind the training images, so that the numbers of the sources stay theirs.
-            target = torch.cat([real.target, val.target])
-            real = real._replace(files=[*real.files, *val.files], target=target)
-        self._real = real
-        self._rows = steering = torch.arange(len(real.files))
-        if self.steering == "split":
-            self._rows, steering = split_stratified(real.target, self.steering_fraction, self.seed)
-        if self.augmentation == "generated":
-            self._wanted = self._count_wanted()
-        else:
-            made = (self.augmentation, len(real.classes), self.augmentation_settings)
-            self._augment, self._mix = make_image_augmentation(*made), make_mixing(*made)
         check_images(files, same_size=self.image_size is None)
-        self._val = CleanImages(self._make_split(val))
-        self._test = CleanImages(self._make_split(test))
-        # The same object where the rows are the same, so that SAFLEX can tell.
-        self._steering = (
-            self._val
-            if self.steering in {"val", "late"}
-            else CleanImages(self._make_split(real, steering))
+        train, *others = (
+            Split(FileImages(folders.files, self.image_size), folders.target)
+            for folders in (real, val, test)
         )
-        self._is_set_up = True
+        return Splits(train, others[0], others[1:])
+
+    def setup(self, stage: str) -> None:
+        """Read the files once and count the generated images that are wanted."""
+        first = not self._is_set_up
+        super().setup(stage)
+        if first and self.pooled:
+            self._wanted = self._count_wanted()
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of classes and of channels; needs `setup`."""
+        return {"num_classes": len(self._classes), "in_channels": 3}
 
     def _read_pool(self, real: ClassFolders) -> Pool:
         assert self.generated is not None
@@ -243,18 +182,17 @@ class GeneratedDataModule(L.LightningDataModule):
         return pool._replace(target=given)
 
     def _count_wanted(self) -> Tensor:
-        classes = self._real.classes
-        found = self._pool.target[self._usable()].bincount(minlength=len(classes))
+        found = self._pool.target[self._usable()].bincount(minlength=len(self._classes))
         if self.per_class == "all":
             return found
         if self.per_class == "extra":
             folder = Path(self.root).expanduser() / "extra"
-            wanted = read_class_folders(folder, classes).target.bincount()
+            wanted = read_class_folders(folder, self._classes).target.bincount()
         else:
             wanted = self.class_counts().mul(self.generated_per_real).round().long()
         if (found < wanted).any():
             lacking = {
-                classes[label]: f"{found[label]} of {wanted[label]}"
+                self._classes[label]: f"{found[label]} of {wanted[label]}"
                 for label in (found < wanted).nonzero().flatten().tolist()
             }
             rank_zero_warn(
@@ -265,13 +203,6 @@ class GeneratedDataModule(L.LightningDataModule):
             )
         return wanted
 
-    def _make_split(self, folders: ClassFolders, rows: Tensor | None = None) -> Split:
-        rows = torch.arange(len(folders.files)) if rows is None else rows
-        files = [folders.files[row] for row in rows.tolist()]
-        # Read one by one, by the row number, as a tensor would be.
-        images = cast("Tensor", FileImages(files, self.image_size))
-        return Split(images, folders.target[rows])
-
     def _usable(self) -> Tensor:
         return ~self._wrong if self.drop_wrong else torch.ones_like(self._wrong)
 
@@ -281,13 +212,9 @@ class GeneratedDataModule(L.LightningDataModule):
         Returns:
             ``(rows,)`` bool; None where no label was planted.
         """
-        if self.augmentation != "generated" or not self.label_noise:
+        if not self.pooled or not self.label_noise:
             return None
-        return torch.cat([torch.zeros(len(self._real.files), dtype=torch.bool), self._wrong])
-
-    def class_counts(self) -> Tensor:
-        """Return the number of real training rows of each class, ``(classes,)`` int64."""
-        return self._real.target[self._rows].bincount(minlength=len(self._real.classes))
+        return torch.cat([torch.zeros(len(self._whole.target), dtype=torch.bool), self._wrong])
 
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
         """Return the loader of training batches; its order is a function of seed and epoch.
@@ -295,73 +222,23 @@ class GeneratedDataModule(L.LightningDataModule):
         Raises:
             ValueError: If a batch asks for more images than a process has.
         """
-        if self.augmentation == "generated":
-            batches = PairedBatches(
-                self._rows.tolist(),
-                len(self._real.files),
-                self._pool,
-                self._wanted,
-                usable=self._usable(),
-                redraw=self.redraw,
-                batch=self.batch,
-                batch_size=self.batch_size,
-                trainer=self.trainer,
-                seed=self.seed,
-                num_late=self._num_late,
-            )
-            return make_paired_loader(
-                MixedImages(self._real, self._pool, self.image_size),
-                batches,
-                trainer=self.trainer,
-                seed=self.seed,
-                num_workers=self.num_workers,
-            )
-        return make_image_loader(
-            self._make_split(self._real, self._rows),
-            self._augment,
-            self._mix,
+        if not self.pooled:
+            return super().train_dataloader()
+        batches = PairedBatches(
+            self._kept.tolist(),
+            len(self._whole.target),
+            self._pool,
+            self._wanted,
+            usable=self._usable(),
+            redraw=self.redraw,
             batch=self.batch,
             batch_size=self.batch_size,
             trainer=self.trainer,
             seed=self.seed,
-            num_workers=self.num_workers,
-            num_late=self._num_late,
         )
-
-    def saflex_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the loader of the rows that steer SAFLEX, without augmentation.
-
-        Raises:
-            MisconfigurationException: If those are validation rows that are trained on.
-        """
-        check_steering(self.steering, merge_val=self.merge_val)
-        return make_steering_loader(
-            self._steering,
-            self._steering.rows.target,
-            draw=self.steering_draw,
-            batch_size=self.steering_batch_size,
-            plain_batch_size=self.eval_batch_size,
-            trainer=self.trainer,
-            seed=self.seed,
-            num_workers=self.num_workers,
-        )
+        images = MixedImages(cast("Split", self._whole), self._pool, self.image_size)
+        return make_paired_loader(images, batches, trainer=self.trainer, **self.loader_options())
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for; needs `setup`."""
-        if self.augmentation == "generated":
-            return self._pool.group_names
-        return augmentation_group_names(self.augmentation, self.augmentation_settings)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
-        """Return the loader of the validation folder; none where it is trained on."""
-        if self.merge_val or self.steering == "late":
-            return []
-        return self._make_loader(self._val)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the loader of the test folder."""
-        return self._make_loader(self._test)
-
-    def _make_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        options = loader_options(self.num_workers, self.seed)
-        return DataLoader(dataset, self.eval_batch_size, **options)
+        return self._pool.group_names if self.pooled else super().saflex_group_names()

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from PIL.Image import Image
 
+from saflex_lightning.data.draws import mix_seeds
 from saflex_lightning.recipes.folders import ClassFolders
-from saflex_lightning.recipes.loaders import mix_seeds
 from saflex_lightning.recipes.pool import COLUMNS, MANIFEST, PoolRow
 
 __all__ = ["Task", "class_words", "fill_pool", "folder_name", "plan_edits", "plan_new"]

@@ -3,28 +3,17 @@
 import zipfile
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Split", "read_medmnist"]
+from saflex_lightning.recipes.images import Split
+
+__all__ = ["read_medmnist"]
 
 FILE = "bloodmnist_subset.npz"
 SPLITS = ("train", "val", "test")
-
-
-class Split(NamedTuple):
-    """Images and labels of one split.
-
-    Attributes:
-        images: ``(n, channels, height, width)`` uint8.
-        target: ``(n,)`` int64.
-    """
-
-    images: Tensor
-    target: Tensor
 
 
 def read_medmnist(
@@ -118,7 +107,7 @@ def _check_images(images: np.ndarray, what: str, *, in_channels: int | None) -> 
     if in_channels not in {None, 1 if grey else 3}:
         raise ValueError(
             f"Expected {what} to have `in_channels`={in_channels}, but got shape {images.shape}. "
-            "Set `in_channels` of the data to 1 for grey images and to 3 for colour."
+            "Pass 1 for grey images and 3 for colour, or leave `in_channels` out."
         )
     tensor = torch.from_numpy(images)
     return tensor.unsqueeze(1) if grey else tensor.permute(0, 3, 1, 2).contiguous()
@@ -136,7 +125,7 @@ def _check_labels(labels: np.ndarray, what: str, *, rows: int, num_classes: int 
     if low < 0 or (num_classes is not None and high >= num_classes):
         limit = "" if num_classes is None else f" and below `num_classes`={num_classes}"
         raise ValueError(
-            f"Expected {what} to be at least 0{limit}, but they range from {low} to {high}. Set "
-            "`num_classes` of the data and of the model to the number of classes of this set."
+            f"Expected {what} to be at least 0{limit}, but they range from {low} to {high}. Pass "
+            "the number of classes of this set, or leave `num_classes` out."
         )
     return target

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from saflex_lightning import AugmentedBatch
-from saflex_lightning.recipes.batches import normalize
-from saflex_lightning.recipes.data_checks import check_batch_size
-from saflex_lightning.recipes.folders import ClassFolders, FileImages
-from saflex_lightning.recipes.loaders import late_epoch, loader_options, mix_seeds, process_share
+from saflex_lightning.data import ResumableLoader
+from saflex_lightning.data.draws import mix_seeds
+from saflex_lightning.data.resumable import ResumableSampler
+from saflex_lightning.recipes.datamodule import check_batch_size, process_share
+from saflex_lightning.recipes.folders import FileImages
+from saflex_lightning.recipes.images import Split, normalize
 from saflex_lightning.recipes.pool import Pool, draw_pool
-from saflex_lightning.recipes.resumable import ResumableLoader, ResumableSampler
 
 __all__ = ["MixedImages", "PairedBatches", "make_paired_loader"]
 
@@ -32,9 +33,10 @@ class MixedImages(Dataset[AugmentedBatch]):
         image_size: See `FileImages`.
     """
 
-    def __init__(self, real: ClassFolders, pool: Pool, image_size: int | None) -> None:
-        self.images = FileImages([*real.files, *pool.files], image_size)
-        self.num_real = len(real.files)
+    def __init__(self, real: Split, pool: Pool, image_size: int | None) -> None:
+        self.images = real.images.join(FileImages(pool.files, image_size))
+        self.group_names = pool.group_names
+        self.num_real = len(real.target)
         clean = torch.zeros(self.num_real, dtype=torch.int64)
         self.target = torch.cat([real.target, pool.target])
         self.group = torch.cat([clean, pool.group])
@@ -65,7 +67,7 @@ class PairedBatches(ResumableSampler):
     any of its batches.
 
     Args:
-        rows: Numbers of the training images in use; late ones last.
+        rows: Numbers of the training images in use.
         num_real: Number of all training images, where the numbers of generated ones begin.
         pool: Generated images.
         wanted: See `draw_pool`.
@@ -76,11 +78,9 @@ class PairedBatches(ResumableSampler):
         batch_size: Clean rows per batch and process.
         trainer: As for `make_train_loader`.
         seed: Seed of the order and of the draw.
-        num_late: As for `make_train_loader`.
 
     Raises:
         ValueError: If a process has fewer clean rows than a batch.
-        MisconfigurationException: As for `make_train_loader`.
     """
 
     def __init__(
@@ -96,14 +96,11 @@ class PairedBatches(ResumableSampler):
         batch_size: int,
         trainer: L.Trainer | None,
         seed: int,
-        num_late: int = 0,
     ) -> None:
         share = process_share(trainer)
-        check_batch_size(batch_size, (len(rows) - num_late) // share["num_replicas"])
+        check_batch_size(batch_size, len(rows) // share["num_replicas"])
         super().__init__(
             rows,
-            num_late=num_late,
-            late_epoch=late_epoch(trainer) if num_late else 0,
             num_replicas=share["num_replicas"],
             rank=share["rank"],
             seed=mix_seeds(seed),  # it adds the epoch: keep neighbouring seeds' orders apart
@@ -157,24 +154,13 @@ class PairedBatches(ResumableSampler):
 
 
 def make_paired_loader(
-    images: MixedImages,
-    batches: PairedBatches,
-    *,
-    trainer: L.Trainer | None,
-    seed: int,
-    num_workers: int,
+    images: MixedImages, batches: PairedBatches, *, trainer: L.Trainer | None, **options: Any
 ) -> DataLoader[AugmentedBatch]:
     """Return a loader of training images with those that were generated from them.
 
-    Args:
-        images: All of them.
-        batches: Which of them make a batch.
-        trainer: The Trainer; with ``overfit_batches`` the first batches come again in every epoch.
-        seed: Seed of the loader's own generator.
-        num_workers: Loader processes.
+    An item of the sampler is a list of rows, and an item of the dataset their batch. With
+    ``overfit_batches`` the first batches come again in every epoch.
     """
-    options = loader_options(num_workers, seed)
-    # An item of the sampler is a list of rows, and an item of the dataset their batch.
     if getattr(trainer, "overfit_batches", 0):
         # Lightning then takes items 0, 1, ... in every epoch: let those be batches.
         return DataLoader(Subset(images, cast("list[int]", list(batches))), None, **options)

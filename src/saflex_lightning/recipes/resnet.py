@@ -25,7 +25,7 @@ class ResNet18(ResNet):
         ValueError: If the stem is unknown.
     """
 
-    def __init__(self, num_classes: int = 8, in_channels: int = 3, *, stem: Stem = "7x7") -> None:
+    def __init__(self, num_classes: int, in_channels: int, *, stem: Stem = "7x7") -> None:
         if stem not in get_args(Stem):
             raise ValueError(
                 f"Expected `stem` to be one of {sorted(get_args(Stem))}, but got {stem!r}. Take "

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from saflex_lightning.recipes.checks import check_flags, check_integers, check_number
+
 __all__ = ["SoftCrop", "crop_confidence"]
 
 _TRIES = 100
@@ -51,11 +53,14 @@ class SoftCrop:
             itself and takes probabilities alone.
 
     Raises:
+        TypeError: If a setting is of another type.
         ValueError: If a setting is out of range.
 
     References:
         Liu et al. 2023, "Soft Augmentation for Image Classification", section 3.
     """
+
+    changes_label = True  # see `UnionDataset`
 
     def __init__(
         self,
@@ -65,12 +70,11 @@ class SoftCrop:
         power: float = 2.0,
         reweight: bool = False,
     ) -> None:
+        check_integers(1, num_classes=num_classes)
+        check_flags(reweight=reweight)
         for name, value, usual in (("sigma", sigma, 0.375), ("power", power, 2.0)):
-            if not value > 0:
-                raise ValueError(
-                    f"Expected `{name}` to be positive, but got {value}. The authors' value is "
-                    f"{usual}."
-                )
+            advice = f"The authors' value is {usual}."
+            check_number(name, value, "a positive number", lambda x: x > 0, advice)
         self.num_classes = num_classes
         self.sigma = sigma
         self.power = power

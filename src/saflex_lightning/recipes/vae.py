@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torchvision.transforms.v2.functional import to_pil_image
 
-from saflex_lightning.recipes.batches import normalize
 from saflex_lightning.recipes.folders import FileImages, check_images, read_class_folders
 from saflex_lightning.recipes.generation import Task, fill_pool, plan_edits
+from saflex_lightning.recipes.images import normalize
 
 __all__ = ["ConditionalVAE", "fill_pool_by_vae", "train_vae", "vary"]
 

@@ -16,9 +16,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from saflex_lightning.engines.direction import whole_tensor
 from saflex_lightning.engines.errors import UnsupportedModelError
 from saflex_lightning.engines.untouched import untouched, untouched_generators
 from saflex_lightning.functional.ranks import Ranks
@@ -207,10 +208,10 @@ def _evaluate(module: pl.LightningModule, *, look: bool) -> list[tuple[nn.Module
     """
     parts = [(part, dict(vars(part))) for part in module.modules()] if look else []
     params = dict(module.named_parameters()) if look else {}
-    before = [torch.linalg.vector_norm(parameter.detach()) for parameter in params.values()]
+    before = [_size(parameter) for parameter in params.values()]
     module.on_validation_model_eval()
-    for (name, parameter), norm in zip(params.items(), before, strict=True):
-        if not torch.linalg.vector_norm(parameter.detach()).allclose(norm, 0, 0, equal_nan=True):
+    for (name, parameter), size in zip(params.items(), before, strict=True):
+        if _size(parameter) != size:
             module.train()
             raise UnsupportedModelError(
                 f"Expected `eval()` to leave parameters as they are, but it changed `{name}`, as "
@@ -223,6 +224,11 @@ def _evaluate(module: pl.LightningModule, *, look: bool) -> list[tuple[nn.Module
         for name, value in values.items()
         if name != "training" and vars(part).get(name, values) is not value
     ]
+
+
+def _size(parameter: Tensor) -> str:
+    """Return the norm of a parameter in words, where NaN equals NaN."""
+    return repr(whole_tensor(torch.linalg.vector_norm(parameter.detach())).item())
 
 
 def move_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:

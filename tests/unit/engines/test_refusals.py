@@ -170,7 +170,7 @@ def test_an_output_that_is_changed_in_place_is_refused():
 
 def test_a_model_without_linear_layers_is_refused():
     model = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, CLASSES, 5), nn.Flatten())
-    with pytest.raises(UnsupportedModelError, match=r"hides it\. Pass engine='forward_mode'"):
+    with pytest.raises(UnsupportedModelError, match=r"leave it out\. Pass engine='forward_mode'"):
         build("head", model)
 
 

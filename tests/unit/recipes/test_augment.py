@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from helpers.standins import write_medmnist
 from torchvision.transforms import v2
 
+from saflex_lightning.data.draws import seeded_draws
+from saflex_lightning.data.union import group_names_of
 from saflex_lightning.recipes import MedMNISTDataModule
-from saflex_lightning.recipes.augment import seeded_draws
-from saflex_lightning.recipes.batches import normalize
-from saflex_lightning.recipes.operations import TagOperations, group_names_of
+from saflex_lightning.recipes.images import normalize
 
 IMAGE_AUGMENTATIONS = (
     *("randaugment", "trivialaugment", "autoaugment", "augmix", "crop", "soft_crop"),
@@ -124,13 +124,39 @@ def test_autoaugment_is_torchvisions_own_of_that_policy(folder, policy):
     plain = v2.AutoAugment(v2.AutoAugmentPolicy(policy))
     for row, image in zip(batch.index[:32].tolist(), batch.inputs[32:], strict=True):
         with seeded_draws(data.seed, 0, row):
-            assert image.equal(normalize(plain(data._train.images[row])))
-    assert data.saflex_group_names() == group_names_of(TagOperations(plain))
+            assert image.equal(normalize(plain(data._train.rows.images[row])))
+    assert data.saflex_group_names() == group_names_of(plain)
 
 
 def test_unknown_policy_is_named():
     with pytest.raises(ValueError, match="'food' is not a valid AutoAugmentPolicy"):
         MedMNISTDataModule(augmentation="autoaugment", augmentation_settings={"policy": "food"})
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "setting", "message"),
+    [
+        (
+            "randaugment",
+            {"num_ops": "2"},
+            r"\.num_ops` to be an integer of at least 0, but got '2'",
+        ),
+        ("randaugment", {"num_ops": True}, r"\.num_ops` to be an integer .* but got True"),
+        ("randaugment", {"magnitude": 31}, "to fit 'randaugment', but got {'magnitude': 31}"),
+        ("randaugment", {"magnitude": -1}, r"\.magnitude` to be an integer of at least 0, but"),
+        ("trivialaugment", {"num_magnitude_bins": 0.5}, r"_bins` to be an integer .* but got 0.5"),
+        ("augmix", {"severity": 11}, "to fit 'augmix', but got {'severity': 11}"),
+        ("augmix", {"all_ops": 1}, r"\.all_ops` to be True or False, but got 1"),
+        ("mixup", {"alpha": float("nan")}, r"\.alpha` to be a positive number, but got nan"),
+        ("cutmix", {"alpha": -1.0}, r"\.alpha` to be a positive number, but got -1\.0"),
+        ("soft_crop", {"sigma": 0.0}, r"\.sigma` to be a positive number, but got 0\.0"),
+        ("crop", {"padding": 4}, "to fit 'crop', but got {'padding': 4}"),
+        ("none", [1], r"`augmentation_settings` to be a mapping .* but got \[1\]"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_read(augmentation, setting, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        MedMNISTDataModule(path="nowhere", augmentation=augmentation, augmentation_settings=setting)
 
 
 @pytest.mark.parametrize("augmentation", ["randaugment", "soft_crop", "mixup"])
@@ -144,7 +170,7 @@ def test_names_of_groups(folder):
     assert MedMNISTDataModule(augmentation="none").saflex_group_names() == ("clean",)
     assert MedMNISTDataModule(augmentation="augmix").saflex_group_names() == ("clean", "AugMix")
     names = MedMNISTDataModule(augmentation="soft_crop").saflex_group_names()
-    assert names == ("clean", "soft_crop")
+    assert names == ("clean", "SoftCrop")
 
 
 def test_augmentation_that_changes_the_size_is_refused(folder):

@@ -151,7 +151,7 @@ def test_metrics_of_each_stage_are_logged():
         ({"class_weight": [1.0]}, r"list of 2 non-negative numbers, but got \[1\.0\]"),
         ({"class_weight": [1.0, -1.0]}, r"but got \[1\.0, -1\.0\]"),
         ({"class_weight": "inverse"}, "`class_weight` .* but got 'inverse'"),
-        ({"label_smoothing": 1.0}, r"`label_smoothing` to be in \[0, 1\), but got 1\.0"),
+        ({"label_smoothing": 1.0}, r"`label_smoothing` to be a number in \[0, 1\), but got 1\.0"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.batches import batches
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from saflex_lightning.batch import AugmentedBatch
-from saflex_lightning.recipes.batches import normalize
-from saflex_lightning.recipes.data import MedMNISTDataModule, split_stratified
+from saflex_lightning.recipes.data import MedMNISTDataModule
+from saflex_lightning.recipes.datamodule import split_stratified
+from saflex_lightning.recipes.images import normalize
 from saflex_lightning.recipes.medmnist import read_medmnist
 
 
@@ -18,12 +20,6 @@ def set_up(**settings):
     data = MedMNISTDataModule(**settings)
     data.setup("fit")
     return data
-
-
-def batches(data, epoch=0):
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
 
 
 def write_file(path, *, leave_out=(), **replaced):
@@ -190,37 +186,6 @@ class TestSteering:
         assert len(steering) == 299  # a quarter of each class, rounded
         assert not steering & trained
 
-    def test_balanced_batches_hold_as_many_rows_of_each_class(self):
-        settings = {"steering_draw": "balanced", "steering_batch_size": 20}
-        data = set_up(**settings)
-        loader = data.saflex_dataloader()
-        assert loader.dataset is data.val_dataloader().dataset
-        targets = [target for _, target in loader]
-        assert len(targets) == 400 // 20
-        counts = torch.stack([target.bincount(minlength=8) for target in targets])
-        assert counts.eq(counts[0]).all()
-        assert sorted(counts[0].tolist()) == [2] * 4 + [3] * 4
-        # Two processes draw other rows, the same on every run.
-        ranks = []
-        for rank in range(2):
-            data = set_up(**settings)
-            share = {"num_replicas": 2, "rank": rank}
-            data.trainer = SimpleNamespace(distributed_sampler_kwargs=share)
-            ranks.append(data.saflex_dataloader().batch_sampler.rows(0))
-        assert not set(ranks[0]) & set(ranks[1])
-        assert set_up(**settings).saflex_dataloader().batch_sampler.rows(
-            1
-        ) == loader.batch_sampler.rows(1)
-
-    def test_stratified_batches_miss_no_class(self):
-        loader = set_up(steering_draw="stratified", steering_batch_size=10).saflex_dataloader()
-        assert all(target.unique().tolist() == list(range(8)) for _, target in loader)
-
-    def test_batches_smaller_than_the_number_of_classes_are_refused(self):
-        data = set_up(steering_draw="balanced", steering_batch_size=7)
-        with pytest.raises(ValueError, match="`steering_batch_size` to be at least the number of"):
-            data.saflex_dataloader()
-
     def test_split_is_stratified_and_follows_its_seed(self):
         target = torch.tensor([0] * 40 + [1] * 10 + [2])
         kept, carved = split_stratified(target, 0.2, seed=0)
@@ -248,61 +213,6 @@ class TestMergedValidationRows:
 
     def test_the_others_are_trained_on_as_before(self):
         assert set_up().class_counts().tolist() == [85, 219, 109, 203, 85, 100, 234, 165]
-
-
-class TestLateValidationRows:
-    def rows(self, file, epoch, *, replicas=1, rank=0):
-        data = set_up(path=file, batch_size=10, augmentation="none", steering="late")
-        share = {"num_replicas": replicas, "rank": rank}
-        data.trainer = SimpleNamespace(distributed_sampler_kwargs=share, max_epochs=5)
-        return [batch.index.tolist() for batch in batches(data, epoch)]
-
-    def test_they_join_from_half_of_the_epochs_on(self, small_file):
-        for epoch in range(5):
-            rows = self.rows(small_file, epoch)
-            assert len(rows) == 4  # steps of an epoch: as many as before
-            seen = {row for batch in rows for row in batch}
-            assert len(seen) == 40  # none comes twice
-            assert (max(seen) >= 40) == (epoch >= 3)
-        many = [self.rows(small_file, epoch) for epoch in range(3, 30)]
-        assert {row for rows in many for batch in rows for row in batch} == set(range(52))
-
-    def test_processes_share_them(self, small_file):
-        first, second = (self.rows(small_file, 4, replicas=2, rank=rank) for rank in range(2))
-        assert len(first) == len(second) == 2
-        seen = [row for batch in [*first, *second] for row in batch]
-        assert len(set(seen)) == 40
-        assert max(seen) >= 40
-
-    def test_a_pass_can_begin_at_any_row(self, small_file):
-        data = set_up(path=small_file, batch_size=10, augmentation="none", steering="late")
-        data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_epochs=2)
-        sampler = data.train_dataloader().sampler
-        sampler.set_epoch(1)
-        whole = list(sampler)
-        sampler.start = 10
-        assert list(sampler) == whole[10:]
-        assert list(sampler) == whole  # the pass after it begins at its beginning
-
-    def test_they_steer_and_do_not_select(self, small_file):
-        data = set_up(path=small_file, steering="late")
-        images = read_medmnist(small_file, num_classes=8, in_channels=3)["val"].images
-        steering = torch.cat([inputs for inputs, _ in data.saflex_dataloader()])
-        assert steering.equal(normalize(images))
-        assert data.val_dataloader() == []
-
-    @pytest.mark.parametrize("max_epochs", [None, -1])
-    def test_training_of_unknown_length(self, small_file, max_epochs):
-        data = set_up(path=small_file, batch_size=10, steering="late")
-        data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_epochs=max_epochs)
-        with pytest.raises(
-            MisconfigurationException, match="the number of epochs for `steering`='late'"
-        ):
-            data.train_dataloader()
-
-    def test_merging_twice(self):
-        with pytest.raises(ValueError, match="`merge_val` to be False with `steering`='late'"):
-            MedMNISTDataModule(steering="late", merge_val=True)
 
 
 class TestFiles:
@@ -356,13 +266,15 @@ class TestFiles:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
-        ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1, but got 0"),
+        ({"batch_size": 0}, "`batch_size` to be a positive integer, but got 0"),
+        ({"eval_batch_size": 0}, "`eval_batch_size` to be a positive integer, but got 0"),
         ({"dataset": "chest"}, r"`dataset` to be one of \['blood', .* but got 'chest'"),
         ({"augmentation": "blur"}, r"`augmentation` to be one of \['augmix', .* but got 'blur'"),
-        ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
-        ({"steering_batch_size": 0}, "`steering_batch_size` to be at least 1"),
-        ({"steering_draw": "even"}, r"`steering_draw` to be one of \['balanced', .* got 'even'"),
+        ({"steering_fraction": 1.0}, "`steering_fraction` to be a number between 0 and 1"),
+        (
+            {"steering": "late"},
+            r"`steering` to be one of \['split', 'train', 'val'\], but got 'late'",
+        ),
     ],
 )
 def test_bad_settings(settings, message):
@@ -373,3 +285,13 @@ def test_bad_settings(settings, message):
 def test_batch_larger_than_the_training_rows():
     with pytest.raises(ValueError, match="`batch_size` to be at most 1200"):
         set_up(batch_size=1201).train_dataloader()
+
+
+def test_sizes_are_those_of_the_file(small_file, tmp_path):
+    assert set_up().sizes() == {"num_classes": 8, "in_channels": 3}
+    assert set_up(path=small_file).sizes() == {"num_classes": 4, "in_channels": 3}
+    assert set_up(path=small_file, num_classes=6).sizes()["num_classes"] == 6
+    with pytest.raises(ValueError, match="below `num_classes`=3, but they range from 0 to 3"):
+        set_up(path=small_file, num_classes=3)
+    with pytest.raises(ValueError, match=r"`in_channels`=1, but got shape .* leave `in_channels`"):
+        set_up(path=small_file, in_channels=1)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.batches import batches
 from helpers.folders import make_image_folders, make_pool, write_image, write_manifest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
@@ -13,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from saflex_lightning import SAflexWarning
 from saflex_lightning.recipes import GeneratedDataModule
-from saflex_lightning.recipes.batches import normalize
+from saflex_lightning.recipes.images import normalize
 
 NUM_REAL, NUM_GENERATED = 12, 48  # 6 cats, 4 dogs, 2 eels; two edits of each by each prompt
 
@@ -37,12 +38,6 @@ def set_up(folders, **settings):
     data = GeneratedDataModule(str(folders / "real"), **settings)
     data.setup("fit")
     return data
-
-
-def batches(data, epoch=0):
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
 
 
 def joined(data, name, epoch=0):
@@ -133,6 +128,9 @@ class TestBatches:
         sampler.start = 1
         assert list(sampler) == whole[1:]
         assert list(sampler) == whole  # the pass after it begins at its beginning
+
+    def test_sizes_are_those_of_the_folders(self, folders):
+        assert set_up(folders).sizes() == {"num_classes": 3, "in_channels": 3}
 
     def test_images_are_resized(self, folders):
         batch = batches(set_up(folders, image_size=12))[0]
@@ -249,11 +247,6 @@ class TestSteering:
         assert len(images) == NUM_REAL
         assert target.bincount().tolist() == [6, 4, 2]
 
-    def test_balanced_batches_hold_as_many_images_of_each_class(self, folders):
-        settings = {"steering": "train", "steering_draw": "balanced", "steering_batch_size": 6}
-        loader = set_up(folders, **settings).saflex_dataloader()
-        assert [target.bincount().tolist() for _, target in loader] == [[2, 2, 2]] * 2
-
     def test_split_takes_images_and_what_was_made_from_them_out_of_training(self, folders):
         data = set_up(folders, steering="split", steering_fraction=0.5, batch_size=6)
         assert data.class_counts().tolist() == [3, 2, 1]
@@ -276,19 +269,6 @@ class TestSteering:
         assert (source >= 0).equal(joined(data, "augmented"))
         with pytest.raises(MisconfigurationException, match=r"`steering` other than 'val'"):
             data.saflex_dataloader()
-
-    def test_validation_images_may_be_trained_on_late(self, folders):
-        data = set_up(folders, steering="late", batch_size=6)
-        data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_epochs=2)
-        late = range(NUM_REAL, NUM_REAL + 6)
-        for epoch in range(2):
-            index, source = joined(data, "index", epoch), joined(data, "source", epoch)
-            clean = index[~joined(data, "augmented", epoch)]
-            assert len(clean) == len(clean.unique()) == NUM_REAL
-            assert any(row in late for row in clean.tolist()) == (epoch == 1)
-            assert (source >= 0).equal(joined(data, "augmented", epoch))
-        assert data.val_dataloader() == []
-        assert len(data.saflex_dataloader().dataset) == 6
 
 
 class TestLayouts:
@@ -445,7 +425,9 @@ def test_bad_folders_are_refused_by_name(own_folders, spoil, error, message):
 
 
 def test_wrong_number_of_classes(folders):
-    with pytest.raises(ValueError, match=r"Expected 4 class folders in .*train, but found 3"):
+    with pytest.raises(
+        ValueError, match=r"Expected 4 class folders in .*train, but found 3.*leave `num_classes`"
+    ):
         set_up(folders, num_classes=4)
 
 
@@ -459,11 +441,11 @@ def test_truncated_image_is_named_when_it_is_read(own_folders):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
-        ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1, but got 0"),
-        ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
-        ({"label_noise": 1.0}, r"`label_noise` to be in \[0, 1\), but got 1\.0"),
-        ({"generated_per_real": 0.0}, "`generated_per_real` to be positive, but got 0.0"),
+        ({"batch_size": 0}, "`batch_size` to be a positive integer, but got 0"),
+        ({"eval_batch_size": 0}, "`eval_batch_size` to be a positive integer, but got 0"),
+        ({"steering_fraction": 1.0}, "`steering_fraction` to be a number between 0 and 1"),
+        ({"label_noise": 1.0}, r"`label_noise` to be a number in \[0, 1\), but got 1\.0"),
+        ({"generated_per_real": 0.0}, "`generated_per_real` to be a positive number, but got 0.0"),
         ({"augmentation": "rain"}, r"`augmentation` to be one of \['augmix'.*, but got 'rain'"),
         ({"per_class": "few"}, r"`per_class` to be one of \['all', 'extra', 'real'\]"),
         ({"generated": None}, "`generated` to name the folder .* but got None"),

@@ -8,7 +8,7 @@ import torch
 from helpers.folders import CLASSES, make_image_folders, write_image
 from PIL import Image
 
-from saflex_lightning import generate
+from saflex_lightning.cli import generate
 from saflex_lightning.recipes import GeneratedDataModule
 from saflex_lightning.recipes.folders import read_class_folders
 from saflex_lightning.recipes.generation import (

@@ -38,13 +38,14 @@ def test_splits_names_and_batches(root):
     assert data.saflex_dataloader().dataset is data.val_dataloader().dataset
     steering = set_up(root, steering="train").saflex_dataloader().dataset
     assert {file.name[:5] for file in steering.rows.images.files} == {"train"}
+    assert data.sizes() == {"num_classes": 3, "in_channels": 3}
 
 
 def test_validation_rows_may_be_trained_on(root):
     data = set_up(root, merge_val=True, steering="train")
     rows = data.train_dataloader().dataset
     assert len(rows) == 16
-    assert data.saflex_dataloader().dataset.rows.images.files == rows.rows.images.files
+    assert data.saflex_dataloader().dataset.rows.images.files == rows.dataset.rows.images.files
     assert data.val_dataloader() == []
     with pytest.raises(MisconfigurationException, match="`steering` other than 'val' with"):
         set_up(root, merge_val=True).saflex_dataloader()
@@ -101,8 +102,8 @@ def test_broken_table_is_refused(root, text, message):
     ("setting", "message"),
     [
         ({"batch": "both"}, r"`batch` to be one of \['replace', 'union'\]"),
-        ({"steering": "split"}, r"`steering` to be one of \['train', 'val'\]"),
-        ({"image_size": 0}, "`image_size` to be at least 1, but got 0"),
+        ({"steering": "test"}, r"`steering` to be one of \['split', 'train', 'val'\]"),
+        ({"image_size": 0}, "`image_size` to be a positive integer, but got 0"),
     ],
 )
 def test_bad_settings(setting, message):

@@ -7,9 +7,9 @@ from helpers.folders import make_image_folders, make_pool
 from torch import nn
 
 from saflex_lightning import SAflexCallback
+from saflex_lightning.cli.report import RunReport, read_report
 from saflex_lightning.recipes import Classifier, GeneratedDataModule
 from saflex_lightning.recipes.label_noise import detection_auroc, plant_wrong_labels
-from saflex_lightning.recipes.report import RunReport, read_report
 
 CLASSES = 5
 
@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
     return root
 
 
-def fit(folders, *, row_evidence="label_probability", **settings):
+def fit(folders, *, row_evidence=True, **settings):
     data = GeneratedDataModule(
         str(folders / "real"),
         str(folders / "pool"),
@@ -54,8 +54,7 @@ def fit(folders, *, row_evidence="label_probability", **settings):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     model = Classifier(network, 3, schedule="constant")
-    settings = {"engine": "head", "weight_rule": "ones", "label_rule": "keep"}
-    callback = SAflexCallback(row_evidence=row_evidence, **settings)
+    callback = SAflexCallback(row_evidence=row_evidence, weight_rule="ones", label_rule="keep")
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -71,8 +70,9 @@ def fit(folders, *, row_evidence="label_probability", **settings):
 
 def test_score_is_the_share_of_pairs_in_the_right_order(folders):
     trainer, callback, data = fit(folders, label_noise=0.4)
-    evidence, wrong = callback.read_row_evidence(), data.wrong_rows()
-    seen = [row for row in range(len(evidence)) if not evidence[row].isnan()]
+    found, wrong = callback.read_row_evidence(), data.wrong_rows()
+    seen = found.index.tolist()
+    evidence = dict(zip(seen, found.evidence, strict=True))
     assert min(seen) >= 12  # real images are no rows of the pool
     assert 12 < len(seen) < 48  # two draws of 12 among 48
     pairs = [
@@ -89,7 +89,7 @@ def test_score_is_the_share_of_pairs_in_the_right_order(folders):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"row_evidence": None}, {"label_noise": 0.0}, {"drop_wrong": True}]
+    "settings", [{"row_evidence": False}, {"label_noise": 0.0}, {"drop_wrong": True}]
 )
 def test_nothing_to_score(folders, settings):
     trainer, callback, _ = fit(folders, **{"label_noise": 0.4, **settings})

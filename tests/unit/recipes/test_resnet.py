@@ -21,4 +21,4 @@ def test_stem(stem, in_channels, feature_size):
 
 def test_unknown_stem():
     with pytest.raises(ValueError, match=r"`stem` to be one of \['3x3', '7x7'\], but got '5x5'"):
-        ResNet18(stem="5x5")
+        ResNet18(5, 3, stem="5x5")

@@ -152,5 +152,5 @@ def test_filter_beside_the_callback_is_refused():
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_impossible_shares(share):
-    with pytest.raises(ValueError, match=r"`dropped_share` to be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"`dropped_share` to be a number in \[0, 1\)"):
         make_classifier(dropped_share=share)

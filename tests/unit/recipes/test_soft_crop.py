@@ -64,7 +64,7 @@ def test_small_sigma_never_leaves_the_image():
 
 @pytest.mark.parametrize("setting", ["sigma", "power"])
 def test_settings_must_be_positive(setting):
-    with pytest.raises(ValueError, match=f"`{setting}` to be positive, but got 0.0"):
+    with pytest.raises(ValueError, match=f"`{setting}` to be a positive number, but got 0.0"):
         SoftCrop(3, **{setting: 0.0})
 
 

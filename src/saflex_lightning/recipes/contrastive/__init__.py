@@ -1,4 +1,4 @@
-"""Image-text and self-supervised contrastive training, with the public interface alone."""
+"""Image-text contrastive training, with the public interface alone."""
 
 from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders, OpenClipEncoders
 from saflex_lightning.recipes.contrastive.ensembling import WeightEnsembling

@@ -1,18 +1,19 @@
 """Fine-tune the image tower of a two-tower model behind a linear head, ready for SAFLEX."""
 
-import lightning as L
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from typing import Any
+
 from torch import Tensor, nn
 
 from saflex_lightning import AugmentedBatch, SAflexMixin
-from saflex_lightning.recipes.contrastive.metrics import log_stage_metrics, make_stage_metrics
+from saflex_lightning.recipes.contrastive.metrics import make_stage_metrics
 from saflex_lightning.recipes.contrastive.probe import ImageTower
-from saflex_lightning.recipes.contrastive.schedule import make_warm_up_adamw
+from saflex_lightning.recipes.contrastive.tower_module import TowerModule
+from saflex_lightning.recipes.sized import SizedModule
 
 __all__ = ["TowerClassifier"]
 
 
-class TowerClassifier(SAflexMixin, L.LightningModule):
+class TowerClassifier(SAflexMixin, SizedModule, TowerModule):
     """Image tower and linear head, trained on cross-entropy: the rival of `ContrastiveTuner`.
 
     With `FitHeadFirst` this is LP-FT: the head is fitted on fixed features, then all is
@@ -22,7 +23,7 @@ class TowerClassifier(SAflexMixin, L.LightningModule):
     Args:
         encoders: Both towers, see `ImageTextEncoders`; what the text side alone uses stays as it
             is.
-        num_classes: Number of classes.
+        num_classes: Number of classes; None asks the datamodule's ``sizes()``.
         lr: Largest learning rate of AdamW.
         weight_decay: Of AdamW, decoupled.
         warmup_steps: Optimizer steps in which the rate rises; see `make_warm_up_adamw`.
@@ -34,7 +35,7 @@ class TowerClassifier(SAflexMixin, L.LightningModule):
     def __init__(
         self,
         encoders: nn.Module,
-        num_classes: int,
+        num_classes: int | None = None,
         *,
         lr: float = 1e-5,
         weight_decay: float = 0.2,
@@ -42,10 +43,17 @@ class TowerClassifier(SAflexMixin, L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoders"])
-        self.network = ImageTower(encoders, num_classes)
-        self.num_classes = num_classes
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
-        self.metrics = make_stage_metrics(num_classes)
+        self.encoders = encoders
+        if num_classes is not None:
+            self.build({"num_classes": num_classes})
+
+    def make_layers(self, sizes: dict[str, Any]) -> None:
+        """Put a head behind the image tower."""
+        self.num_classes: int = sizes["num_classes"]
+        self.network = ImageTower(self.encoders, self.num_classes)
+        del self.encoders  # the network has them
+        self.metrics = make_stage_metrics(self.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits of images in [-1, 1], ``(batch, classes)``."""
@@ -56,23 +64,3 @@ class TowerClassifier(SAflexMixin, L.LightningModule):
         loss = self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
         self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log accuracy and macro F1 of the validation rows."""
-        self._evaluate("val", batch)
-
-    def test_step(
-        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Log accuracy and macro F1; a second test loader holds the rows out of distribution."""
-        self._evaluate("test" if dataloader_idx == 0 else "test_ood", batch)
-
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, labels = batch
-        log_stage_metrics(self, self.metrics, stage, self(images), labels)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with its warm-up and half cosine, stepped once per optimizer step."""
-        return make_warm_up_adamw(
-            self, lr=self.lr, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps
-        )

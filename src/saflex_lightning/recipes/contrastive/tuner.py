@@ -4,24 +4,22 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from saflex_lightning import AugmentedBatch, SAflexMixin, gather_rows
 from saflex_lightning.functional import contrastive_scores, same_class_target
+from saflex_lightning.recipes.checks import check_choice
 from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders
-from saflex_lightning.recipes.contrastive.metrics import log_stage_metrics, make_stage_metrics
+from saflex_lightning.recipes.contrastive.metrics import make_stage_metrics
 from saflex_lightning.recipes.contrastive.prompts import (
     make_prompts,
     template_of_rows,
     zero_shot_head,
 )
-from saflex_lightning.recipes.contrastive.schedule import make_warm_up_adamw
-from saflex_lightning.recipes.options import check_choice
+from saflex_lightning.recipes.contrastive.tower_module import TowerModule
 
 __all__ = ["ContrastiveTuner"]
 
@@ -29,7 +27,7 @@ TEMPLATES = ("a photo of {}.", "{} in the wild.")
 _LARGEST_LOG_SCALE = math.log(100.0)
 
 
-class ContrastiveTuner(SAflexMixin, L.LightningModule):
+class ContrastiveTuner(SAflexMixin, TowerModule):
     """Image-text fine-tuning on captions made of class names ("finetune like you pretrain").
 
     A row is an image with the caption of its class; the loss is the symmetric contrastive one over
@@ -215,22 +213,6 @@ class ContrastiveTuner(SAflexMixin, L.LightningModule):
         """Make the classifier of this evaluation once."""
         self._head = self.make_head()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log accuracy and macro F1 of the validation rows."""
-        self._evaluate("val", batch)
-
-    def test_step(
-        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Log accuracy and macro F1; a second test loader holds the rows out of distribution."""
-        self._evaluate("test" if dataloader_idx == 0 else "test_ood", batch)
-
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, labels = batch
-        log_stage_metrics(self, self.metrics, stage, self(images, self._head), labels)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with its warm-up and half cosine, stepped once per optimizer step."""
-        return make_warm_up_adamw(
-            self, lr=self.lr, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps
-        )
+    def class_scores(self, images: Tensor) -> Tensor:
+        """Return scores by the classifier of this evaluation."""
+        return self(images, self._head)

@@ -1,19 +1,25 @@
 """Training batches of a table: whole batches at a time, since a row alone is too little work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from saflex_lightning import AugmentedBatch
-from saflex_lightning.recipes.batches import epoch_and_row
-from saflex_lightning.recipes.mixing import mixing_group
+from saflex_lightning.data.mixing import mixing_group
+from saflex_lightning.data.resumable import epoch_and_row
+from saflex_lightning.data.union import MadeRows, union_batch
+from saflex_lightning.recipes.checks import (
+    check_choice,
+    check_integers,
+    check_mapping,
+    check_number,
+)
 from saflex_lightning.recipes.tabular.cutmix import (
     MixedRows,
     draw_ratio,
@@ -22,7 +28,7 @@ from saflex_lightning.recipes.tabular.cutmix import (
 )
 from saflex_lightning.recipes.tabular.table import TabularInputs
 
-__all__ = ["AugmentationName", "CleanTable", "CutMix", "TrainingTable", "as_it_is", "make_cutmix"]
+__all__ = ["AugmentationName", "CleanTable", "CutMix", "TrainingTable", "make_cutmix"]
 
 AugmentationName = Literal["none", "cutmix", "cutmix_columns"]
 _SETTINGS = {
@@ -52,21 +58,21 @@ class CutMix:
     num_groups: int = 4
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.probability <= 1.0:
-            raise ValueError(
-                f"Expected `probability` to be in (0, 1], but got {self.probability}. Pass "
-                "`augmentation`='none' to leave all rows as they are."
-            )
-        if self.alpha <= 0.0:
-            raise ValueError(
-                f"Expected `alpha` to be positive, but got {self.alpha}. Pass 1.0 to draw shares "
-                "evenly."
-            )
-        if self.num_groups < 1:
-            raise ValueError(
-                f"Expected `num_groups` to be at least 1, but got {self.num_groups}. Pass a number "
-                "of groups."
-            )
+        check_number(
+            "probability",
+            self.probability,
+            "a number in (0, 1]",
+            lambda share: 0 < share <= 1,
+            "Pass `augmentation`='none' to leave all rows as they are.",
+        )
+        check_number(
+            "alpha",
+            self.alpha,
+            "a positive number",
+            lambda alpha: alpha > 0,
+            "Pass 1.0 to draw shares evenly.",
+        )
+        check_integers(1, num_groups=self.num_groups)
 
     def draw(
         self, inputs: TabularInputs, target: Tensor, num_classes: int, generator: torch.Generator
@@ -99,21 +105,19 @@ class CutMix:
         return 1.0 if self.mix_labels else min(1.0, 2.0 * self.probability)
 
 
-def make_cutmix(name: AugmentationName, settings: dict[str, Any]) -> CutMix | None:
+def make_cutmix(name: AugmentationName, settings: Mapping[str, Any] | None) -> CutMix | None:
     """Return an upstream augmentation by name; None for ``"none"``.
 
     Args:
         name: ``"cutmix"`` (`replace_cells`), ``"cutmix_columns"`` (`mix_columns`) or ``"none"``.
-        settings: Attributes of `CutMix` other than ``mix_labels``.
+        settings: Attributes of `CutMix` other than ``mix_labels``; None keeps their defaults.
 
     Raises:
         ValueError: If the name is unknown, or it has no such setting.
     """
-    if name not in _SETTINGS:
-        raise ValueError(
-            f"Expected `augmentation` to be one of {sorted(_SETTINGS)}, but got {name!r}. Choose "
-            "one."
-        )
+    check_choice("augmentation", name, tuple(_SETTINGS))
+    check_mapping("augmentation_settings", settings)
+    settings = dict(settings or {})
     if unknown := sorted(set(settings) - set(_SETTINGS[name])):
         raise ValueError(
             f"Expected `augmentation_settings` of '{name}' to be among {list(_SETTINGS[name])}, "
@@ -147,8 +151,7 @@ class TrainingTable(Dataset[AugmentedBatch]):
         rows: The clean rows.
         num_classes: Number of classes.
         augmentation: None leaves all rows clean.
-        batch: ``"union"`` puts one augmented row per clean row behind the clean rows (Ding et al.
-            2024, Eq. 3); ``"replace"`` keeps the augmented rows alone.
+        replace: Keep the augmented rows alone, instead of one behind the clean rows for each.
         seed: Seed of the augmentation.
     """
 
@@ -158,13 +161,13 @@ class TrainingTable(Dataset[AugmentedBatch]):
         num_classes: int,
         *,
         augmentation: CutMix | None,
-        batch: Literal["union", "replace"],
+        replace: bool,
         seed: int,
     ) -> None:
         self.rows = rows
         self.num_classes = num_classes
         self.augmentation = augmentation
-        self.batch = batch
+        self.replace = replace
         self.seed = seed
 
     def __len__(self) -> int:
@@ -179,31 +182,15 @@ class TrainingTable(Dataset[AugmentedBatch]):
         index = torch.tensor([row for _, row in pairs])
         inputs = TabularInputs(*(part[index] for part in self.rows.inputs))
         target = self.rows.target[index]
-        ones, none = torch.ones_like(index), torch.full_like(index, -1)
-        if self.augmentation is None:
-            return AugmentedBatch(inputs, target, ones < 0, ones * 0, index, none)
-        # No other batch of the epoch holds the first row.
-        draw = np.random.SeedSequence((self.seed, *pairs[0])).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(draw[0]))
-        mixed = self.augmentation.draw(inputs, target, self.num_classes, generator)
-        group = self.augmentation.group(mixed.changed)
-        made = index + len(self)  # a row's augmented version is another row than itself
-        if self.batch == "replace":
-            return AugmentedBatch(mixed.inputs, mixed.target, ones > 0, group, made, none)
-        if mixed.target.ndim == 2:
-            target = F.one_hot(target, self.num_classes).float()
-        return AugmentedBatch(
-            inputs=TabularInputs(
-                *(torch.cat(parts) for parts in zip(inputs, mixed.inputs, strict=True))
-            ),
-            target=torch.cat([target, mixed.target]),
-            augmented=torch.cat([ones < 0, ones > 0]),
-            group=torch.cat([ones * 0, group]),
-            index=torch.cat([index, made]),
-            source=torch.cat([none, torch.arange(len(index))]),
-        )
+        made = None
+        if self.augmentation is not None:
+            # No other batch of the epoch holds the first row.
+            draw = np.random.SeedSequence((self.seed, *pairs[0])).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(draw[0]))
+            mixed = self.augmentation.draw(inputs, target, self.num_classes, generator)
+            made = MadeRows(mixed.inputs, mixed.target, self.augmentation.group(mixed.changed))
+        return union_batch(inputs, target, index, made, num_rows=len(self), replace=self.replace)
 
-
-def as_it_is(batch: Any) -> Any:
-    """Return a batch that the dataset has already put together; the collate function."""
-    return batch
+    def collate(self, batch: AugmentedBatch) -> AugmentedBatch:
+        """Return the batch that the loader has asked for as a whole."""
+        return batch

@@ -1,54 +1,33 @@
-"""A tabular set as a Lightning datamodule: training batches and the rows that steer."""
+"""A tabular set as a Lightning datamodule."""
 
-from typing import Any, Literal, get_args
+from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from saflex_lightning import AugmentedBatch
-from saflex_lightning.recipes.data import split_stratified
-from saflex_lightning.recipes.data_checks import (
-    check_merging,
-    check_shares,
-    check_sizes,
-    check_steering,
+from saflex_lightning.recipes.checks import (
+    check_flags,
+    check_integers,
+    check_list,
+    check_names,
+    check_paths,
 )
-from saflex_lightning.recipes.loaders import (
-    SteeringDraw,
-    SteeringName,
-    loader_options,
-    make_steering_loader,
-    make_train_loader,
-)
-from saflex_lightning.recipes.options import check_choice
+from saflex_lightning.recipes.datamodule import Splits, UnionDataModule
 from saflex_lightning.recipes.tabular.batches import (
     AugmentationName,
     CleanTable,
     TrainingTable,
-    as_it_is,
     make_cutmix,
 )
 from saflex_lightning.recipes.tabular.csv_file import Roles
 from saflex_lightning.recipes.tabular.facts import SetName
 from saflex_lightning.recipes.tabular.preprocessing import Preprocessing
-from saflex_lightning.recipes.tabular.sets import read_table
-from saflex_lightning.recipes.tabular.table import (
-    Table,
-    TabularInputs,
-    drop_duplicates,
-    join_rows,
-    split_rows,
-    take_rows,
-)
+from saflex_lightning.recipes.tabular.sets import check_set_name, read_table
+from saflex_lightning.recipes.tabular.table import Table, drop_duplicates, split_rows
 
 __all__ = ["TabularDataModule"]
 
-CleanLoader = DataLoader[tuple[TabularInputs, Tensor]]
 
-
-class TabularDataModule(L.LightningDataModule):
+class TabularDataModule(UnionDataModule):
     """A tabular set, split by seed, with CutMix upstream and the rows that steer SAFLEX.
 
     Rows are split at random into 65 % training, 15 % validation and 20 % test rows. Means,
@@ -62,10 +41,10 @@ class TabularDataModule(L.LightningDataModule):
         target: CSV: the column to predict; None takes the named set's own roles.
         categorical: CSV: columns of levels.
         numeric: CSV: columns of numbers; None means all others.
-        num_numeric: Numeric columns that the model was built for; None skips the check.
+        num_numeric: Number of numeric columns, if the file is to be checked.
         cardinalities: Codes of each categorical column (its levels, and two for missing and
-            unseen) that the model was built for; None skips the check.
-        num_classes: Classes that the model was built for; None skips the check.
+            unseen), if the file is to be checked.
+        num_classes: Number of classes, if the file is to be checked.
         deduplicate: Keep one of rows that agree in everything, before they are split.
         stratified: Split every class by itself, for classes with few rows.
         augmentation: Upstream augmentation, drawn anew for each batch: ``"cutmix"`` replaces
@@ -75,27 +54,13 @@ class TabularDataModule(L.LightningDataModule):
             with ``"cutmix_columns"``, of a batch to be mixed; ``num_groups`` bins of strength that
             become groups of rows; with ``"cutmix_columns"`` ``alpha``, the kept share being
             Beta(alpha, alpha). None keeps their defaults.
-        batch: ``"union"``: clean rows, then one augmented row per clean row; ``"replace"``:
-            augmented rows only.
-        batch_size: Clean rows per step and process; a union batch has twice as many.
-        eval_batch_size: Rows per validation, test or plain steering batch and process.
-        steering: Rows that steer SAFLEX: ``"val"`` the validation rows, ``"split"`` a stratified
-            part of the training rows, which is then not trained on, ``"train"`` the clean
-            training rows, ``"late"`` the validation rows, which are trained on too from half of
-            the epochs on: nothing can be selected on them, and an epoch has as many steps as
-            before.
-        steering_fraction: Share of the training rows that ``"split"`` takes, in (0, 1).
-        steering_draw: ``"plain"``: in shuffled passes, as the callback draws; ``"stratified"``:
-            every batch has rows of every class, in shares like those of the data but at least one;
-            ``"balanced"``: as many of each class.
-        steering_batch_size: Rows per ``"stratified"`` or ``"balanced"`` batch and process.
-        merge_val: Train on the validation rows too. Then there are none: nothing can be selected
-            on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
-        seed: Seed of the split, of the order of the rows and of the augmentation.
-        num_workers: Loader processes; 0 loads in the training process.
+        batch_size: As for `UnionDataModule`.
+        eval_batch_size: As for `UnionDataModule`.
+        **shared: As for `UnionDataModule`.
 
     Raises:
-        ValueError: If a number is out of its range.
+        TypeError: If a setting is of another type.
+        ValueError: If a setting is out of its range.
 
     Example:
         >>> data = TabularDataModule("qsar", batch_size=2)
@@ -120,155 +85,86 @@ class TabularDataModule(L.LightningDataModule):
         stratified: bool = False,
         augmentation: AugmentationName = "cutmix",
         augmentation_settings: dict[str, Any] | None = None,
-        batch: Literal["union", "replace"] = "union",
         batch_size: int = 256,
         eval_batch_size: int = 1024,
-        steering: SteeringName = "val",
-        steering_fraction: float = 0.2,
-        steering_draw: SteeringDraw = "plain",
-        steering_batch_size: int = 128,
-        merge_val: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__()
-        check_sizes(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            steering_batch_size=steering_batch_size,
-        )
-        check_shares(steering_fraction=steering_fraction)
-        check_choice("batch", batch, ("union", "replace"))
-        check_choice("steering", steering, get_args(SteeringName))
-        check_choice("steering_draw", steering_draw, get_args(SteeringDraw))
-        check_merging(steering, merge_val=merge_val)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **shared)
+        check_set_name(dataset, path)
+        check_paths(path=path)
+        check_flags(deduplicate=deduplicate, stratified=stratified)
+        check_integers(0, optional=True, num_numeric=num_numeric)
+        check_integers(1, optional=True, num_classes=num_classes)
+        check_list(1, cardinalities=cardinalities)
+        self.expected = {
+            "num_numeric": num_numeric,
+            "cardinalities": None if cardinalities is None else list(cardinalities),
+            "num_classes": num_classes,
+        }
         self.dataset: SetName | None = dataset
         self.path = path
-        self.roles = None
-        if target is not None:
-            columns = None if numeric is None else tuple(numeric)
-            self.roles = Roles(target, tuple(categorical or ()), columns)
-        self.num_numeric = num_numeric
-        self.cardinalities = None if cardinalities is None else list(cardinalities)
-        self.num_classes = num_classes
+        self.roles = _read_roles(target, categorical, numeric)
         self.deduplicate = deduplicate
         self.stratified = stratified
         self.augmentation: AugmentationName = augmentation
+        self._augment = make_cutmix(augmentation, augmentation_settings)
         self.augmentation_settings = dict(augmentation_settings or {})
-        self.batch: Literal["union", "replace"] = batch
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.steering: SteeringName = steering
-        self.steering_fraction = steering_fraction
-        self.steering_draw: SteeringDraw = steering_draw
-        self.steering_batch_size = steering_batch_size
-        self.merge_val = merge_val
-        self.seed = seed
-        self.num_workers = num_workers
-        self._augment = make_cutmix(augmentation, self.augmentation_settings)
-        self._is_set_up = False
 
-    def setup(self, stage: str) -> None:
-        """Read the file once, split it, and set the steering rows aside."""
-        if self._is_set_up:
-            return
+    def make_splits(self) -> Splits:
+        """Read the file and split it."""
         table = read_table(self.dataset, self.path, roles=self.roles)
-        self._check_model(table)
+        self._sizes = {
+            "num_numeric": table.numeric.shape[1],
+            "cardinalities": table.cardinalities,
+            "num_classes": len(table.classes),
+        }
+        for name, value in self.expected.items():
+            if value not in (None, self._sizes[name]):
+                raise ValueError(
+                    f"Expected `{name}` to be {self._sizes[name]}, as in the file, but got "
+                    f"{value}. Correct it, or leave `{name}` out."
+                )
+        self.classes = table.classes
         if self.deduplicate:
             table = drop_duplicates(table)
         train, val, test = split_rows(table, seed=self.seed, stratified=self.stratified)
-        if self.merge_val:
-            train = join_rows(train, val)
-        steering = train
-        if self.steering == "split":
-            kept, carved = split_stratified(
-                torch.from_numpy(train.target), self.steering_fraction, self.seed
-            )
-            steering, train = take_rows(train, carved.numpy()), take_rows(train, kept.numpy())
-        prepare = Preprocessing(train)
+        return Splits(train, val, [test])
 
-        def clean(rows: Table) -> CleanTable:
-            return CleanTable(prepare.transform(rows), torch.from_numpy(rows.target))
+    def sizes(self) -> dict[str, Any]:
+        """Return the numbers of columns, levels and classes; needs `setup`."""
+        return self._sizes
 
-        self.classes = table.classes
-        late = self.steering == "late"
-        self._num_late = len(val.target) if late else 0
-        joined = join_rows(train, val) if late else train
-        self._train, self._val, self._test = clean(joined), clean(val), clean(test)
-        # The same object where the rows are the same, so that SAFLEX can tell.
-        same = {"val": self._val, "late": self._val, "train": self._train}
-        self._steering = same.get(self.steering) or clean(steering)
-        self._is_set_up = True
+    def fit_to(self, train: Table) -> None:
+        """Fit means, deviations and codes."""
+        self._preprocessing = Preprocessing(train)
 
-    def class_counts(self) -> Tensor:
-        """Return the number of training rows of each class, ``(classes,)`` int64."""
-        return self._train.target.bincount(minlength=len(self.classes))
+    def make_clean(self, rows: Table) -> CleanTable:
+        """Return model inputs and labels."""
+        return CleanTable(self._preprocessing.transform(rows), torch.from_numpy(rows.target))
 
-    def train_dataloader(self) -> DataLoader[AugmentedBatch]:
-        """Return the loader of training batches; its order is a function of seed and epoch."""
-        dataset = TrainingTable(
-            self._train,
+    def make_augmented(self, clean: CleanTable) -> TrainingTable:
+        """Return training batches."""
+        return TrainingTable(
+            clean,
             len(self.classes),
             augmentation=self._augment,
-            batch=self.batch,
+            replace=self.batch == "replace",
             seed=self.seed,
-        )
-        return make_train_loader(
-            dataset,
-            self.batch_size,
-            trainer=self.trainer,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            collate_fn=as_it_is,
-            num_late=self._num_late,
         )
 
     def saflex_group_names(self) -> tuple[str, ...]:
         """Return what each value of ``AugmentedBatch.group`` stands for."""
         return ("clean",) if self._augment is None else self._augment.group_names
 
-    def saflex_dataloader(self) -> CleanLoader:
-        """Return the loader of the rows that steer SAFLEX, without augmentation.
 
-        Raises:
-            MisconfigurationException: If those are validation rows that are trained on.
-        """
-        check_steering(self.steering, merge_val=self.merge_val)
-        return make_steering_loader(
-            self._steering,
-            self._steering.target,
-            draw=self.steering_draw,
-            batch_size=self.steering_batch_size,
-            plain_batch_size=self.eval_batch_size,
-            trainer=self.trainer,
-            seed=self.seed,
-            num_workers=self.num_workers,
+def _read_roles(target: Any, categorical: Any, numeric: Any) -> Roles | None:
+    check_names(categorical=categorical, numeric=numeric)
+    if target is None and (categorical is not None or numeric is not None):
+        raise ValueError(
+            "Expected `target` beside `categorical` and `numeric`, but got None. Name the column "
+            "to predict too."
         )
-
-    def val_dataloader(self) -> CleanLoader | list[Any]:
-        """Return the loader of the validation rows; none where they are trained on."""
-        if self.merge_val or self.steering == "late":
-            return []
-        return self._make_loader(self._val)
-
-    def test_dataloader(self) -> CleanLoader:
-        """Return the loader of the test rows."""
-        return self._make_loader(self._test)
-
-    def _make_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        options = loader_options(self.num_workers, self.seed)
-        return DataLoader(dataset, self.eval_batch_size, **options)
-
-    def _check_model(self, table: Table) -> None:
-        found = {
-            "num_numeric": table.numeric.shape[1],
-            "cardinalities": table.cardinalities,
-            "num_classes": len(table.classes),
-        }
-        for setting, value in found.items():
-            expected = getattr(self, setting)
-            if expected is not None and expected != value:
-                raise ValueError(
-                    f"Expected `{setting}` to be {value}, as in the file, but got {expected}. Set "
-                    f"`{setting}` of the data and of the model to {value}."
-                )
+    if target is None:
+        return None
+    check_names(target=[target])
+    return Roles(target, tuple(categorical or ()), None if numeric is None else tuple(numeric))

@@ -190,14 +190,6 @@ class SAINT(nn.Module):
         )
 
     def forward(self, numeric: Tensor, categorical: Tensor) -> Tensor:
-        """Return logits.
-
-        Args:
-            numeric: ``(batch, numeric columns)`` float.
-            categorical: ``(batch, categorical columns)`` int64 codes.
-
-        Returns:
-            ``(batch, classes)``.
-        """
+        """Return logits, ``(batch, classes)``, of numbers and codes; see `TabularMLP.forward`."""
         tokens = self.blocks(self.embed(numeric, categorical))
         return self.head(tokens[:, 0])

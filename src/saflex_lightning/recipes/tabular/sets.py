@@ -8,9 +8,9 @@ import numpy as np
 from saflex_lightning.recipes.tabular.csv_file import Roles, read_csv
 from saflex_lightning.recipes.tabular.facts import SETS, Facts, SetName
 from saflex_lightning.recipes.tabular.npz_file import read_npz
-from saflex_lightning.recipes.tabular.table import Table, drop_duplicates, take_rows
+from saflex_lightning.recipes.tabular.table import Table, drop_duplicates
 
-__all__ = ["make_rare", "read_table"]
+__all__ = ["check_set_name", "make_rare", "read_table"]
 
 # Credit's share of positives (492 of 284,807), for its stand-in.
 RARE_SHARE = 492 / 284_807
@@ -35,18 +35,9 @@ def read_table(
         >>> read_table("qsar").class_counts
         (699, 356)
     """
+    check_set_name(dataset, path)
     if dataset is None:
-        if path is None:
-            raise ValueError(
-                "Expected `path` to name a .npz or .csv file where `dataset` is None, but got "
-                f"None. Pass a file, or one of the names {sorted(SETS)}."
-            )
-        return _read_file(_existing(Path(path).expanduser()), roles)
-    if dataset not in SETS:
-        raise ValueError(
-            f"Expected `dataset` to be one of {sorted(SETS)} or None, but got "
-            f"{dataset!r}. Pass None with `path` to read a set of your own."
-        )
+        return _read_file(_existing(Path(str(path)).expanduser()), roles)
     facts = SETS[dataset]
     file = _find_file(dataset, facts, path)
     table = _read_file(file, roles or facts.roles)
@@ -54,6 +45,20 @@ def read_table(
         table = make_rare(table)
     _check_facts(dataset, facts, table, file)
     return table
+
+
+def check_set_name(dataset: object, path: object) -> None:
+    """Refuse a set that is none of the paper's, and a set of one's own without a file."""
+    if dataset is None and path is None:
+        raise ValueError(
+            "Expected `path` to name a .npz or .csv file where `dataset` is None, but got None. "
+            f"Pass a file, or one of the names {sorted(SETS)}."
+        )
+    if dataset is not None and (not isinstance(dataset, str) or dataset not in SETS):
+        raise ValueError(
+            f"Expected `dataset` to be one of {sorted(SETS)} or None, but got {dataset!r}. Pass "
+            "None with `path` to read a set of your own."
+        )
 
 
 def make_rare(table: Table) -> Table:
@@ -75,7 +80,7 @@ def make_rare(table: Table) -> Table:
     wanted = round(RARE_SHARE / (1 - RARE_SHARE) * int((~is_attack).sum()))
     attacks = np.flatnonzero(is_attack)
     attacks = np.random.default_rng(0).choice(attacks, min(wanted, len(attacks)), replace=False)
-    rare = take_rows(table, np.sort(np.concatenate([np.flatnonzero(~is_attack), attacks])))
+    rare = table.take(np.sort(np.concatenate([np.flatnonzero(~is_attack), attacks])))
     target = (rare.target == table.classes.index("attack")).astype(np.int64)
     return rare._replace(target=target, classes=("normal", "attack"))
 

@@ -9,9 +9,7 @@ __all__ = [
     "Table",
     "TabularInputs",
     "drop_duplicates",
-    "join_rows",
     "split_rows",
-    "take_rows",
 ]
 
 PARTS = (0.65, 0.15)  # of the rows, for training and validation; the rest tests
@@ -61,33 +59,22 @@ class Table(NamedTuple):
         """Rows of each class."""
         return tuple(np.bincount(self.target, minlength=len(self.classes)).tolist())
 
+    def take(self, rows: np.ndarray | Tensor) -> "Table":
+        """Return some rows, by number, in the order asked for."""
+        numbers = np.asarray(rows)
+        return self._replace(
+            numeric=self.numeric[numbers],
+            categorical=self.categorical[numbers],
+            target=self.target[numbers],
+        )
 
-def take_rows(table: Table, rows: np.ndarray) -> Table:
-    """Return some rows of a table, in the order asked for.
-
-    Args:
-        table: The table.
-        rows: Row numbers, ``(m,)``.
-    """
-    return table._replace(
-        numeric=table.numeric[rows],
-        categorical=table.categorical[rows],
-        target=table.target[rows],
-    )
-
-
-def join_rows(first: Table, second: Table) -> Table:
-    """Return the rows of two tables with the same columns, one below the other.
-
-    Args:
-        first: A table.
-        second: Another part of the same file.
-    """
-    return first._replace(
-        numeric=np.concatenate([first.numeric, second.numeric]),
-        categorical=np.concatenate([first.categorical, second.categorical]),
-        target=np.concatenate([first.target, second.target]),
-    )
+    def join(self, other: "Table") -> "Table":
+        """Return these rows and those of another part of the same file behind them."""
+        return self._replace(
+            numeric=np.concatenate([self.numeric, other.numeric]),
+            categorical=np.concatenate([self.categorical, other.categorical]),
+            target=np.concatenate([self.target, other.target]),
+        )
 
 
 def drop_duplicates(table: Table) -> Table:
@@ -103,7 +90,7 @@ def drop_duplicates(table: Table) -> Table:
     cells[np.isnan(cells)] = np.nan  # one bit pattern for all of them
     rows = np.ascontiguousarray(cells).view(f"V{cells.shape[1] * cells.itemsize}").reshape(-1)
     first = np.unique(rows, return_index=True)[1]
-    return take_rows(table, np.sort(first))
+    return table.take(np.sort(first))
 
 
 def split_rows(table: Table, *, seed: int, stratified: bool) -> tuple[Table, Table, Table]:
@@ -125,7 +112,7 @@ def split_rows(table: Table, *, seed: int, stratified: bool) -> tuple[Table, Tab
         ends = [round(share * len(rows)) for share in np.cumsum(PARTS)]
         for part, chosen in zip(parts, np.split(rows, ends), strict=True):
             part.append(chosen)
-    tables = [take_rows(table, np.sort(np.concatenate(part))) for part in parts]
+    tables = [table.take(np.sort(np.concatenate(part))) for part in parts]
     for name, part in zip(("training", "validation", "test"), tables, strict=True):
         if 0 in part.class_counts:
             missing = table.classes[part.class_counts.index(0)]

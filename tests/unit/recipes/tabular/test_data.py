@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.batches import batches
 from helpers.tables import make_table, write_csv, write_npz
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from saflex_lightning.batch import AugmentedBatch
 from saflex_lightning.recipes.tabular import TabularDataModule
-from saflex_lightning.recipes.tabular.table import take_rows
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,6 @@ def set_up(path, **settings):
     data = TabularDataModule(None, path, **{"batch_size": 20, **settings})
     data.setup("fit")
     return data
-
-
-def batches(data, epoch=0):
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
 
 
 def leaves(batch):
@@ -165,7 +159,7 @@ class TestReproducibility:
         assert not one[130:].equal(other[130:])
 
     def test_passes_leave_the_global_random_state_alone(self, rare_file):
-        data = set_up(rare_file, stratified=True, steering_draw="stratified")
+        data = set_up(rare_file, stratified=True)
         torch.manual_seed(0)
         expected = torch.rand(3)
         torch.manual_seed(0)
@@ -198,14 +192,14 @@ class TestSplit:
 
     def test_duplicates_go_before_the_split_unless_they_are_wanted(self, tmp_path):
         table = make_table(100)
-        twice = take_rows(table, torch.arange(100).repeat(2).numpy())
+        twice = table.take(torch.arange(100).repeat(2).numpy())
         path = str(write_npz(tmp_path / "twice.npz", twice))
         data = set_up(path)
-        train, test = (rows_of(part) for part in (data._train, data._test))
+        train, test = (rows_of(part) for part in (data._train, data.test_dataloader().dataset))
         assert len(train) == 65
         assert not train & test
         data = set_up(path, deduplicate=False)
-        train, test = (rows_of(part) for part in (data._train, data._test))
+        train, test = (rows_of(part) for part in (data._train, data.test_dataloader().dataset))
         assert train & test
 
     def test_class_counts_are_those_of_the_training_rows(self, rare_file):
@@ -222,14 +216,6 @@ class TestSteering:
         trained = all_rows((batch.inputs, None) for batch in batches(data))
         assert all_rows(data.saflex_dataloader()) == trained
 
-    @pytest.mark.parametrize(("draw", "positives"), [("stratified", 1), ("balanced", 10)])
-    def test_no_batch_misses_a_rare_class(self, rare_file, draw, positives):
-        settings = {"stratified": True, "steering_batch_size": 20}
-        plain = set_up(rare_file, **settings, eval_batch_size=20).saflex_dataloader()
-        assert [int(target.sum()) for _, target in plain].count(0) >= 12  # of 15, 3 positives
-        loader = set_up(rare_file, **settings, steering_draw=draw).saflex_dataloader()
-        assert [int(target.sum()) for _, target in loader] == [positives] * 15
-
     def test_merged_rows_train_and_none_are_left_to_steer_or_select(self, file):
         data = set_up(file, merge_val=True, augmentation="none", batch_size=1)
         parts = set_up(file, augmentation="none", batch_size=1)
@@ -238,24 +224,13 @@ class TestSteering:
         assert data.val_dataloader() == []
         with pytest.raises(MisconfigurationException, match="`steering` other than 'val'"):
             data.saflex_dataloader()
-        assert len(rows_of(data._test)) == len(rows_of(parts._test)) == 40
+        assert (
+            len(rows_of(data.test_dataloader().dataset))
+            == len(rows_of(parts.test_dataloader().dataset))
+            == 40
+        )
         steered = set_up(file, merge_val=True, steering="train").saflex_dataloader()
         assert len(steered.dataset) == 160
-
-
-def test_late_rows_steer_and_train_from_half_of_the_epochs_on(file):
-    data = set_up(file, steering="late", augmentation="none", batch_size=10)
-    parts = set_up(file, augmentation="none", batch_size=10)
-    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_epochs=4)
-    for epoch in range(4):
-        index = torch.cat([batch.index for batch in batches(data, epoch)])
-        assert len(index) == len(index.unique()) == 130
-        assert (index.max() >= 130) == (epoch >= 2)
-    assert data.val_dataloader() == []
-    assert data.saflex_dataloader().dataset is data._val
-    # Standardised by what the training rows alone tell, as without late rows.
-    assert data._val.inputs.numeric.equal(parts._val.inputs.numeric)
-    assert data._train.inputs.numeric[130:].equal(data._val.inputs.numeric)
 
 
 def test_a_csv_of_ones_own(tmp_path):
@@ -263,6 +238,7 @@ def test_a_csv_of_ones_own(tmp_path):
     roles = {"target": "answer", "categorical": ["colour", "size"]}
     data = set_up(file, **roles, num_numeric=2, cardinalities=[5, 4], num_classes=2)
     assert data.classes == ("no", "yes")
+    assert data.sizes() == {"num_numeric": 2, "cardinalities": [5, 4], "num_classes": 2}
     assert all_rows(data.test_dataloader())
     data = set_up(file, target="answer", numeric=["height"])
     assert batches(data)[0].inputs.numeric.shape == (40, 1)
@@ -275,15 +251,13 @@ def cutmix(name="cutmix", **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
-        ({"eval_batch_size": 0}, "`eval_batch_size` to be at least 1"),
-        ({"steering_batch_size": 0}, "`steering_batch_size` to be at least 1"),
-        ({"steering_draw": "even"}, r"`steering_draw` to be one of \['balanced', .* got 'even'"),
+        ({"batch_size": 0}, "`batch_size` to be a positive integer, but got 0"),
+        ({"eval_batch_size": 0}, "`eval_batch_size` to be a positive integer, but got 0"),
         ({"batch": "both"}, r"`batch` to be one of \['replace', 'union'\], but got 'both'"),
-        (cutmix(num_groups=0), "`num_groups` to be at least 1"),
-        ({"steering_fraction": 1.0}, "`steering_fraction` to be between 0 and 1"),
-        (cutmix(probability=0.0), r"`probability` to be in \(0, 1\], but got 0.0"),
-        (cutmix("cutmix_columns", alpha=0.0), "`alpha` to be positive, but got 0.0"),
+        (cutmix(num_groups=0), "`num_groups` to be a positive integer, but got 0"),
+        ({"steering_fraction": 1.0}, "`steering_fraction` to be a number between 0 and 1"),
+        (cutmix(probability=0.0), r"`probability` to be a number in \(0, 1\], but got 0.0"),
+        (cutmix("cutmix_columns", alpha=0.0), "`alpha` to be a positive number, but got 0.0"),
         (cutmix(alpha=1.0), r"of 'cutmix' to be among \['num_groups', .* but got \['alpha'\]"),
         (cutmix("none", probability=0.1), r"of 'none' to be among \[\], but got"),
         (cutmix("mixup"), r"`augmentation` to be one of \['cutmix', .* but got 'mixup'"),
@@ -291,6 +265,7 @@ def cutmix(name="cutmix", **settings):
         ({"cardinalities": [3, 2]}, r"`cardinalities` to be \[5, 4\], .* but got \[3, 2\]"),
         ({"num_classes": 3}, "`num_classes` to be 2, as in the file, but got 3"),
         ({"batch_size": 131}, "`batch_size` to be at most 130"),
+        ({"categorical": ["colour"]}, "Expected `target` beside `categorical` and `numeric`"),
     ],
 )
 def test_bad_settings(file, settings, message):

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.cases import dense_tangent, random_direction, relative_error
+from helpers.solving import build_engine, measure, val_gradient
 from torch import nn
 
-from saflex_lightning.engines import RowSubset, make_engine, make_tangent
+from saflex_lightning.engines import descent_direction
 from saflex_lightning.recipes.tabular import SAINT, TabularMLP
 
 NUMERIC, CARDINALITIES, CLASSES, ROWS = 3, (4, 3), 2, 5
@@ -208,15 +209,6 @@ def test_rows_of_a_batch_depend_on_each_other_by_row_attention_alone(attention, 
         assert torch.allclose(together[:size], alone, atol=1e-12) != depends
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("attention", "alone"), [("colrow", False), ("row", False), ("col", True)])
-def test_row_subset_finds_row_attention(attention, alone, training):
-    model = make(SAINT, attention=attention, dropout=0.0).train(training)
-    augmented = torch.tensor([False, False, True, True, False])
-    rows = RowSubset(model).probe(model, make_rows(), {}, augmented)[1]
-    assert (rows is not None) == alone
-
-
 NETWORKS = {
     "mlp": lambda dtype: make(TabularMLP, dropout=0.3, dtype=dtype),
     "mlp, batch norm": lambda dtype: make(TabularMLP, batch_norm=True, dtype=dtype),
@@ -231,12 +223,11 @@ NETWORKS = {
 def test_engines_against_the_dense_tangent(network, engine_name, dtype):
     model = NETWORKS[network](dtype).train()
     numeric, categorical = make_rows(dtype=dtype)
-    last = model.head if isinstance(model.head, nn.Linear) else model.head[-1]
-    engine = make_engine(engine_name, model, head=last if engine_name == "head" else None)
+    engine = build_engine(engine_name, model, lambda: model(numeric, categorical))
     direction = random_direction(engine.params)
-    gradient = [-part for part in direction]  # a tangent points downhill
+    along = descent_direction([-part for part in direction])
     torch.manual_seed(5)
-    scores, tangent = engine.measure(lambda: model(numeric, categorical), make_tangent(gradient))
+    scores, found = measure(engine, lambda: model(numeric, categorical), along)
 
     reference = NETWORKS[network](torch.float64).train()
     reference.load_state_dict(model.state_dict())
@@ -247,7 +238,7 @@ def test_engines_against_the_dense_tangent(network, engine_name, dtype):
     expected = reference(numeric.double(), categorical)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(scores.double(), expected, rtol=tolerance, atol=tolerance)
-    error = relative_error(tangent, dense_tangent(expected, matched, direction))
+    error = relative_error(found, dense_tangent(expected, matched, direction))
     exact = engine_name != "finite_difference"
     limits = {torch.float64: 1e-12 if exact else 1e-5, torch.float32: 2e-5 if exact else 2e-2}
     assert error < limits[dtype]
@@ -258,9 +249,12 @@ def test_validation_gradient_of_saint_is_that_of_its_batch(engine_name):
     model = make(SAINT).train()
     numeric, categorical = make_rows(7)
     target = torch.tensor([0, 1, 0, 1, 1, 0, 1])
-    engine = make_engine(engine_name, model)
-    found = engine.gradient(
-        lambda: model(numeric, categorical), lambda scores: F.cross_entropy(scores, target)
+    engine = build_engine(engine_name, model, lambda: model(numeric, categorical))
+    found = val_gradient(
+        engine,
+        model,
+        lambda: model(numeric, categorical),
+        lambda scores: F.cross_entropy(scores, target),
     )
     loss = F.cross_entropy(model.eval()(numeric, categorical), target)
     for one, other in zip(found, torch.autograd.grad(loss, engine.params), strict=True):

@@ -7,25 +7,25 @@ from helpers.tables import make_table
 
 from saflex_lightning.recipes.tabular.preprocessing import Preprocessing
 from saflex_lightning.recipes.tabular.sets import read_table
-from saflex_lightning.recipes.tabular.table import drop_duplicates, split_rows, take_rows
+from saflex_lightning.recipes.tabular.table import drop_duplicates, split_rows
 
 
 class TestDuplicates:
     def test_first_copies_stay_in_order(self):
         table = make_table(6)
         table.numeric[4] = np.nan
-        found = drop_duplicates(take_rows(table, np.array([3, 4, 0, 3, 4, 4, 5])))
+        found = drop_duplicates(table.take(np.array([3, 4, 0, 3, 4, 4, 5])))
         np.testing.assert_array_equal(found.numeric, table.numeric[[3, 4, 0, 5]])
 
     def test_rows_that_differ_in_one_thing_only_stay(self):
-        table = take_rows(make_table(6), np.zeros(4, int))
+        table = make_table(6).take(np.zeros(4, int))
         table.numeric[1, 0] += 1.0
         table.categorical[2, 1] += 1
         table.target[3] = 1 - table.target[3]
         assert len(drop_duplicates(table).target) == 4
 
     def test_minus_zero_is_zero(self):
-        table = take_rows(make_table(6), np.zeros(2, int))
+        table = make_table(6).take(np.zeros(2, int))
         table.numeric[:, 0] = [0.0, -0.0]
         assert len(drop_duplicates(table).target) == 1
 
@@ -66,7 +66,7 @@ class TestPreprocessing:
     def test_numbers_against_a_plain_computation(self):
         table = make_table(50)
         table.numeric[::7, 1] = np.nan
-        train, rest = take_rows(table, np.arange(30)), take_rows(table, np.arange(30, 50))
+        train, rest = table.take(np.arange(30)), table.take(np.arange(30, 50))
         prepare = Preprocessing(train)
         for rows in (train, rest):
             found = prepare.transform(rows).numeric
@@ -83,7 +83,7 @@ class TestPreprocessing:
     def test_missing_and_unseen_levels_have_codes_of_their_own(self, missing_in_train):
         table = make_table(8)
         table.categorical[:, 0] = [2, 0, 2, -1 if missing_in_train else 0, 0, 1, 2, -1]
-        train, rest = take_rows(table, np.arange(4)), take_rows(table, np.arange(4, 8))
+        train, rest = table.take(np.arange(4)), table.take(np.arange(4, 8))
         prepare = Preprocessing(train)
         missing = 0 if missing_in_train else 2
         assert prepare.transform(train).categorical[:, 0].tolist() == [3, 2, 3, missing]
@@ -98,7 +98,7 @@ class TestPreprocessing:
 
     def test_test_rows_do_not_change_the_training_rows(self):
         table = make_table(40)
-        train = take_rows(table, np.arange(20))
+        train = table.take(np.arange(20))
         before = Preprocessing(train).transform(train)
         table.numeric[20:] = 1e6
         assert Preprocessing(train).transform(train).numeric.equal(before.numeric)

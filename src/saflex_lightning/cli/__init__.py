@@ -1,0 +1,1 @@
+"""The commands ``saflex-train``, ``saflex`` and ``saflex-generate``."""

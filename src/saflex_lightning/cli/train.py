@@ -1,0 +1,137 @@
+"""``saflex-train``: one run, or a sweep with ``-m``, composed by Hydra."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from saflex_lightning.cli.quiet import silence_hints
+from saflex_lightning.cli.report import RunReport, make_run_table, read_report
+from saflex_lightning.fit.checks import check_launch
+
+__all__ = ["main", "train"]
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Fit, test, print the table and write ``result.json`` into ``cfg.output_dir``.
+
+    Args:
+        cfg: A composition of the groups in ``saflex_lightning/configs``.
+
+    Returns:
+        What ``result.json`` holds: method, seed, steps, processes, every test metric (``test/f1``
+        as ``test_f1``), the validation metrics of the last epoch, fractions and times (None for
+        what the method does not have), and the cells of the paper's tables that the run stands
+        beside.
+
+    Raises:
+        ValueError: If ``cfg.seed`` is no seed.
+        MisconfigurationException: If the launcher or the GPUs do not fit the Trainer, its
+            processes would not share one directory, or a metric is to select an epoch and there
+            are no validation rows.
+    """
+    silence_hints()
+    paper: Any = OmegaConf.to_container(cfg.paper, resolve=True) if cfg.paper else None
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise ValueError(
+            f"Expected `seed` to be an integer from 0 to {2**32 - 1}, but got {cfg.seed!r}. Every "
+            "run has one; pass `seed=0`."
+        )
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = instantiate(cfg.data)
+    model = instantiate(cfg.model)
+    callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), RunReport()]
+    trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks)
+    check_launch(trainer)
+    _check_directories(trainer)
+    # Where a metric selects, its best epoch is tested.
+    selects = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and (
+        trainer.checkpoint_callback.monitor is not None
+    )
+    if selects:
+        _check_selection(trainer, datamodule)
+
+    trainer.fit(model, datamodule=datamodule)
+    report = read_report(trainer.callback_metrics)
+    validated = {
+        name: value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/")
+    }
+    ckpt_path = "best" if selects else None
+    tests = trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+
+    result = {
+        "name": cfg.name,
+        "seed": cfg.seed,
+        "steps": report.pop("steps"),
+        "processes": trainer.world_size,
+        **{
+            name.replace("/", "_"): value
+            for metrics in (validated, *tests)
+            for name, value in metrics.items()
+        },
+        **report,
+        "paper": paper,
+    }
+    if trainer.is_global_zero:
+        directory = Path(cfg.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        Console().print(make_run_table(result))
+    return result
+
+
+def _check_selection(trainer: L.Trainer, datamodule: Any) -> None:
+    """Refuse to train for an epoch to be selected by validation rows that are not there."""
+    if getattr(datamodule, "merge_val", False) or not trainer.limit_val_batches:
+        raise MisconfigurationException(
+            "Expected validation rows for `callbacks=best` to select an epoch by, but they are "
+            "trained on, or `limit_val_batches` is 0. Pass `callbacks=none` to test the last epoch."
+        )
+
+
+def _check_directories(trainer: L.Trainer) -> None:
+    """Refuse processes that would not share the one directory of a run or a sweep."""
+    if not HydraConfig.initialized() or trainer.world_size == 1:
+        return
+    launcher, settings = trainer.strategy.launcher, HydraConfig.get()
+    if settings.mode == RunMode.MULTIRUN and not isinstance(launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            "Expected the jobs of a sweep to spawn their processes, but this one has "
+            f"{trainer.world_size} that each start from the command line and would run the whole "
+            "sweep again. Add `trainer.strategy=ddp_spawn`, or start one command per job."
+        )
+    cluster = getattr(trainer.strategy, "cluster_environment", None)
+    is_named = "SAFLEX_RUN_DIR" in os.environ or any(
+        override.startswith("hydra.run.dir=") for override in settings.overrides.hydra
+    )
+    if isinstance(cluster, (SLURMEnvironment, TorchElasticEnvironment)) and not is_named:
+        raise MisconfigurationException(
+            f"Expected one run directory for {trainer.world_size} processes, but each would name "
+            "its own after the clock. Set the environment variable `SAFLEX_RUN_DIR`, or pass "
+            "`hydra.run.dir`."
+        )
+
+
+@hydra.main(version_base="1.3", config_path="pkg://saflex_lightning.configs", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Run `train` with the configuration that Hydra composed."""
+    train(cfg)
+
+
+if __name__ == "__main__":
+    main()

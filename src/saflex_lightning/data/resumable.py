@@ -1,0 +1,123 @@
+"""A training loader whose place in the epoch goes into Lightning's checkpoints."""
+
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+__all__ = ["EpochSampler", "ResumableLoader", "ResumableSampler", "epoch_and_row"]
+
+
+class ResumableSampler(DistributedSampler[Any]):
+    """Shuffled row numbers, an order for each epoch, from any place on.
+
+    Args:
+        dataset: Rows; only its length is asked for.
+        num_replicas: Number of processes; None takes that of the process group, once there is one.
+        rank: Which of them this is.
+        **kwargs: As for `DistributedSampler`.
+    """
+
+    start = 0
+
+    def __init__(
+        self,
+        dataset: Sized,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        rows = cast("Dataset[Any]", range(len(dataset)))
+        super().__init__(rows, num_replicas or 1, rank or 0, **kwargs)
+        self._is_shared = num_replicas is not None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the rows of one pass but the first `start`, which counts for this pass only."""
+        self._join_group()
+        start, self.start = self.start, 0
+        return (row for place, row in enumerate(super().__iter__()) if place >= start)
+
+    def __len__(self) -> int:
+        self._join_group()
+        return super().__len__()
+
+    def _join_group(self) -> None:
+        if self._is_shared or not (dist.is_available() and dist.is_initialized()):
+            return
+        self._is_shared, epoch = True, self.epoch
+        share = (dist.get_world_size(), dist.get_rank())
+        super().__init__(self.dataset, *share, self.shuffle, self.seed, self.drop_last)
+        self.epoch = epoch
+
+
+class EpochSampler(ResumableSampler):
+    """Shuffled ``(epoch, row)`` pairs: the epoch reaches the dataset, in loader workers too."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, row) for row in super().__iter__())
+
+
+def epoch_and_row(key: tuple[int, int] | int) -> tuple[int, int]:
+    """Return a key of `EpochSampler` as it is, and a plain row number as one of epoch 0.
+
+    Lightning's ``overfit_batches`` puts a sampler of plain row numbers in the place of ours.
+    """
+    return key if isinstance(key, tuple) else (0, key)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """Go on in the middle of an epoch: the next batch is the one that an interrupted run lacked.
+
+    Lightning saves and loads the state of a training loader that has one. The order of the rows
+    must be a function of the epoch, which Lightning tells the sampler: hence the sampler's type.
+    Rows that are augmented at random are the same again only where the draws depend on the epoch
+    and the row (see `UnionDataset`), not on how many were made before.
+
+    Args:
+        dataset: Rows.
+        batch_size: Rows per batch and process; None where an item of the dataset is a whole batch.
+        sampler: The order of the rows, or of the batches.
+        **kwargs: As for `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None,
+        *,
+        sampler: ResumableSampler,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, batch_size, sampler=sampler, **kwargs)
+        self._place = (0, 0)  # epoch, and batches of it that were taken
+        self._resumed = (0, 0)
+
+    @property
+    def group_names(self) -> tuple[str, ...] | None:
+        """What each value of ``AugmentedBatch.group`` stands for; None where no dataset tells."""
+        return getattr(self.dataset, "group_names", None)
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Yield the batches of one epoch; what a loaded state counts as taken is left out."""
+        # A generator, not torch's own class of iterators, so that workers start when the first
+        # batch is asked for: Lightning makes the iterator of a resumed run before it tells the
+        # sampler the epoch.
+        sampler = self.sampler
+        if isinstance(sampler, ResumableSampler):  # `overfit_batches` puts another in its place
+            epoch, taken = self._resumed
+            self._resumed = (0, 0)
+            self._place = (sampler.epoch, taken if epoch == sampler.epoch else 0)
+            sampler.start = self._place[1] * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._place = (self._place[0], self._place[1] + 1)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and how many of its batches were taken; equal on every rank."""
+        epoch, taken = self._place
+        return {"epoch": epoch, "taken": taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was called."""
+        self._place = self._resumed = (state["epoch"], state["taken"])

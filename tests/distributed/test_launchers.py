@@ -172,7 +172,7 @@ def test_batch_script_is_requeued_and_goes_on(tmp_path):
     write_program(
         programs / "srun",
         "shift\n"  # --kill-on-bad-exit
-        "export SLURM_STEP_TASKS_PER_NODE=2 SLURM_NODEID=0\n"
+        "export SLURM_STEP_NUM_TASKS=2 SLURM_NODEID=0\n"
         "trap 'kill $(jobs -p)' TERM\n"
         'SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &\n'
         "wait; wait\n",

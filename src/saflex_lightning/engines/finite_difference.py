@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saflex_lightning.functional.losses import Scores, as_tuple, map_scores
+from saflex_lightning.functional.ranks import Ranks
 
 from .direction import Direction, joint_norm
 from .engine import Finish
@@ -44,6 +45,7 @@ class FiniteDifferenceEngine:
         self.module = module
         self.params = list(params)
         self._is_checked = False
+        self._ranks = Ranks.current()
         dtypes = {parameter.dtype for parameter in self.params}
         if any(torch.finfo(dtype).bits < 32 for dtype in dtypes):
             raise UnsupportedModelError(
@@ -103,14 +105,11 @@ class FiniteDifferenceEngine:
     def _check(self, run: Callable[[], Scores]) -> None:
         """Compare two passes with one another, and differences with a backward pass."""
         with_graph, without = self._pass(run, graph=True), self._pass(run)
-        tasks = [scores.detach() for scores in as_tuple(with_graph)]
-        if not all(scores.numel() for scores in tasks):
-            return  # a batch without rows: next time
-        spread = torch.stack([scores.std(correction=0) for scores in tasks]).min().item()
-        errors = [(a - b).abs().max() for a, b in zip(tasks, as_tuple(without), strict=True)]
-        error = torch.stack(errors).max().item()
-        if not (0 < spread < math.inf and error < math.inf):
-            return  # a head that starts at zero, or scores that are not finite: next time
+        spread, error = _compare(as_tuple(with_graph), as_tuple(without))
+        ready = 0 < spread < math.inf and error < math.inf
+        count = self._ranks.sum(torch.tensor(int(ready), device=self.params[0].device))
+        if int(count) < self._ranks.size:  # no rows, a head that starts at zero, not finite numbers
+            return  # next time
         if error > _REPEATED * spread:
             raise UnsupportedModelError(
                 "Expected a forward to repeat itself under the same random state for "
@@ -132,28 +131,29 @@ class FiniteDifferenceEngine:
 
         For a random cotangent u, t is the part of :math:`J^\top u` that belongs to some parameters,
         scaled to length 1; then :math:`\langle u, J t \rangle` is the length it had. That takes two
-        passes for each submodule with parameters, once in a fit.
+        passes for each submodule with parameters, once in a fit. Scores of features that were
+        gathered from other ranks depend on the parameters there: ranks move alike.
         """
         generator = torch.Generator().manual_seed(0)
         tasks = as_tuple(scores)
         cotangents = [torch.randn(task.shape, generator=generator).to(task) for task in tasks]
         params = [p for p in self.params if p.requires_grad]  # `toggle_optimizer` freezes some
-        parts = torch.autograd.grad(tasks, params, cotangents, materialize_grads=True)
+        found = torch.autograd.grad(tasks, params, cotangents, materialize_grads=True)
+        parts = self._ranks.mean([part.to_dense() for part in found])
         slopes = {id(p): part for p, part in zip(params, parts, strict=True)}
-        size = joint_norm([task.detach() for task in tasks])
+        (size,) = self._ranks.mean([joint_norm([task.detach() for task in tasks])])
         noise = _NOISE * torch.finfo(size.dtype).eps / self._step * float(size)
 
         def differs(params: Sequence[Tensor]) -> bool:
-            along = [slopes[id(p)].to_dense() for p in params]
+            along = [slopes[id(p)] for p in params]
             expected = joint_norm(along)
             ends = []
             for step in (self._step, -self._step):
                 direction = [part / expected.clamp(min=1e-30) for part in along]
                 with moved_parameters(params, direction, step):
                     ends.append(as_tuple(self._pass(run)))
-            found = sum((u * (a - b)).sum() for u, a, b in zip(cotangents, *ends, strict=True)) / (
-                2 * self._step
-            )
+            moved = [(u * (a - b)).sum() for u, a, b in zip(cotangents, *ends, strict=True)]
+            (found,) = self._ranks.mean([torch.stack(moved).sum() / (2 * self._step)])
             error = abs(float(found) - float(expected))
             return error > _AGREED * max(abs(float(found)), float(expected)) + noise
 
@@ -163,6 +163,16 @@ class FiniteDifferenceEngine:
             if (own := [p for p in part.parameters(recurse=False) if id(p) in slopes])
         ]
         return next((name for name, own in reversed(owned) if differs(own)), None)
+
+
+def _compare(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the spread of scores, 0 without rows, and how far two passes are apart."""
+    tasks = [scores.detach() for scores in first]
+    if not all(scores.numel() for scores in tasks):
+        return 0.0, 0.0
+    spread = torch.stack([scores.std(correction=0) for scores in tasks]).min()
+    errors = [(a - b).abs().max() for a, b in zip(tasks, second, strict=True)]
+    return spread.item(), torch.stack(errors).max().item()
 
 
 def _rounded_products(device_type: str) -> str | None:

@@ -1,7 +1,6 @@
 """Everything that can be known to be wrong before a step is taken, said at once."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,8 +153,8 @@ def _compile_problems(module: Any, settings: Settings) -> Iterator[str]:
         )
 
 
-# What a launcher started, against what the Trainer was told. Lightning notices some mismatches only
-# by waiting for processes that nobody started, and others not at all.
+# What a launcher started against what the Trainer was told: Lightning would wait for processes
+# that nobody started.
 
 
 def check_launch(trainer: pl.Trainer) -> None:
@@ -168,64 +167,25 @@ def check_launch(trainer: pl.Trainer) -> None:
 def _launch_problems_of(trainer: pl.Trainer) -> Iterator[str]:
     cluster = getattr(trainer.strategy, "cluster_environment", None)
     if cluster is None or isinstance(cluster, (SLURMEnvironment, TorchElasticEnvironment)):
-        yield from launch_problems(
-            os.environ, devices=trainer.num_devices, num_nodes=trainer.num_nodes
-        )
+        yield from launch_problems(os.environ, trainer.num_devices, trainer.num_nodes)
 
 
-def launch_problems(
-    environment: Mapping[str, str], *, devices: int, num_nodes: int
-) -> Iterator[str]:
-    """Compare the tasks that SLURM or torchrun started with the Trainer's devices and nodes.
-
-    Example:
-        >>> torchrun = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"}
-        >>> list(launch_problems(torchrun, devices=4, num_nodes=1))
-        []
-    """
+def launch_problems(environment: Mapping[str, str], devices: int, num_nodes: int) -> Iterator[str]:
+    """Compare how many processes SLURM or torchrun started with what the Trainer waits for."""
     if "TORCHELASTIC_RUN_ID" in environment:  # torchrun comes first inside SLURM too
-        started = int(environment["LOCAL_WORLD_SIZE"])
-        nodes = int(environment["WORLD_SIZE"]) // started
-        launcher, option = "torchrun", "--nproc-per-node"
+        started, option = int(environment["WORLD_SIZE"]), "torchrun --nproc-per-node"
     elif "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in _INTERACTIVE:
-        if "SLURM_STEP_TASKS_PER_NODE" not in environment:
-            if devices * num_nodes > 1:
-                yield (
-                    f"Expected `srun` to start {devices * num_nodes} processes, but this one was "
-                    "started in a SLURM job without it, and Lightning would wait for the others. "
-                    "Write `srun` before the command."
-                )
-            return
-        counts = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
-        if len(set(counts)) > 1:
-            yield (
-                f"Expected as many tasks on every node, but SLURM started {counts}. Write "
-                f"`#SBATCH --ntasks-per-node={devices}` in place of `--ntasks`."
-            )
-            return
-        started, nodes = counts[0], len(counts)
-        launcher, option = "SLURM", "--ntasks-per-node"
+        # A batch script that does not say `srun` has no job step.
+        started, option = int(environment.get("SLURM_STEP_NUM_TASKS", 1)), "srun --ntasks-per-node"
     else:
         return
-    if started != devices:
+    if started != devices * num_nodes:
         yield (
-            f"Expected as many processes per node as `devices`, but {launcher} started {started} "
-            f"and the Trainer has devices={devices}. Pass `{option}={devices}` to {launcher}, or "
-            f"`devices={started}` to the Trainer."
+            f"Expected the launcher to start `devices` times `num_nodes` = {devices * num_nodes} "
+            f"processes, but it started {started}. Start them by `{option}={devices}` on "
+            f"{num_nodes} node{'s' * (num_nodes > 1)}, or change `devices` and `num_nodes` of the "
+            "Trainer."
         )
-    if nodes != num_nodes:
-        yield (
-            f"Expected `num_nodes` to be the nodes in use, but {launcher} uses {nodes} and the "
-            f"Trainer has num_nodes={num_nodes}. Pass `num_nodes={nodes}` to the Trainer."
-        )
-
-
-def _tasks_per_node(counts: str) -> list[int]:
-    """Expand SLURM's ``"4(x2),3"`` into one number per node."""
-    nodes: list[int] = []
-    for tasks, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
-        nodes += [int(tasks)] * int(repeated or 1)
-    return nodes
 
 
 # What gates need to know of a fit

@@ -199,6 +199,7 @@ def test_reentrant_checkpointing_is_refused_before_the_first_step():
     [
         ("inner network", "finite_difference"),
         ("inner network", "forward_mode"),
+        ("inner network", "auto"),  # forward mode over the last layer: the numbers of `head`
         ("body", "head"),
         ("module", "finite_difference"),
     ],

@@ -1,18 +1,19 @@
 """What a data pipeline tells about the rows of a batch, and how any batch is read."""
 
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 __all__ = [
     "AugmentedBatch",
-    "check_batch",
     "check_replaceable",
+    "check_rows",
     "read_batch",
     "replace_rows",
     "row_field",
@@ -28,39 +29,100 @@ _INPUTS = ("inputs", "input", "x", "image", "images")
 _TARGETS = ("target", "targets", "y", "label", "labels")
 
 
-class AugmentedBatch(NamedTuple):
+@dataclass(eq=False)
+class AugmentedBatch:
     """Rows of one training batch together with what the data pipeline knows about them.
 
     A union batch (Ding et al. 2024, Eq. 3) holds clean and augmented rows side by side; only the
-    augmented ones are refined. The class is a named tuple, so collation, pinning and transfer
-    treat it like any other tuple, and ``inputs, target = batch[:2]`` works.
+    augmented ones are refined. Written for pairs works: ``inputs, target = batch``, ``batch[0]``.
 
-    Attributes:
+    Args:
         inputs: Model inputs; every tensor in it has the rows in its first dimension.
-        target: Labels, ``(batch,)`` int64 or ``(batch, classes)`` float with rows summing to 1.
+        target: Labels, ``(batch,)`` integers or ``(batch, classes)`` float with rows summing to 1;
+            None where scores are contrastive.
         augmented: True where the row is augmented, ``(batch,)`` bool.
         group: What made the row (augmentation operation, strength bin, generator),
-            ``(batch,)`` int64; 0 means clean.
-        index: Identity of the row across epochs, ``(batch,)`` int64.
+            ``(batch,)`` int64; 0 means clean. None where nobody knows.
+        index: Identity of the row across epochs, ``(batch,)`` int64, any number.
         source: Position in this batch of the clean row it was made from, ``(batch,)`` int64;
             -1 where there is none.
+
+    Raises:
+        ValueError: If a field has another dtype, or not one entry per row.
     """
 
     inputs: Any
-    target: Tensor
+    target: Tensor | None
     augmented: Tensor
-    group: Tensor
-    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  tuple.index is not used
-    source: Tensor
+    group: Tensor | None = None
+    index: Tensor | None = None
+    source: Tensor | None = None
 
-
-def check_batch(batch: Any) -> None:
-    """Refuse an `AugmentedBatch` whose fields cannot belong to one another."""
-    if isinstance(batch, AugmentedBatch):
-        target: Any = batch.target  # None where scores are contrastive
-        size = len(batch.augmented if target is None else target)
+    def __post_init__(self) -> None:
+        augmented: Any = self.augmented
+        rows: Any = augmented if self.target is None else self.target
+        if not isinstance(rows, Tensor) or rows.ndim == 0:
+            raise ValueError(
+                "Expected `AugmentedBatch.target` to be a tensor with a label per row, but got "
+                f"{_describe(rows)}. Pass torch.tensor(labels)."
+            )
         for name, dtype in _ROW_FIELDS.items():
-            _check_rows(f"AugmentedBatch.{name}", getattr(batch, name), size, dtype, "target")
+            _check_rows(f"AugmentedBatch.{name}", getattr(self, name), len(rows), dtype, "target")
+        if augmented is None:
+            raise ValueError(
+                "Expected `AugmentedBatch.augmented` to say which rows are augmented, but got "
+                "None. Pass a bool tensor with an entry per row, True for all where none is clean."
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.inputs, self.target))
+
+    def __getitem__(self, place: Any) -> Any:
+        return (self.inputs, self.target)[place]
+
+    def __len__(self) -> int:
+        return 2
+
+    def to(self, device: Any, **_options: Any) -> "AugmentedBatch":
+        """Return the batch on a device; Lightning's transfer calls it.
+
+        Args:
+            device: The device.
+            **_options: Ignored; copies wait for nothing where they can.
+        """
+        return self._mapped(lambda field: move_data_to_device(field, device))
+
+    def pin_memory(self) -> "AugmentedBatch":
+        """Return the batch in pinned memory; `torch.utils.data.DataLoader` calls it."""
+        return self._mapped(lambda field: apply_to_collection(field, Tensor, Tensor.pin_memory))
+
+    def _mapped(self, function: Any) -> "AugmentedBatch":
+        return AugmentedBatch(*(function(getattr(self, field.name)) for field in fields(self)))
+
+
+def check_rows(batch: AugmentedBatch) -> None:
+    """Refuse groups and sources whose values can be none; looking waits for the device.
+
+    Raises:
+        ValueError: The message names the field, the row and the value.
+    """
+    size = len(batch.augmented)
+    checks: list[tuple[str, Tensor | None, Any, str]] = [
+        ("group", batch.group, lambda group: group < 0, "at least 0"),
+        (
+            "source",
+            batch.source,
+            lambda source: (source < -1) | (source >= size),
+            f"a row of the batch, in 0 to {size - 1}, or -1",
+        ),
+    ]
+    for name, values, is_wrong, wanted in checks:
+        if values is not None and bool((wrong := is_wrong(values)).any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"Expected `AugmentedBatch.{name}` to be {wanted}, but got {int(values[row])} in "
+                f"row {row}. Mend the data pipeline."
+            )
 
 
 def row_field(
@@ -95,7 +157,7 @@ def read_batch(batch: Any) -> tuple[Any, Tensor | None]:
     Raises:
         TypeError: If the batch has no such fields, or several that could be meant.
     """
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+    if isinstance(batch, (tuple, list, AugmentedBatch)) and len(batch) >= 2:
         return batch[0], batch[1]
     if is_dataclass(batch):
         found: Mapping[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
@@ -115,9 +177,9 @@ def read_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 def check_replaceable(batch: AugmentedBatch, otherwise: str) -> None:
     """Refuse a batch whose augmented rows cannot give way to the clean rows they were made from."""
-    size = len(batch.augmented)
+    assert batch.source is not None
     source = batch.source[batch.augmented]
-    inside = (source >= 0) & (source < size)
+    inside = (source >= 0) & (source < len(batch.augmented))
     if not bool(inside.all()) or bool(batch.augmented[source].any()):
         raise MisconfigurationException(
             "Expected `AugmentedBatch.source` to be the position of a clean row of the batch for "
@@ -157,11 +219,18 @@ def _holds_augmented(batch: Any) -> bool:
 
 
 def _check_rows(
-    name: str, given: Tensor | None, size: int, dtype: torch.dtype, rows_of: str = "logits"
+    name: str, given: Any, size: int, dtype: torch.dtype, rows_of: str = "logits"
 ) -> None:
-    if given is not None and (given.shape != (size,) or given.dtype != dtype):
-        kind = "a bool" if dtype == torch.bool else "an int64"
+    kind = "a bool" if dtype == torch.bool else "an int64"
+    fits = isinstance(given, Tensor) and given.shape == (size,) and given.dtype == dtype
+    if given is not None and not fits:
         raise ValueError(
-            f"Expected `{name}` to be {kind} tensor of shape ({size},), but got {given.dtype} of "
-            f"shape {tuple(given.shape)}. Pass one entry per row of the {rows_of}."
+            f"Expected `{name}` to be {kind} tensor of shape ({size},), but got "
+            f"{_describe(given)}. Pass one entry per row of the {rows_of}."
         )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r:.40}"

@@ -224,6 +224,6 @@ def test_launch_that_would_hang_is_refused_before_it_starts(saflex, monkeypatch)
     for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
         monkeypatch.setenv(name, "2")
     two = ("--trainer.devices=2", "--trainer.strategy=ddp")
-    with pytest.raises(MisconfigurationException, match="it started 1. Start them by `srun"):
+    with pytest.raises(MisconfigurationException, match=r"it started 1\. Start them by `srun"):
         saflex("fit", "--config", SHIPPED, *SHORT, *two)
     assert not RUN.exists()

@@ -361,6 +361,6 @@ def test_tasks_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(MisconfigurationException, match="it started 2. Start them by `torchrun"):
+    with pytest.raises(MisconfigurationException, match=r"it started 2\. Start them by `torchrun"):
         train(compose_config(tmp_path, *SHORT))
     assert not (tmp_path / "result.json").exists()

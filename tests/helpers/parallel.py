@@ -1,7 +1,7 @@
 """Runs that several processes repeat; children import them by name, so they live here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -146,12 +146,12 @@ def grouped(inputs, target, place, *, wrong):
     moved = augmented == (wrong == "augmented")
     batch = augmented_where(augmented, inputs, torch.where(moved, target + 1, target) % NUM_CLASSES)
     group = torch.where(augmented, 1 + (place % 4 == 3).long(), 0)
-    return batch._replace(group=group, source=torch.where(augmented, batch.index - 1, -1))
+    return replace(batch, group=group, source=torch.where(augmented, batch.index - 1, -1))
 
 
 def indexed(inputs, target, place):
     """The union with an identity for every row."""
-    return union(inputs, target, place)._replace(index=place)
+    return replace(union(inputs, target, place), index=place)
 
 
 def augmented_where(mask, inputs, target):

@@ -1,5 +1,7 @@
 """Each wrong set-up gives one error that says what was expected, what was found, what to do."""
 
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
@@ -108,7 +110,7 @@ def test_several_loaders_of_validation_rows(collect):
 def test_fields_of_a_batch_that_do_not_fit(field, change, gates):
     def batch(*rows):
         made = union_batch(*rows)
-        return made._replace(**{field: change(getattr(made, field))})
+        return replace(made, **{field: change(getattr(made, field))})
 
     module = seeded(Gated)
     callback = SAflexCallback(steering(), gates=gates)
@@ -120,7 +122,7 @@ def test_fields_of_a_batch_that_do_not_fit(field, change, gates):
 @pytest.mark.parametrize("field", ["group", "source"])
 def test_gates_without_groups_or_sources(field):
     def batch(*rows):
-        return union_batch(*rows)._replace(**{field: None})
+        return replace(union_batch(*rows), **{field: None})
 
     match = r"`AugmentedBatch` to tell `group` and `source` of its rows for `gates=True`"
     with pytest.raises(MisconfigurationException, match=match):

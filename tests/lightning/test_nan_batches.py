@@ -1,5 +1,7 @@
 """Training batches with NaN: what they do to the step, and that the callback forgets them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.gated import Gated, gated_loader, steering
@@ -42,7 +44,7 @@ class Careful(Gated):
             return batch
         masks = {"all": batch.augmented >= 0, "clean": ~batch.augmented}
         holds = masks.get(self.rows, batch.augmented).unsqueeze(1)
-        return batch._replace(inputs=batch.inputs.masked_fill(holds, torch.nan))
+        return replace(batch, inputs=batch.inputs.masked_fill(holds, torch.nan))
 
     def training_step(self, batch, batch_idx):
         if self.number in POISONED and not self.asks:

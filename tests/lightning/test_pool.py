@@ -1,5 +1,7 @@
 """Weights of a fixed pool's rows in a fit: wrong labels lose weight, by index, over epochs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.training import (
@@ -145,7 +147,7 @@ def test_indices_may_be_huge_negative_or_far_apart():
     class Renamed(Recording):
         def loss(self, batch):
             names = batch.index * 10**9 + far[batch.index % 3]
-            return super().loss(batch._replace(index=names))
+            return super().loss(replace(batch, index=names))
 
     plain, renamed = (seeded(lambda kind=kind: kind(plain=True)) for kind in (Recording, Renamed))
     train(plain, max_epochs=3)

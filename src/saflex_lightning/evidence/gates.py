@@ -134,13 +134,12 @@ class Gates:
         """
         if not isinstance(batch, AugmentedBatch):
             return None
-        fields: tuple[Any, ...] = (batch.group, batch.source)
-        if any(field is None for field in fields):
+        if batch.group is None or batch.source is None:
             raise MisconfigurationException(
                 "Expected `AugmentedBatch` to tell `group` and `source` of its rows for "
                 f"`gates=True`, but one of them is None. {_WITHOUT}"
             )
-        self._check_once(batch.augmented, batch.group, batch)
+        self._check(batch.augmented, batch.group, batch)
         rejected = draw_rejected(self.log_weights, batch.group, generator)
         return rejected & batch.augmented & (batch.source >= 0)
 
@@ -164,7 +163,7 @@ class Gates:
             )
         dropped = torch.zeros_like(augmented)
         if replaced is None:
-            self._check_once(augmented, group)
+            self._check(augmented, group)
             dropped = replaced = draw_rejected(self.log_weights, group, generator) & augmented
         left = augmented & ~replaced
         removed = replaced.sum()
@@ -221,26 +220,26 @@ class Gates:
         self.names, self.log_weights = tuple(state["names"]), state["log_weights"]
         self._moments.load_state_dict(state["moments"])
 
-    def _check_once(
-        self, augmented: Tensor, group: Tensor, batch: AugmentedBatch | None = None
-    ) -> None:
-        """Look at the values of a batch that has augmented rows; that waits for the device."""
-        if self._is_checked or not bool(augmented.any()):
+    def _check(self, augmented: Tensor, group: Tensor, batch: AugmentedBatch | None = None) -> None:
+        """Look at the values of a batch; once where that waits for the device."""
+        if (self._is_checked and group.device.type != "cpu") or not bool(augmented.any()):
             return
-        self._is_checked = True
         if bool(augmented.all()):
             raise MisconfigurationException(
                 "Expected clean rows beside the augmented ones for `gates=True`, but every row of "
                 "the batch is augmented. Only the difference to clean rows tells whether a group "
                 f"helps: yield union batches. {_WITHOUT}"
             )
-        found, num_groups = group[augmented], len(self.names) - 1
-        if bool(((found < 1) | (found > num_groups)).any()):
+        num_groups = len(self.names) - 1
+        wrong = augmented & ((group < 1) | (group > num_groups))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
             raise MisconfigurationException(
                 f"Expected the group of every augmented row to be in 1 to {num_groups} for "
                 f"`gates=True`, as `saflex_group_names()` has {num_groups + 1} names, but got "
-                f"{sorted(set(found.tolist()))}. Tell which operation made each row in "
+                f"{int(group[row])} in row {row}. Tell which operation made each row in "
                 f"`AugmentedBatch.group`. {_WITHOUT}"
             )
-        if batch is not None:
+        if batch is not None and not self._is_checked:
             check_replaceable(batch, _WITHOUT)
+        self._is_checked = True

@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from saflex_lightning.batch import check_batch
+from saflex_lightning.batch import AugmentedBatch, check_rows
 from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
 from saflex_lightning.engines.head import LastLayer
@@ -107,7 +107,10 @@ class Fit:
         if number % settings.every_n_steps or trainer.current_epoch < settings.start_epoch:
             return None
         started = time.perf_counter()
-        check_batch(batch)
+        if isinstance(batch, AugmentedBatch) and (
+            batch.augmented.device.type == "cpu" or trainer.fit_loop.batch_idx == 0
+        ):  # elsewhere a look waits for the device
+            check_rows(batch)
         if self._stream is None:
             self._stream = self._open_stream(trainer, batch)
             if self.matching.names and not self.matching.fits(module, _held(trainer)):

@@ -69,7 +69,7 @@ def all_batches(loader, epoch=0):
 def assert_equal(one, other):
     assert len(one) == len(other)
     for first, second in zip(one, other, strict=True):
-        for name in AugmentedBatch._fields:
+        for name in vars(first):
             assert getattr(first, name).equal(getattr(second, name)), name
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning two towers: captions, head, loss, steering, schedule and score."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_unusable_settings_are_refused():
 
 def test_mixed_labels_are_refused():
     batch = next(iter(union_batches()))
-    mixed = batch._replace(target=torch.full((12, 3), 1 / 3))
+    mixed = replace(batch, target=torch.full((12, 3), 1 / 3))
     with pytest.raises(TypeError, match=r"float32 of shape \(12, 3\)\. No caption says a mixture"):
         make_tuner().training_step(mixed, 0)
 

@@ -64,7 +64,7 @@ class TestBatches:
         real = ImageFolder(str(folders / "real" / "train"))
         pool = sorted((folders / "pool").rglob("*.png"))
         for inputs, target, augmented, group, index, source in (
-            row for batch in batches(data) for row in zip(*batch, strict=True)
+            row for batch in batches(data) for row in zip(*vars(batch).values(), strict=True)
         ):
             assert bool(augmented) == (index >= NUM_REAL)
             if not augmented:

@@ -195,8 +195,14 @@ class ContrastiveTuner(SAflexMixin, TowerModule):
 
     def training_step(self, batch: AugmentedBatch, batch_idx: int) -> Tensor:
         """Return the SAFLEX loss of both directions, or the plain contrastive loss."""
-        scores = self.saflex_forward(batch.inputs, self._captions(batch.target, batch.index))
-        loss = self.saflex_loss(scores, self._pair_target(batch.target))
+        labels, index = batch.target, batch.index
+        if labels is None or index is None:
+            raise TypeError(
+                "Expected an `AugmentedBatch` with `target` and `index`, as captions are chosen by "
+                "both, but got None. Give every row its label and a number."
+            )
+        scores = self.saflex_forward(batch.inputs, self._captions(labels, index))
+        loss = self.saflex_loss(scores, self._pair_target(labels))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

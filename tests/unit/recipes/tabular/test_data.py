@@ -31,7 +31,8 @@ def set_up(path, **settings):
 
 
 def leaves(batch):
-    return [*batch.inputs, *batch[1:]]
+    _, *others = vars(batch).values()
+    return [*batch.inputs, *others]
 
 
 def all_rows(loader):

@@ -6,7 +6,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from torch import Tensor
 
 from saflex_lightning import SAflexCallback
@@ -135,7 +136,9 @@ def make_run_table(result: dict[str, Any]) -> Table:
         "seconds per step without the solve": ("step_seconds_without_solve", "{:.3f}"),
         "seconds of training": ("train_seconds", "{:.0f}"),
     }
-    table = Table("result", str(result["name"]), title=f"seed {result['seed']}")
+    # `Text` is printed as it is: a name in brackets is no markup.
+    name = Column(Text(str(result["name"])))
+    table = Table("result", name, title=Text(f"seed {result['seed']}"))
     for label, (key, form) in rows.items():
         if key not in result:
             continue

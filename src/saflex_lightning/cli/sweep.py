@@ -11,6 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["SweepSummary", "format_spread", "make_sweep_table", "read_results"]
 
@@ -38,6 +39,9 @@ def read_results(directory: Path, *, since: float = 0.0) -> list[dict[str, Any]]
         directory: The sweep's directory.
         since: Leave out what was written before, in seconds since the epoch: an earlier sweep may
             have used the same directory.
+
+    Raises:
+        ValueError: If a result cannot be read.
     """
     # A file system may round the time of a file down to whole seconds.
     files = [file for file in directory.rglob("result.json") if file.stat().st_mtime >= since - 1]
@@ -46,7 +50,14 @@ def read_results(directory: Path, *, since: float = 0.0) -> list[dict[str, Any]]
         overrides = file.parent / ".hydra" / "overrides.yaml"
         changed = list(OmegaConf.load(overrides)) if overrides.is_file() else []
         kept = [str(item) for item in changed if not str(item).startswith(("method=", "seed="))]
-        results.append({**json.loads(file.read_text()), "overrides": kept})
+        try:
+            result = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"Expected {file} to hold the result of a job, but it cannot be read ({error}). "
+                "Remove it, or run the job again."
+            ) from error
+        results.append({**result, "overrides": kept})
     return results
 
 
@@ -61,12 +72,12 @@ def make_sweep_table(results: Iterable[dict[str, Any]]) -> Table:
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         own = [item for item in result["overrides"] if item not in common]
-        groups.setdefault(" ".join([result["name"], *own]), []).append(result)
+        groups.setdefault(" ".join([str(result["name"]), *own]), []).append(result)
 
     table = Table("method", "test accuracy", "test AUROC", "seeds", title="mean ± std over seeds")
     for label, group in groups.items():
         accuracy = _spread_of(group, "test_accuracy", 2, scale=100.0)
-        table.add_row(label, accuracy, _spread_of(group, "test_auroc", 4), str(len(group)))
+        table.add_row(Text(label), accuracy, _spread_of(group, "test_auroc", 4), str(len(group)))
     return table
 
 

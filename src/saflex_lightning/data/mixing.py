@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from .checks import check
+
 __all__ = ["group_of_mixed", "is_mixing", "mixing_group", "mixing_group_names"]
 
 
@@ -24,13 +26,14 @@ def mixing_group(kept_share: Tensor, num_bins: int = 4) -> Tensor:
         int64 of the same shape, in 1 to ``num_bins``; 1 is the weakest mixing.
 
     Raises:
-        ValueError: If ``num_bins`` is not positive.
+        TypeError: If ``num_bins`` is no integer.
+        ValueError: If it is not positive.
 
     Example:
         >>> mixing_group(torch.tensor([1.0, 0.8, 0.5, 0.1, 0.0]))
         tensor([1, 1, 3, 4, 4])
     """
-    _check_bins(num_bins)
+    check("a positive integer", num_bins=num_bins)
     return ((1 - kept_share) * num_bins).floor().long().clamp(0, num_bins - 1) + 1
 
 
@@ -45,22 +48,16 @@ def mixing_group_names(name: str, num_bins: int = 4) -> tuple[str, ...]:
         ``num_bins + 1`` names; the numbers in them are foreign shares in percent.
 
     Raises:
-        ValueError: If ``num_bins`` is not positive.
+        TypeError: If ``num_bins`` is no integer.
+        ValueError: If it is not positive.
 
     Example:
         >>> mixing_group_names("mixup", 2)
         ('clean', 'mixup_0_50', 'mixup_50_100')
     """
-    _check_bins(num_bins)
+    check("a positive integer", num_bins=num_bins)
     edges = [round(100 * number / num_bins) for number in range(num_bins + 1)]
     return ("clean", *(f"{name}_{low}_{high}" for low, high in pairwise(edges)))
-
-
-def _check_bins(num_bins: int) -> None:
-    if num_bins < 1:
-        raise ValueError(
-            f"Expected `num_bins` to be at least 1, but got {num_bins}. Pass a number of groups."
-        )
 
 
 def is_mixing(augment: object) -> bool:

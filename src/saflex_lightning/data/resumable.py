@@ -6,6 +6,8 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from .checks import check
+
 __all__ = ["EpochSampler", "ResumableLoader", "ResumableSampler", "epoch_and_row"]
 
 
@@ -79,6 +81,10 @@ class ResumableLoader(DataLoader[Any]):
         batch_size: Rows per batch and process; None where an item of the dataset is a whole batch.
         sampler: The order of the rows, or of the batches.
         **kwargs: As for `DataLoader`.
+
+    Raises:
+        TypeError: If a size or a number is no integer.
+        ValueError: If it is out of its range.
     """
 
     def __init__(
@@ -89,6 +95,8 @@ class ResumableLoader(DataLoader[Any]):
         sampler: ResumableSampler,
         **kwargs: Any,
     ) -> None:
+        check("a positive integer", optional=True, batch_size=batch_size)
+        check("a non-negative integer", num_workers=kwargs.get("num_workers", 0))
         super().__init__(dataset, batch_size, sampler=sampler, **kwargs)
         self._place = (0, 0)  # epoch, and batches of it that were taken
         self._resumed = (0, 0)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from saflex_lightning.batch import AugmentedBatch
 
+from .checks import check
 from .draws import kept_generators, mix_seeds, seed_draws, seeded_draws
 from .mixing import group_of_mixed, is_mixing, mixing_group_names
 from .operations import TaggedImage, TagOperations, can_be_tagged
@@ -59,7 +60,7 @@ class UnionDataset(Dataset[UnionRow]):
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If the seed is negative.
+        ValueError: If the seed is out of its range.
 
     Example:
         >>> rows = UnionDataset([(torch.ones(3), 0), (torch.zeros(3), 1)], torch.neg)
@@ -79,24 +80,10 @@ class UnionDataset(Dataset[UnionRow]):
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         _check_dataset(dataset)
-        for name, value in (
-            ("augment", augment),
-            ("transform", transform),
-            ("collate_fn", collate_fn),
-        ):
-            if value is not None and not callable(value):
-                raise TypeError(
-                    f"Expected `{name}` to be a function or None, but got "
-                    f"{type(value).__name__}. Pass something that can be called."
-                )
-        if type(seed) is not int or seed < 0:
-            raise ValueError(
-                f"Expected `seed` to be a non-negative integer, but got {seed!r}. Pass 0."
-            )
-        if type(replace) is not bool:
-            raise TypeError(
-                f"Expected `replace` to be True or False, but got {replace!r}. Pass one."
-            )
+        check("a function", optional=True, augment=augment, transform=transform)
+        check("a function", optional=True, collate_fn=collate_fn)
+        check("a non-negative integer below 2**32", seed=seed)
+        check("True or False", replace=replace)
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
@@ -261,7 +248,7 @@ def union_loader(
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If the seed is negative, or there is a sampler among the options.
+        ValueError: If one is out of its range, or there is a sampler among the options.
 
     Example:
         >>> rows = [(torch.rand(3, 8, 8), label) for label in range(4)]
@@ -269,6 +256,7 @@ def union_loader(
         >>> next(iter(loader)).inputs.shape, loader.group_names
         (torch.Size([4, 3, 8, 8]), ('clean', 'fliplr'))
     """
+    check("True or False", shuffle=shuffle)
     if given := sorted({"sampler", "batch_sampler"} & loader_options.keys()):
         raise ValueError(
             f"Expected no {given} among the options of the loader, whose order is a function of "

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torchvision.transforms import v2
 
+from saflex_lightning.data.checks import check
 from saflex_lightning.data.draws import seeded_draws
 from saflex_lightning.data.mixing import is_mixing
-from saflex_lightning.recipes.checks import check_flags, check_mapping, check_number
 from saflex_lightning.recipes.soft_crop import SoftCrop
 
 __all__ = ["AugmentationName", "check_augmentation", "make_augmentation"]
@@ -67,7 +67,7 @@ def check_augmentation(name: AugmentationName, settings: Mapping[str, Any] | Non
         ValueError: If a value is out of range.
         TypeError: If a setting is unknown or of another type.
     """
-    check_mapping("augmentation_settings", settings)
+    check("a mapping of names to values", optional=True, augmentation_settings=settings)
     settings = dict(settings or {})
     if name == "none":
         return
@@ -100,14 +100,11 @@ def _try(name: AugmentationName, augment: Any) -> None:
 
 def _check_value(name: str, value: Any, default: Any) -> None:
     if isinstance(default, bool):
-        check_flags(**{name: value})
-    elif isinstance(default, int):
-        least = min(0, default)
-        wanted, advice = f"an integer of at least {least}", f"The transform's own is {default}."
-        check_number(name, value, wanted, lambda x: x >= least and x == int(x), advice)
+        check("True or False", **{name: value})
+    elif isinstance(default, int) and default >= 0:  # below 0 stands for something else
+        check("a non-negative integer", **{name: value})
     elif isinstance(default, float):
-        advice = f"The transform's own is {default}."
-        check_number(name, value, "a positive number", lambda x: x > 0, advice)
+        check("a positive number", **{name: value})
 
 
 def _auto_augment(policy: Literal["imagenet", "cifar10", "svhn"] = "imagenet") -> v2.Transform:

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, SAflexMixin
-from saflex_lightning.recipes.checks import check_choice, check_integers, check_number
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.network import Network, NetworkMaker, plain
 from saflex_lightning.recipes.optimizer import (
     OptimizerName,
@@ -27,8 +27,6 @@ from saflex_lightning.recipes.small_loss import small_loss
 __all__ = ["Classifier", "balanced_class_weight"]
 
 Batch = AugmentedBatch | tuple[Any, Tensor]
-_AT_LEAST_ZERO = ("a non-negative number", lambda x: x >= 0, "Pass 0.0 for none.")
-_BELOW_ONE = ("a number in [0, 1)", lambda x: 0 <= x < 1, "Pass 0.0 for none.")
 
 
 def balanced_class_weight(class_counts: Tensor) -> Tensor:
@@ -108,17 +106,12 @@ class Classifier(SAflexMixin, SizedModule):
         dropped_share: float = 0.0,
     ) -> None:
         super().__init__()
-        check_integers(1, optional=True, num_classes=num_classes)
-        check_choice("optimizer", optimizer, get_args(OptimizerName))
-        check_choice("schedule", schedule, get_args(Schedule))
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            check_number(name, value, *_AT_LEAST_ZERO)
-        for name, value in (
-            ("momentum", momentum),
-            ("label_smoothing", label_smoothing),
-            ("dropped_share", dropped_share),
-        ):
-            check_number(name, value, *_BELOW_ONE)
+        check("a positive integer", optional=True, num_classes=num_classes)
+        check(get_args(OptimizerName), optimizer=optimizer)
+        check(get_args(Schedule), schedule=schedule)
+        check("a non-negative number", lr=lr, weight_decay=weight_decay)
+        check("a number in [0, 1)", momentum=momentum, label_smoothing=label_smoothing)
+        check("a number in [0, 1)", dropped_share=dropped_share)
         network, class_weight = plain(network), plain(class_weight)
         _check_class_weight(class_weight)
         # A network that is named can be made again from a checkpoint alone.

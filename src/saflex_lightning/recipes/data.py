@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, get_args
 
-from saflex_lightning.recipes.checks import check_choice, check_flags, check_integers, check_paths
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.datamodule import Splits
 from saflex_lightning.recipes.image_data import ImageDataModule
 from saflex_lightning.recipes.medmnist import read_medmnist
@@ -60,10 +60,11 @@ class MedMNISTDataModule(ImageDataModule):
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        check_choice("dataset", dataset, get_args(SetName))
-        check_paths(path=path, root=root)
-        check_flags(download=download, check_md5=check_md5)
-        check_integers(1, optional=True, num_classes=num_classes, in_channels=in_channels)
+        check(get_args(SetName), dataset=dataset)
+        check("a path", root=root)
+        check("a path", optional=True, path=path)
+        check("True or False", download=download, check_md5=check_md5)
+        check("a positive integer", optional=True, num_classes=num_classes, in_channels=in_channels)
         self.dataset = dataset
         self.path = path
         self.root = root

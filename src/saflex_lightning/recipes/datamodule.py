@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.data import ResumableLoader
+from saflex_lightning.data.checks import check
 from saflex_lightning.data.draws import mix_seeds
 from saflex_lightning.data.resumable import EpochSampler
-from saflex_lightning.recipes.checks import check_choice, check_flags, check_integers, check_share
 
 __all__ = [
     "BatchName",
@@ -94,12 +94,13 @@ class UnionDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_choice("batch", batch, get_args(BatchName))
-        check_choice("steering", steering, get_args(SteeringName))
-        check_integers(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
-        check_integers(0, seed=seed, num_workers=num_workers)
-        check_share("steering_fraction", steering_fraction)
-        check_flags(merge_val=merge_val)
+        check(get_args(BatchName), batch=batch)
+        check(get_args(SteeringName), steering=steering)
+        check("a positive integer", batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check("a non-negative integer below 2**32", seed=seed)
+        check("a non-negative integer", num_workers=num_workers)
+        check("a number between 0 and 1, both excluded", steering_fraction=steering_fraction)
+        check("True or False", merge_val=merge_val)
         self.batch: BatchName = batch
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

@@ -4,18 +4,19 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from PIL.Image import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from saflex_lightning.recipes.checks import check_choice
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.folders import FileImages, read_class_folders
 from saflex_lightning.recipes.generation import Task, fill_pool, plan_edits, plan_new
 
 __all__ = ["fill_pool_by_diffusion"]
 
+Precision = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["text2img", "img2img", "instruct_pix2pix"]
 
 
@@ -55,7 +56,7 @@ def fill_pool_by_diffusion(
     batch_size: int = 8,
     seed: int = 0,
     device: str | None = None,
-    precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    precision: Precision = "float32",
 ) -> None:
     """Fill a pool with images of a diffusion model; the same command resumes a stopped run.
 
@@ -82,9 +83,16 @@ def fill_pool_by_diffusion(
     Raises:
         ImportError: If the extra is not installed.
         OSError: If the model cannot be loaded.
-        ValueError: If a setting is out of its range.
+        TypeError: If a setting is of another type.
+        ValueError: If it is out of its range.
     """
-    check_choice("kind", kind, list(_KINDS))
+    check(tuple(_KINDS), kind=kind)
+    check(get_args(Precision), precision=precision)
+    check("a path", model=model, train=train, output=output)
+    check("a name", optional=True, name=name, device=device)
+    check("a positive integer", images=images, steps=steps, size=size, batch_size=batch_size)
+    check("a non-negative integer below 2**32", seed=seed)
+    check("a non-negative number", optional=True, strength=strength, guidance=guidance)
     facts = _KINDS[kind]
     strength = facts.strength if strength is None else strength
     guidance = facts.guidance if guidance is None else guidance

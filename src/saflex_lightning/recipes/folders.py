@@ -1,16 +1,21 @@
 """Images in class folders: listed and checked before training, read when they are needed."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import v2
 
-__all__ = ["ClassFolders", "FileImages", "check_images", "is_image", "read_class_folders"]
+__all__ = ["ClassFolders", "FileImages", "check_images", "find_images", "read_class_folders"]
+
+# Kinds of pixels of 8 bits; others, of 16 bits or floats, have no scale that all files share.
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 
 
 class ClassFolders(NamedTuple):
@@ -18,8 +23,7 @@ class ClassFolders(NamedTuple):
 
     Attributes:
         root: Folder of the class folders.
-        files: Paths, sorted by class and then by name: row i is what torchvision's ``ImageFolder``
-            calls sample i.
+        files: Paths, class by class: row i is what torchvision's ``ImageFolder`` calls sample i.
         target: Position of each image's class in ``classes``, ``(n,)`` int64.
         classes: Names of the classes, sorted.
     """
@@ -59,11 +63,8 @@ class FileImages(Sequence[Tensor]):
         Raises:
             ValueError: If the file cannot be read.
         """
-        try:
-            with Image.open(self.files[row]) as opened:
-                image = opened.convert("RGB")
-        except OSError as error:
-            raise ValueError(_unreadable(self.files[row], error)) from error
+        with _opened(self.files[row]) as opened:
+            image: Any = opened.convert("RGB")
         if self.size is not None:
             image = v2.functional.resize(image, [self.size, self.size])
         return v2.functional.pil_to_tensor(image)
@@ -81,7 +82,8 @@ def read_class_folders(
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If class folders are missing, unknown or without an image.
+        ValueError: If class folders are missing, unknown or without an image, or a file stands in
+            two of them.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -106,21 +108,30 @@ def read_class_folders(
             f"{unknown} are unknown. Rename or remove them."
         )
     files, target = [], []
+    labels: dict[str, int] = {}
     for label, name in enumerate(classes):
-        images = sorted(path for path in (folder / name).rglob("*") if is_image(path))
+        images = find_images(folder / name)
         if not images:
             raise ValueError(
                 f"Expected at least one image in {folder / name}, but there is none. Images end "
                 f"in one of {sorted(IMG_EXTENSIONS)}."
             )
+        for file in images:
+            other = labels.setdefault(os.path.realpath(file), label)
+            if other != label:
+                raise ValueError(
+                    f"Expected every image to stand in one class, but {file} is an image of class "
+                    f"'{classes[other]}' too. Remove one of the links."
+                )
         files += images
         target += [label] * len(images)
     return ClassFolders(folder, files, torch.tensor(target), classes)
 
 
-def is_image(path: Path) -> bool:
-    """Say whether a file has an image's ending, ``.png`` or ``.jpg`` for instance."""
-    return path.suffix.lower() in IMG_EXTENSIONS
+def find_images(folder: Path) -> list[Path]:
+    """Return the images in a folder and below, as torchvision finds them: links are followed."""
+    found = make_dataset(folder.parent, {folder.name: 0}, IMG_EXTENSIONS, allow_empty=True)
+    return [Path(file) for file, _ in found]
 
 
 def check_images(files: Sequence[Path], *, same_size: bool) -> None:
@@ -131,15 +142,12 @@ def check_images(files: Sequence[Path], *, same_size: bool) -> None:
         same_size: Whether all images must be as large as the first one.
 
     Raises:
-        ValueError: If a file is not an image, or of another size.
+        ValueError: If a file is not an image of 8 bits, or of another size.
     """
     size = None
     for file in files:
-        try:
-            with Image.open(file) as image:
-                found = image.size
-        except OSError as error:
-            raise ValueError(_unreadable(file, error)) from error
+        with _opened(file) as image:
+            found = image.size
         size = size or found
         if same_size and found != size:
             raise ValueError(
@@ -148,8 +156,16 @@ def check_images(files: Sequence[Path], *, same_size: bool) -> None:
             )
 
 
-def _unreadable(file: Path, error: Exception) -> str:
-    return (
-        f"Expected {file} to be an image, but it cannot be read ({error}). Make or download it "
-        "again, or remove it."
-    )
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """Open an image of 8 bits; whatever goes wrong meanwhile is told with the file's name."""
+    try:
+        with Image.open(file) as image:
+            if image.mode not in _MODES:
+                raise ValueError(f"its mode {image.mode} is not of 8 bits: scale it to 0 to 255")
+            yield image
+    except Exception as error:  # Pillow raises whatever a broken file brings about
+        raise ValueError(
+            f"Expected {file} to be an image, but it cannot be read ({error}). Make or download it "
+            "again, or remove it."
+        ) from error

@@ -9,15 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from saflex_lightning import AugmentedBatch, SAflexWarning
+from saflex_lightning.data.checks import check
 from saflex_lightning.data.draws import mix_seeds
 from saflex_lightning.recipes.augment import AugmentationName
-from saflex_lightning.recipes.checks import (
-    check_choice,
-    check_flags,
-    check_integers,
-    check_number,
-    check_paths,
-)
 from saflex_lightning.recipes.datamodule import Splits
 from saflex_lightning.recipes.folders import (
     ClassFolders,
@@ -53,6 +47,7 @@ class GeneratedDataModule(ImageDataModule):
         image_size: Side in pixels to resize all images to; None asks for one size.
         has_sources: Whether generated images were made from training images; see `read_pool`.
         group_by: What a group is; see `read_pool`.
+        allow_outside: Whether files of the pool may lie outside of its folder; see `read_pool`.
         per_class: How many generated images of a class are used: ``"all"``, as many as
             ``{root}/extra`` holds (the images a generator is to stand in for), or
             ``generated_per_real`` for each training image (``"real"``).
@@ -81,6 +76,7 @@ class GeneratedDataModule(ImageDataModule):
         image_size: int | None = 224,
         has_sources: bool = True,
         group_by: GroupBy = "prompt",
+        allow_outside: bool = False,
         per_class: PerClass = "all",
         generated_per_real: float = 1.0,
         redraw: bool = False,
@@ -98,25 +94,15 @@ class GeneratedDataModule(ImageDataModule):
             batch_size=batch_size,
             **shared,
         )
-        check_paths(root=root, generated=generated)
-        check_choice("group_by", group_by, get_args(GroupBy))
-        check_choice("per_class", per_class, get_args(PerClass))
-        check_flags(has_sources=has_sources, redraw=redraw, drop_wrong=drop_wrong)
-        check_integers(1, optional=True, num_classes=num_classes, image_size=image_size)
-        check_number(
-            "generated_per_real",
-            generated_per_real,
-            "a positive number",
-            lambda ratio: ratio > 0,
-            "Set `augmentation` to none to train without generated images.",
-        )
-        check_number(
-            "label_noise",
-            label_noise,
-            "a number in [0, 1)",
-            lambda share: 0 <= share < 1,
-            "Pass 0.0 to keep the labels of the pool.",
-        )
+        check("a path", root=root)
+        check("a path", optional=True, generated=generated)
+        check(get_args(GroupBy), group_by=group_by)
+        check(get_args(PerClass), per_class=per_class)
+        check("True or False", has_sources=has_sources, allow_outside=allow_outside)
+        check("True or False", redraw=redraw, drop_wrong=drop_wrong)
+        check("a positive integer", optional=True, num_classes=num_classes, image_size=image_size)
+        check("a positive number", generated_per_real=generated_per_real)
+        check("a number in [0, 1)", label_noise=label_noise)
         if pooled and generated is None:
             raise ValueError(
                 "Expected `generated` to name the folder of generated images, but got None. Make "
@@ -133,6 +119,7 @@ class GeneratedDataModule(ImageDataModule):
         self.image_size = image_size
         self.has_sources = has_sources
         self.group_by: GroupBy = group_by
+        self.allow_outside = allow_outside
         self.per_class = per_class
         self.generated_per_real = generated_per_real
         self.redraw = redraw
@@ -175,6 +162,7 @@ class GeneratedDataModule(ImageDataModule):
             real,
             has_sources=self.has_sources,
             group_by=self.group_by,
+            allow_outside=self.allow_outside,
         )
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, _NOISE))
         given = plant_wrong_labels(pool.target, len(real.classes), self.label_noise, generator)

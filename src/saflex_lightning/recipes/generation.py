@@ -9,9 +9,17 @@ from typing import NamedTuple
 
 from PIL.Image import Image
 
+from saflex_lightning.data.checks import check
 from saflex_lightning.data.draws import mix_seeds
+from saflex_lightning.recipes.files import as_cell
 from saflex_lightning.recipes.folders import ClassFolders
-from saflex_lightning.recipes.pool import COLUMNS, MANIFEST, PoolRow
+from saflex_lightning.recipes.pool import (
+    COLUMNS,
+    MANIFEST,
+    PoolRow,
+    check_generator,
+    read_manifest,
+)
 
 __all__ = ["Task", "class_words", "fill_pool", "folder_name", "plan_edits", "plan_new"]
 
@@ -75,9 +83,9 @@ def plan_edits(
         seed: Seed of the run.
 
     Raises:
-        ValueError: If there is no prompt, or two would share a folder.
+        ValueError: If there is no prompt, two would share a folder, or a name is none of a folder.
     """
-    _check_prompts(prompts)
+    _check_names(generator, prompts)
     for number, prompt in enumerate(prompts):
         for source, file in enumerate(train.files):
             label = train.classes[int(train.target[source])]
@@ -119,9 +127,9 @@ def plan_new(
         seed: Seed of the run.
 
     Raises:
-        ValueError: If there is no prompt, or two would share a folder.
+        ValueError: If there is no prompt, two would share a folder, or a name is none of a folder.
     """
-    _check_prompts(prompts)
+    _check_names(generator, prompts)
     for number, prompt in enumerate(prompts):
         for position, label in enumerate(classes):
             folder = Path(generator, folder_name(prompt), settings, label)
@@ -157,13 +165,10 @@ def fill_pool(
         Number of images made and of images that were there.
 
     Raises:
-        ValueError: If the batch size is below 1.
+        TypeError: If the batch size is no integer.
+        ValueError: If it is below 1, or the manifest that is there cannot be read or goes on.
     """
-    if batch_size < 1:
-        raise ValueError(
-            f"Expected `batch_size` to be at least 1, but got {batch_size}. Pass the number of "
-            "images to make together."
-        )
+    check("a positive integer", batch_size=batch_size)
     listed = _read_listed(root / MANIFEST)
     todo: list[Task] = []
     there = 0
@@ -188,8 +193,14 @@ def fill_pool(
 def _read_listed(manifest: Path) -> set[str]:
     if not manifest.is_file():
         return set()
-    with manifest.open(newline="", encoding="utf-8") as stream:
-        return {row["file"] for row in csv.DictReader(stream)}
+    with manifest.open(encoding="utf-8-sig", errors="replace") as stream:
+        header = stream.readline().strip()
+    if header != ",".join(COLUMNS):  # rows that are added have that order
+        raise ValueError(
+            f"Expected the columns of {manifest} to be {list(COLUMNS)} in this order, to add rows, "
+            f"but it begins with {header!r}. Make the pool in a folder of its own."
+        )
+    return {row.file for _, row in read_manifest(manifest)}
 
 
 def _append(manifest: Path, row: PoolRow, listed: set[str]) -> None:
@@ -200,13 +211,21 @@ def _append(manifest: Path, row: PoolRow, listed: set[str]) -> None:
         writer = csv.writer(stream)
         if is_new:
             writer.writerow(COLUMNS)
-        writer.writerow(row)
+        writer.writerow(map(as_cell, row))
     listed.add(row.file)
 
 
-def _check_prompts(prompts: Sequence[str]) -> None:
+def _check_names(generator: str, prompts: Sequence[str]) -> None:
+    check("a name", generator=generator)
+    check("a list of names", prompts=prompts)
+    check_generator(generator, "`generator`")
+    if Path(generator).name != generator or generator == "..":
+        raise ValueError(
+            f"Expected `generator` to be the name of a folder, but got {generator!r}. Leave out "
+            "slashes and dots: `output` says where the pool is."
+        )
     folders = [folder_name(prompt) for prompt in prompts]
-    if not prompts or "" in folders or len(set(folders)) < len(folders):
+    if not prompts or {"", ".", ".."} & {*folders} or len({*folders}) < len(folders):
         raise ValueError(
             "Expected `prompts` to be at least one text, each with words of its own, but got "
             f"{list(prompts)}, whose folders would be {folders}. Change the words."

@@ -3,13 +3,13 @@
 from typing import Any, get_args
 
 from saflex_lightning.data import UnionDataset
+from saflex_lightning.data.checks import check
 from saflex_lightning.data.union import group_names_of
 from saflex_lightning.recipes.augment import (
     AugmentationName,
     check_augmentation,
     make_augmentation,
 )
-from saflex_lightning.recipes.checks import check_choice
 from saflex_lightning.recipes.datamodule import UnionDataModule
 from saflex_lightning.recipes.images import ImageRows, Split, stack_normalized
 
@@ -38,7 +38,7 @@ class ImageDataModule(UnionDataModule):
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        check_choice("augmentation", augmentation, get_args(AugmentationName))
+        check(get_args(AugmentationName), augmentation=augmentation)
         check_augmentation(augmentation, augmentation_settings)
         self.augmentation: AugmentationName = augmentation
         self.augmentation_settings = dict(augmentation_settings or {})

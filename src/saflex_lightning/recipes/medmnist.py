@@ -1,6 +1,5 @@
 """Read a MedMNIST file and check every assumption the recipes make about it."""
 
-import zipfile
 from importlib import resources
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saflex_lightning.recipes.files import read_arrays
 from saflex_lightning.recipes.images import Split
 
 __all__ = ["read_medmnist"]
@@ -43,21 +43,8 @@ def read_medmnist(
         torch.Size([1200, 3, 28, 28])
     """
     file = _find_file(path)
-    with file.open("rb") as stream:
-        try:
-            archive = np.load(stream, allow_pickle=False)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(_not_an_archive(file)) from error
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError(_not_an_archive(file))
-        wanted = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
-        if missing := sorted(set(wanted) - set(archive.files)):
-            raise ValueError(
-                f"Expected {file} to hold the keys {wanted}, but {missing} are missing. Pass a 2D "
-                "MedMNIST file as it was downloaded."
-            )
-        arrays = {key: archive[key] for key in wanted}
-
+    keys = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
+    arrays = read_arrays(file, keys, "Pass a 2D MedMNIST file as it was downloaded.")
     splits = {}
     for split in SPLITS:
         images = _check_images(
@@ -85,14 +72,6 @@ def _find_file(path: str | Path | None) -> Path:
             "and `dataset='blood_subset'` ships with the package."
         )
     return file
-
-
-def _not_an_archive(file: Path) -> str:
-    return (
-        f"Expected {file} to be a NumPy .npz archive without pickled objects, but it cannot be "
-        "read as one. Download it again, or leave `path` out to use the BloodMNIST subset that "
-        "ships with the package."
-    )
 
 
 def _check_images(images: np.ndarray, what: str, *, in_channels: int | None) -> Tensor:

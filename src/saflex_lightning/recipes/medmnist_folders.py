@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torchvision.transforms.v2.functional import to_pil_image
 
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.medmnist import read_medmnist
 
 __all__ = ["write_medmnist_folders"]
@@ -15,7 +16,12 @@ def write_medmnist_folders(output: str, *, path: str | None = None) -> None:
     Args:
         output: Folder to write to.
         path: A MedMNIST ``.npz``; by default the BloodMNIST subset that ships with the package.
+
+    Raises:
+        TypeError: If a path is none.
     """
+    check("a path", output=output)
+    check("a path", optional=True, path=path)
     for name, split in read_medmnist(path).items():
         for row, (image, label) in enumerate(zip(split.images, split.target, strict=True)):
             # Two digits, so that the sorted names of the folders are in the order of the labels.

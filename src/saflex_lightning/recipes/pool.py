@@ -1,17 +1,26 @@
 """A pool of generated images: what each one shows, what made it and from which training image."""
 
-import csv
+import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saflex_lightning.recipes.folders import ClassFolders, is_image
+from saflex_lightning.recipes.files import from_cell, read_records
+from saflex_lightning.recipes.folders import ClassFolders, find_images
 
-__all__ = ["COLUMNS", "MANIFEST", "Pool", "PoolRow", "draw_pool", "read_pool"]
+__all__ = [
+    "COLUMNS",
+    "MANIFEST",
+    "Pool",
+    "PoolRow",
+    "check_generator",
+    "draw_pool",
+    "read_manifest",
+    "read_pool",
+]
 
 MANIFEST = "manifest.csv"
 _SOURCE_IN_NAME = re.compile(r"(\d+)-\d+")
@@ -63,6 +72,7 @@ def read_pool(
     *,
     has_sources: bool = True,
     group_by: Literal["prompt", "generator"] = "prompt",
+    allow_outside: bool = False,
 ) -> Pool:
     """Read a pool of generated images and check it against the training images.
 
@@ -78,11 +88,13 @@ def read_pool(
             source; if not (Text2Img), none is looked for.
         group_by: What a group is: one prompt of one generator, or one generator. Without a
             manifest the whole folder is one generator.
+        allow_outside: Whether files may lie outside of the folder, by links or by their paths.
 
     Raises:
         FileNotFoundError: If there is no such folder, or a listed file is missing.
-        ValueError: If the pool is empty, the manifest lacks columns, or a row has an unknown
-            class, no source, or a source of another class.
+        ValueError: If the pool is empty, the manifest cannot be read, a file is listed twice or
+            outside of the folder, or a row has an unknown class, no generator, no source, or a
+            source of another class.
     """
     if not root.is_dir():
         raise FileNotFoundError(
@@ -90,29 +102,70 @@ def read_pool(
             "`saflex-generate`, or pass another folder as `generated`."
         )
     manifest = root / MANIFEST
-    rows = list(_read_manifest(manifest) if manifest.is_file() else _read_folders(root))
-    if not rows:
+    if manifest.is_file():
+        listed = [
+            (f"{root / row.file} (line {line} of {manifest})", row)
+            for line, row in read_manifest(manifest)
+        ]
+    else:
+        listed = [(str(root / row.file), row) for row in _read_folders(root)]
+    if not listed:
         raise ValueError(
             f"Expected generated images in {root}, but there are none. Make them with "
             "`saflex-generate`, or pass another folder as `generated`."
         )
-    names = [_group_name(row, group_by) for row in rows]
+    for where, row in listed:
+        check_generator(row.generator, where)
+    names = [_group_name(row, group_by) for _, row in listed]
     group_names = ("clean", *sorted(set(names)))
-    target = [_find_label(row, root, train) for row in rows]
-    source = [-1] * len(rows)
+    numbers = {name: number for number, name in enumerate(group_names)}
+    target = [_find_label(where, row, train) for where, row in listed]
+    _check_files(listed, root, allow_outside=allow_outside)
+    source = [-1] * len(listed)
     if has_sources:
-        numbers = {file.relative_to(train.root).as_posix(): i for i, file in enumerate(train.files)}
+        known = {file.relative_to(train.root).as_posix(): i for i, file in enumerate(train.files)}
         source = [
-            _find_source(row, root, label, train, numbers)
-            for row, label in zip(rows, target, strict=True)
+            _find_source(where, row, label, train, known)
+            for (where, row), label in zip(listed, target, strict=True)
         ]
     return Pool(
-        files=[root / row.file for row in rows],
+        files=[root / row.file for _, row in listed],
         target=torch.tensor(target),
         source=torch.tensor(source),
-        group=torch.tensor([group_names.index(name) for name in names]),
+        group=torch.tensor([numbers[name] for name in names]),
         group_names=group_names,
     )
+
+
+def read_manifest(manifest: Path) -> list[tuple[int, PoolRow]]:
+    """Return the rows of a manifest, each with the number of its line.
+
+    Args:
+        manifest: A CSV file with the columns `COLUMNS`.
+
+    Raises:
+        ValueError: If it is not, or its last line has no end.
+    """
+    advice = "Add them; `source` may be left empty for images that were not made from one."
+    records = read_records(manifest, COLUMNS, advice)
+    if not manifest.read_bytes().endswith((b"\n", b"\r")):
+        raise ValueError(
+            f"Expected the last line of {manifest} to end with a line break, but it does not: it "
+            "may be cut short. Compare it with its image and add the break, or remove the line."
+        )
+    return [
+        (line, PoolRow(*(from_cell(record[column]) for column in COLUMNS)))
+        for line, record in records
+    ]
+
+
+def check_generator(name: str, where: str) -> None:
+    """Refuse a generator without a name, or with that of the rows that are not augmented."""
+    if name in {"", "clean"}:
+        raise ValueError(
+            f"Expected {where} to have a generator with a name other than 'clean', which stands "
+            f"for rows that none made, but got '{name}'. Give it another name."
+        )
 
 
 def draw_pool(pool: Pool, wanted: Tensor, *, usable: Tensor, seed: int) -> Tensor:
@@ -149,27 +202,16 @@ def draw_pool(pool: Pool, wanted: Tensor, *, usable: Tensor, seed: int) -> Tenso
     return torch.cat(drawn).sort().values
 
 
-def _read_manifest(manifest: Path) -> Iterator[PoolRow]:
-    with manifest.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        found = reader.fieldnames or []
-        if missing := sorted(set(COLUMNS) - set(found)):
-            raise ValueError(
-                f"Expected {manifest} to have the columns {list(COLUMNS)}, but {missing} are "
-                f"missing; it has {list(found)}. Add them; `source` may be left empty for images "
-                "that were not made from a training image."
-            )
-        for row in reader:
-            yield PoolRow(*((row[column] or "").strip() for column in COLUMNS))
-
-
-def _read_folders(root: Path) -> Iterator[PoolRow]:
-    for path in sorted(path for path in root.rglob("*") if is_image(path)):
+def _read_folders(root: Path) -> list[PoolRow]:
+    rows = []
+    for path in sorted(find_images(root)):
         file = path.relative_to(root)
         *settings, label = file.parts[:-1] or [""]
         match = _SOURCE_IN_NAME.fullmatch(path.stem)
         source = match.group(1) if match else ""
-        yield PoolRow(file.as_posix(), label, source, root.name, "/".join(settings))
+        generator = root.resolve().name
+        rows.append(PoolRow(file.as_posix(), label, source, generator, "/".join(settings)))
+    return rows
 
 
 def _group_name(row: PoolRow, group_by: Literal["prompt", "generator"]) -> str:
@@ -178,28 +220,45 @@ def _group_name(row: PoolRow, group_by: Literal["prompt", "generator"]) -> str:
     return f"{row.generator}: {row.prompt}" if row.prompt else row.generator
 
 
-def _find_label(row: PoolRow, root: Path, train: ClassFolders) -> int:
-    file = root / row.file
+def _find_label(where: str, row: PoolRow, train: ClassFolders) -> int:
     if row.label not in train.classes:
         raise ValueError(
-            f"Expected the class of {file} to be one of {train.classes}, but got '{row.label}'. "
+            f"Expected the class of {where} to be one of {train.classes}, but got '{row.label}'. "
             "Rename it to the class folder of the training images, or remove the image."
-        )
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"Expected every file that {root / MANIFEST} lists, but there is no {file}. Make it "
-            "again, or remove its row."
         )
     return train.classes.index(row.label)
 
 
+def _check_files(listed: list[tuple[str, PoolRow]], root: Path, *, allow_outside: bool) -> None:
+    """Refuse files that are not there, are there twice, or lie outside of the folder."""
+    home = os.path.realpath(root)
+    seen: dict[str, str] = {}
+    for where, row in listed:
+        file = os.path.realpath(root / row.file)
+        if not os.path.isfile(file):
+            raise FileNotFoundError(
+                f"Expected every file of the pool that is listed, but there is no {where}. Make it "
+                "again, or remove its row."
+            )
+        if not allow_outside and os.path.commonpath([home, file]) != home:
+            raise ValueError(
+                f"Expected the files of the pool to lie in {home}, but {where} is {file}. Copy it "
+                "into the folder, or set `allow_outside` to true where you know what it is."
+            )
+        if file in seen:
+            raise ValueError(
+                f"Expected every image of the pool once, but {where} is {seen[file]} again. Remove "
+                "one of them."
+            )
+        seen[file] = where
+
+
 def _find_source(
-    row: PoolRow, root: Path, label: int, train: ClassFolders, numbers: dict[str, int]
+    where: str, row: PoolRow, label: int, train: ClassFolders, numbers: dict[str, int]
 ) -> int:
-    file = root / row.file
     if not row.source:
         raise ValueError(
-            f"Expected {file} to say from which training image it was made, but it does not. Name "
+            f"Expected {where} to say from which training image it was made, but it does not. Name "
             "it SOURCE-K.png with the number of the image, fill in the column `source` of "
             f"{MANIFEST}, or set `has_sources` to false for images made from text alone."
         )
@@ -208,15 +267,15 @@ def _find_source(
         number = int(row.source)
     if number is None or number >= len(train.files):
         raise ValueError(
-            f"Expected {file} to be made from a training image, but its source '{row.source}' is "
+            f"Expected {where} to be made from a training image, but its source '{row.source}' is "
             f"neither a file below {train.root} nor the number of one of its {len(train.files)} "
             "images. Give the folder of training images that the pool was made from."
         )
     if train.target[number] != label:
         raise ValueError(
-            f"Expected {file} to show the class of its source, but image {number} of {train.root}, "
-            f"{train.files[number].name}, is of class '{train.classes[int(train.target[number])]}' "
-            f"and not of '{row.label}'. Give the folder of training images that the pool was made "
-            "from, with the same files."
+            f"Expected {where} to show the class of its source, but image {number} of "
+            f"{train.root}, {train.files[number].name}, is of class "
+            f"'{train.classes[int(train.target[number])]}' and not of '{row.label}'. Give the "
+            "folder of training images that the pool was made from, with the same files."
         )
     return number

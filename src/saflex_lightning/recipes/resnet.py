@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from saflex_lightning.data.checks import check
+
 __all__ = ["ResNet18"]
 
 Stem = Literal["7x7", "3x3"]
@@ -22,15 +24,13 @@ class ResNet18(ResNet):
             max-pool, as the MedMNIST protocol has it, and costs about seven times as much.
 
     Raises:
-        ValueError: If the stem is unknown.
+        TypeError: If a setting is of another type.
+        ValueError: If the stem is unknown, or a size is not positive.
     """
 
     def __init__(self, num_classes: int, in_channels: int, *, stem: Stem = "7x7") -> None:
-        if stem not in get_args(Stem):
-            raise ValueError(
-                f"Expected `stem` to be one of {sorted(get_args(Stem))}, but got {stem!r}. Take "
-                "'3x3' for images of 28 pixels."
-            )
+        check("a positive integer", num_classes=num_classes, in_channels=in_channels)
+        check(get_args(Stem), stem=stem)
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
         if stem == "3x3":
             self.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saflex_lightning.recipes.checks import check_flags, check_integers, check_number
+from saflex_lightning.data.checks import check
 
 __all__ = ["SoftCrop", "crop_confidence"]
 
@@ -70,11 +70,9 @@ class SoftCrop:
         power: float = 2.0,
         reweight: bool = False,
     ) -> None:
-        check_integers(1, num_classes=num_classes)
-        check_flags(reweight=reweight)
-        for name, value, usual in (("sigma", sigma, 0.375), ("power", power, 2.0)):
-            advice = f"The authors' value is {usual}."
-            check_number(name, value, "a positive number", lambda x: x > 0, advice)
+        check("a positive integer", num_classes=num_classes)
+        check("True or False", reweight=reweight)
+        check("a positive number", sigma=sigma, power=power)
         self.num_classes = num_classes
         self.sigma = sigma
         self.power = power

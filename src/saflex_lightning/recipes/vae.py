@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torchvision.transforms.v2.functional import to_pil_image
 
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.folders import FileImages, check_images, read_class_folders
 from saflex_lightning.recipes.generation import Task, fill_pool, plan_edits
 from saflex_lightning.recipes.images import normalize
@@ -25,12 +26,22 @@ class ConditionalVAE(nn.Module):
         size: Side of the images, a multiple of 4 pixels.
         latent_size: Entries of the latent vector.
         width: Channels of the first convolution.
+
+    Raises:
+        TypeError: If a size is no integer.
+        ValueError: If it is not positive, or ``size`` is no multiple of 4.
     """
 
     def __init__(
         self, num_classes: int, size: int, *, latent_size: int = 32, width: int = 32
     ) -> None:
         super().__init__()
+        check("a positive integer", num_classes=num_classes, size=size)
+        check("a positive integer", latent_size=latent_size, width=width)
+        if size % 4:
+            raise ValueError(
+                f"Expected `size` to be a multiple of 4 pixels, but got {size}. Resize the images."
+            )
         self.num_classes = num_classes
         side = size // 4
         features = 2 * width * side**2
@@ -163,15 +174,16 @@ def fill_pool_by_vae(
         seed: Seed of the training and of the draws.
 
     Raises:
-        ValueError: If a strength is out of range, or the images are not square and of one size.
+        TypeError: If a setting is of another type.
+        ValueError: If it is out of its range, or the images are not square and of one size.
     """
     strengths = [0.3, 0.6, 1.0] if strengths is None else strengths
-    if not all(0.0 <= strength <= 1.0 for strength in strengths):
-        raise ValueError(
-            f"Expected `strengths` to be in [0, 1], but got {strengths}. Pass 1.0 for samples that "
-            "owe nothing to their source."
-        )
-    sources = read_class_folders(Path(train))
+    check("a list of numbers in [0, 1]", strengths=strengths)
+    check("a positive integer", images_per_source=images_per_source, epochs=epochs)
+    check("a positive integer", batch_size=batch_size)
+    check("a non-negative integer below 2**32", seed=seed)
+    check("a path", train=train, output=output)
+    sources = read_class_folders(Path(train).expanduser())
     check_images(sources.files, same_size=True)
     files = FileImages(sources.files, None)
     if any(side % 4 for side in files[0].shape[1:]) or files[0].shape[1] != files[0].shape[2]:
@@ -202,6 +214,6 @@ def fill_pool_by_vae(
             images_per_source=images_per_source,
             seed=seed,
         )
-        counts = fill_pool(Path(output), tasks, make, batch_size=batch_size)
+        counts = fill_pool(Path(output).expanduser(), tasks, make, batch_size=batch_size)
         made, there = made + counts[0], there + counts[1]
     print(f"{made} images made in {output}, {there} were there")

@@ -162,5 +162,5 @@ class TestMixing:
         "call", [lambda: mixing_group(torch.ones(2), 0), lambda: mixing_group_names("mixup", 0)]
     )
     def test_no_bins(self, call):
-        with pytest.raises(ValueError, match="`num_bins` to be at least 1, but got 0"):
+        with pytest.raises(ValueError, match="`num_bins` to be a positive integer, but got 0"):
             call()

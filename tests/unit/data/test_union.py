@@ -286,10 +286,10 @@ class Lone(Dataset):
     [
         ((Endless(), None), {}, TypeError, "`dataset` to be map-style, .* but got Endless"),
         ((3, None), {}, TypeError, "`dataset` to be map-style, .* but got int"),
-        ((TENSORS, "flip"), {}, TypeError, "`augment` to be a function or None, but got str"),
-        ((TENSORS, None, 3), {}, TypeError, "`transform` to be a function or None, but got int"),
+        ((TENSORS, "flip"), {}, TypeError, "`augment` to be a function or None, but got 'flip'"),
+        ((TENSORS, None, 3), {}, TypeError, "`transform` to be a function or None, but got 3"),
         ((TENSORS, None), {"seed": -1}, ValueError, "`seed` to be a non-negative .* got -1"),
-        ((TENSORS, None), {"seed": True}, ValueError, "`seed` to be a non-negative .* got True"),
+        ((TENSORS, None), {"seed": True}, TypeError, "`seed` to be a non-negative .* got True"),
         ((TENSORS, None), {"replace": 1}, TypeError, "`replace` to be True or False, but got 1"),
         ((TENSORS, None), {"sampler": []}, ValueError, r"no \['sampler'\] among the options"),
     ],

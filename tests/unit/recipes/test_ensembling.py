@@ -101,7 +101,7 @@ def test_ensembling_without_validation_rows_is_refused():
     none = {"val_dataloaders": [], "num_sanity_val_steps": 0}
     with pytest.raises(Exception, match="Expected validation rows for `WeightEnsembling`"):
         fit(make_tuner(), WeightEnsembling(), train=union_batches(), max_epochs=1, **none)
-    with pytest.raises(ValueError, match="`intervals` to be at least 1, but got 0"):
+    with pytest.raises(ValueError, match="`intervals` to be a positive integer, but got 0"):
         WeightEnsembling(0)
 
 

@@ -407,7 +407,7 @@ def spoil_split(root):
         (
             spoil_listed_file,
             FileNotFoundError,
-            r"lists, but there is no .*absent\.png",
+            r"listed, but there is no .*absent\.png \(line 2 of .*manifest\.csv\)",
         ),
         (spoil_listed_source, ValueError, r"its source 'cat/99\.png' is neither a file below"),
         (spoil_empty_pool, ValueError, r"generated images in .*pool, but there are none"),

@@ -118,7 +118,7 @@ class TestFilling:
         assert not list(part.rglob("*.part"))
 
     def test_empty_batches_are_refused(self, real, tmp_path):
-        with pytest.raises(ValueError, match="`batch_size` to be at least 1, but got 0"):
+        with pytest.raises(ValueError, match="`batch_size` to be a positive integer, but got 0"):
             fill_pool(tmp_path, plan(real, "rain"), paint, batch_size=0)
 
 
@@ -177,7 +177,9 @@ class TestVAE:
         assert (batch.source >= 0).equal(batch.augmented)
 
     def test_strength_out_of_range(self, real, tmp_path):
-        with pytest.raises(ValueError, match=r"`strengths` to be in \[0, 1\], but got \[1.5\]"):
+        with pytest.raises(
+            ValueError, match=r"`strengths` to be a list of numbers in \[0, 1\], but got \[1.5\]"
+        ):
             fill_pool_by_vae(str(real / "train"), str(tmp_path), strengths=[1.5])
 
     def test_images_that_do_not_fit(self, real, tmp_path):

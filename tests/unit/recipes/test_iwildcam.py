@@ -57,7 +57,7 @@ def test_labels_without_a_name_are_numbered(root):
 
 
 def test_names_are_those_of_the_file_as_it_is_downloaded(root):
-    unused = "99999,domestic dog\n"  # occurs in no split
+    unused = "99999,domestic dog\n99999,bos taurus\n"  # occur in no split
     (root / "categories.csv").write_text("y,name\n0,empty\n1,mazama\n2,mazama\n" + unused)
     assert set_up(root, num_classes=3).class_names() == ["empty", "mazama", "mazama"]
     english = "y,name,english\n0,empty,empty\n1,mazama,brocket\n2,puma,\n"
@@ -88,7 +88,7 @@ def test_missing_image_is_named(root):
     ("text", "message"),
     [
         ("split,filename\n", r"\['y'\] are missing"),
-        ("split,filename,y\ntrain,a.png,3\n", r"labels in \[0, 2\].*a.png has 3"),
+        ("split,filename,y\ntrain,a.png,3\n", r"labels `y` in \[0, 2\].*line 2 has '3'"),
         ("split,filename,y\ntrain,a.png,1\n", r"\['id_test', 'id_val', 'test'\] have none"),
     ],
 )

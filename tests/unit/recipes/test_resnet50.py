@@ -34,7 +34,7 @@ def test_weights_of_a_file_serve_below_the_last_layer(imagenet, input_range, tmp
 
 def test_file_of_another_network(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth' to be the state dict .* names differ"):
+    with pytest.raises(ValueError, match=r"other\.pth' to be the state dict .* tensors differ"):
         ResNet50(2, weights=str(tmp_path / "other.pth"))
 
 

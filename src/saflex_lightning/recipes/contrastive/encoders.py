@@ -1,11 +1,14 @@
 """Two towers behind one small interface, and `open_clip` models behind it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["ImageTextEncoders", "OpenClipEncoders", "prepare_images"]
+from saflex_lightning.data.checks import check
+from saflex_lightning.recipes.network import plain
+
+__all__ = ["ImageTextEncoders", "OpenClipEncoders", "check_encoders", "prepare_images"]
 
 
 @runtime_checkable
@@ -29,6 +32,16 @@ class ImageTextEncoders(Protocol):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Return features ``(batch, features)`` of tokens."""
         ...
+
+
+def check_encoders(encoders: Any) -> None:
+    """Refuse what is not `ImageTextEncoders`."""
+    if not isinstance(encoders, nn.Module) or not isinstance(encoders, ImageTextEncoders):
+        raise TypeError(
+            "Expected `encoders` to be a module with `logit_scale`, `tokenize`, `encode_image` and "
+            f"`encode_text`, but got {type(encoders).__name__}. Wrap the towers, see "
+            "`OpenClipEncoders`."
+        )
 
 
 def prepare_images(
@@ -65,6 +78,8 @@ class OpenClipEncoders(nn.Module):
 
     Raises:
         ModuleNotFoundError: If ``open_clip`` is not installed.
+        TypeError: If a setting is of another type.
+        ValueError: If ``open_clip`` cannot make the model.
     """
 
     def __init__(
@@ -75,6 +90,9 @@ class OpenClipEncoders(nn.Module):
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check("a name", architecture=architecture)
+        check("a path", optional=True, pretrained=pretrained)
+        check("a mapping of names to values", optional=True, config=config)
         try:
             import open_clip
         except ModuleNotFoundError as error:
@@ -82,19 +100,20 @@ class OpenClipEncoders(nn.Module):
                 "Expected the package `open_clip_torch`, but it is not installed. Run "
                 "`pip install 'saflex-lightning[clip]'`."
             ) from error
-        if config is None:
-            model = open_clip.create_model(architecture, pretrained)
-            self._tokenizer = open_clip.get_tokenizer(architecture)
-        else:
-            # Hydra's own mappings do not pass for dictionaries.
-            plain: dict[str, Any] = {
-                name: dict(value) if isinstance(value, Mapping) else value
-                for name, value in config.items()
-            }
-            model = open_clip.CLIP(**plain)
-            self._tokenizer = open_clip.SimpleTokenizer(
-                context_length=config["text_cfg"]["context_length"]
-            )
+        try:
+            if config is None:
+                model = open_clip.create_model(architecture, pretrained)
+                self._tokenizer = open_clip.get_tokenizer(architecture)
+            else:
+                model = open_clip.CLIP(**plain(config))
+                length = config["text_cfg"]["context_length"]
+                self._tokenizer = open_clip.SimpleTokenizer(context_length=length)
+        except Exception as error:  # whatever it raises, of settings or of a download
+            given = f"{architecture!r}, {pretrained!r}" if config is None else repr(config)
+            raise ValueError(
+                f"Expected a model of `open_clip`, but it cannot make one of {given} ({error}). "
+                "Correct `architecture` and `pretrained`, or `config`."
+            ) from error
         visual: Any = model.visual
         settings = getattr(visual, "preprocess_cfg", {})
         self.mean = tuple(settings.get("mean", open_clip.OPENAI_DATASET_MEAN))

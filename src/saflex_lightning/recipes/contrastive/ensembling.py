@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.contrastive.evaluating import evaluating
 from saflex_lightning.recipes.contrastive.metrics import MacroF1
 
@@ -59,15 +60,13 @@ class WeightEnsembling(L.Callback):
         scores: Macro F1 of every mixture tried.
 
     Raises:
+        TypeError: If a setting is of another type.
         ValueError: If ``intervals`` is not positive.
     """
 
     def __init__(self, intervals: int = 10, *, filepath: str | None = None) -> None:
-        if intervals < 1:
-            raise ValueError(
-                f"Expected `intervals` to be at least 1, but got {intervals}. Pass 10 for steps of "
-                "a tenth."
-            )
+        check("a positive integer", intervals=intervals)
+        check("a path", optional=True, filepath=filepath)
         self.intervals = intervals
         self.filepath = filepath
         self.alpha: float | None = None

@@ -1,14 +1,14 @@
 """iWildCam2020-wilds as it lies on a disk: images of animals and a table of splits and labels."""
 
-import csv
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from saflex_lightning.data.checks import check
 from saflex_lightning.data.mixing import is_mixing
-from saflex_lightning.recipes.checks import check_integers, check_paths
 from saflex_lightning.recipes.datamodule import Splits
+from saflex_lightning.recipes.files import read_records
 from saflex_lightning.recipes.folders import FileImages
 from saflex_lightning.recipes.image_data import ImageDataModule
 from saflex_lightning.recipes.images import Split
@@ -51,9 +51,9 @@ class IWildCamDataModule(ImageDataModule):
         **shared: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, **shared)
-        check_paths(root=root)
-        check_integers(1, image_size=image_size)
-        check_integers(1, optional=True, num_classes=num_classes)
+        check("a path", root=root)
+        check("a positive integer", image_size=image_size)
+        check("a positive integer", optional=True, num_classes=num_classes)
         augment = self._make_augmentation(2)
         if is_mixing(augment) or isinstance(augment, SoftCrop):
             raise ValueError(
@@ -95,22 +95,26 @@ class IWildCamDataModule(ImageDataModule):
 _UNUSED = 99_999  # the label of categories that occur in no split
 
 
-def _read_table(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def _read_table(
+    file: Path, columns: tuple[str, ...], labels: range
+) -> list[tuple[int, int, dict[str, str]]]:
+    """Return the line, the label and the cells of every row."""
     if not file.is_file():
         raise FileNotFoundError(
             f"Expected iWildCam2020-wilds v2.0 in {file.parent}, but there is no {file.name} in "
             "it. Download the set with `wilds.get_dataset('iwildcam', download=True)` and point "
             "`root` at its folder."
         )
-    with file.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        missing = sorted(set(columns) - set(reader.fieldnames or ()))
-        if missing:
+    table = []
+    for line, row in read_records(file, columns, "Take the file of version 2.0 as it is."):
+        label = int(row["y"]) if row["y"].isdecimal() else -1
+        if label not in labels:
             raise ValueError(
-                f"Expected {file} to have the columns {list(columns)}, but {missing} are missing. "
-                "Take the file of version 2.0 as it was downloaded."
+                f"Expected labels `y` in [0, {labels[-1]}] in {file}, but line {line} has "
+                f"'{row['y']}'. Take both files of one version."
             )
-        return list(reader)
+        table.append((line, label, row))
+    return table
 
 
 def _read_categories(file: Path, num_classes: int | None) -> list[str]:
@@ -118,25 +122,35 @@ def _read_categories(file: Path, num_classes: int | None) -> list[str]:
 
     An added column ``english`` goes before the scientific ``name``, as in FLYP's captions.
     """
-    rows = [row for row in _read_table(file, ("y", "name")) if int(row["y"]) < _UNUSED]
-    names = {int(row["y"]): row.get("english") or row["name"] for row in rows}
-    if num_classes is not None and max(names) + 1 != num_classes:
+    names: dict[int, str] = {}
+    for line, label, row in _read_table(file, ("y", "name"), range(_UNUSED + 1)):
+        if label in names and label != _UNUSED:
+            raise ValueError(
+                f"Expected one line per label in {file}, but line {line} has {label} again. Remove "
+                "one of the two."
+            )
+        names[label] = row.get("english") or row["name"]
+    names.pop(_UNUSED, None)
+    last = max(names, default=-1)
+    if last < 0 or num_classes not in (None, last + 1):
+        wanted = "one class or more" if num_classes is None else f"{num_classes} classes"
         raise ValueError(
-            f"Expected {num_classes} classes in {file}, but its labels `y` end at {max(names)}. "
-            "Take the file of version 2.0 (182 classes), or set `num_classes` to what it has."
+            f"Expected {wanted} in {file}, but its labels `y` end at {last}. Take the file of "
+            "version 2.0 (182 classes), or set `num_classes` to what it has."
         )
-    return [names.get(label, f"unknown animal {label}") for label in range(max(names) + 1)]
+    return [names.get(label, f"unknown animal {label}") for label in range(last + 1)]
 
 
 def _read_rows(file: Path, num_classes: int) -> dict[str, list[tuple[str, int]]]:
     """Return file name and label of each row, by split."""
     rows: dict[str, list[tuple[str, int]]] = {name: [] for name in SPLITS}
-    for row in _read_table(file, ("split", "filename", "y")):
-        label = int(row["y"])
-        if not 0 <= label < num_classes:
+    columns = ("split", "filename", "y")
+    for line, label, row in _read_table(file, columns, range(num_classes)):
+        name = PurePosixPath(row["filename"])
+        if name.is_absolute() or ".." in name.parts:
             raise ValueError(
-                f"Expected labels in [0, {num_classes - 1}] in {file}, as categories.csv has, but "
-                f"{row['filename']} has {label}. Take both files of one version."
+                f"Expected files of the set's own folder in {file}, but line {line} has '{name}'. "
+                "Take the file of version 2.0 as it is."
             )
         if row["split"] in rows:
             rows[row["split"]].append((row["filename"], label))

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from saflex_lightning.data.checks import check
+
 __all__ = ["MacroF1", "log_stage_metrics", "make_stage_metrics"]
 
 _STAGES = ("val", "test", "test_ood")
@@ -21,6 +23,10 @@ class MacroF1(Metric):
 
     Args:
         num_classes: Number of classes.
+
+    Raises:
+        TypeError: If that is no integer.
+        ValueError: If it is not positive.
 
     Example:
         >>> metric = MacroF1(3)
@@ -41,6 +47,7 @@ class MacroF1(Metric):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        check("a positive integer", num_classes=num_classes)
         self.num_classes = num_classes
         for name in ("correct", "predicted", "occurring"):
             count = torch.zeros(num_classes, dtype=torch.int64)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from saflex_lightning import gather_rows
-from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders
+from saflex_lightning.data.checks import check
+from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders, check_encoders
 from saflex_lightning.recipes.contrastive.evaluating import evaluating
 
 __all__ = ["FitHeadFirst", "ImageTower", "fit_linear_probe"]
@@ -38,7 +39,13 @@ def fit_linear_probe(
 
     Returns:
         The classifier, on the device and of the dtype of the features.
+
+    Raises:
+        TypeError: If a setting is of another type.
+        ValueError: If it is not positive.
     """
+    check("a positive integer", num_classes=num_classes, max_iterations=max_iterations)
+    check("a positive number", penalty=penalty)
     features = features.detach()
     probe = nn.Linear(features.shape[-1], num_classes).to(features)
     nn.init.zeros_(probe.weight)
@@ -67,10 +74,17 @@ class ImageTower(nn.Module):
     Args:
         encoders: See `ImageTextEncoders`.
         num_classes: Number of logits.
+
+    Raises:
+        TypeError: If ``encoders`` lacks a part of `ImageTextEncoders`, or ``num_classes`` is no
+            integer.
+        ValueError: If ``num_classes`` is not positive.
     """
 
     def __init__(self, encoders: nn.Module, num_classes: int) -> None:
         super().__init__()
+        check_encoders(encoders)
+        check("a positive integer", num_classes=num_classes)
         self.encoders = encoders
         towers = cast("ImageTextEncoders", encoders)
         features = towers.encode_text(towers.tokenize(["a photo"]))
@@ -99,11 +113,17 @@ class FitHeadFirst(L.Callback):
         penalty: See `fit_linear_probe`.
         max_iterations: See `fit_linear_probe`.
 
+    Raises:
+        TypeError: If a setting is of another type.
+        ValueError: If it is not positive.
+
     References:
         Kumar et al. 2022 (LP-FT).
     """
 
     def __init__(self, penalty: float = 1e-3, max_iterations: int = 200) -> None:
+        check("a positive number", penalty=penalty)
+        check("a positive integer", max_iterations=max_iterations)
         self.penalty = penalty
         self.max_iterations = max_iterations
 

@@ -5,9 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from saflex_lightning import AugmentedBatch, SAflexMixin
+from saflex_lightning.data.checks import check
+from saflex_lightning.recipes.contrastive.encoders import check_encoders
 from saflex_lightning.recipes.contrastive.metrics import make_stage_metrics
 from saflex_lightning.recipes.contrastive.probe import ImageTower
-from saflex_lightning.recipes.contrastive.tower_module import TowerModule
+from saflex_lightning.recipes.contrastive.tower_module import TowerModule, check_rates
 from saflex_lightning.recipes.sized import SizedModule
 
 __all__ = ["TowerClassifier"]
@@ -28,6 +30,11 @@ class TowerClassifier(SAflexMixin, SizedModule, TowerModule):
         weight_decay: Of AdamW, decoupled.
         warmup_steps: Optimizer steps in which the rate rises; see `make_warm_up_adamw`.
 
+    Raises:
+        TypeError: If ``encoders`` lacks a part of `ImageTextEncoders`, or a setting is of another
+            type.
+        ValueError: If a setting is out of its range.
+
     References:
         Kumar et al. 2022 (LP-FT); Ding et al. 2024, Table 4.
     """
@@ -42,6 +49,9 @@ class TowerClassifier(SAflexMixin, SizedModule, TowerModule):
         warmup_steps: int = 500,
     ) -> None:
         super().__init__()
+        check_encoders(encoders)
+        check("a positive integer", optional=True, num_classes=num_classes)
+        check_rates(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps)
         self.save_hyperparameters(ignore=["encoders"])
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
         self.encoders = encoders

@@ -1,13 +1,22 @@
 """What the modules on an image tower share: evaluation by macro F1, and AdamW with a warm-up."""
 
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.contrastive.metrics import log_stage_metrics
 from saflex_lightning.recipes.contrastive.schedule import make_warm_up_adamw
 
-__all__ = ["TowerModule"]
+__all__ = ["TowerModule", "check_rates"]
+
+
+def check_rates(*, lr: Any, weight_decay: Any, warmup_steps: Any) -> None:
+    """Refuse settings of AdamW and its warm-up that are of another type or out of range."""
+    check("a non-negative number", lr=lr, weight_decay=weight_decay)
+    check("a non-negative integer", warmup_steps=warmup_steps)
 
 
 class TowerModule(L.LightningModule):

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from saflex_lightning import AugmentedBatch, SAflexMixin, gather_rows
+from saflex_lightning.data.checks import check
 from saflex_lightning.functional import contrastive_scores, same_class_target
-from saflex_lightning.recipes.checks import check_choice
-from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders
+from saflex_lightning.recipes.contrastive.encoders import ImageTextEncoders, check_encoders
 from saflex_lightning.recipes.contrastive.metrics import make_stage_metrics
 from saflex_lightning.recipes.contrastive.prompts import (
     make_prompts,
     template_of_rows,
     zero_shot_head,
 )
-from saflex_lightning.recipes.contrastive.tower_module import TowerModule
+from saflex_lightning.recipes.contrastive.tower_module import TowerModule, check_rates
 
 __all__ = ["ContrastiveTuner"]
 
@@ -50,7 +50,9 @@ class ContrastiveTuner(SAflexMixin, TowerModule):
             validation pairs.
 
     Raises:
-        TypeError: If ``encoders`` lacks a part of `ImageTextEncoders`.
+        TypeError: If ``encoders`` lacks a part of `ImageTextEncoders`, or a setting is of another
+            type.
+        ValueError: If a setting is out of its range.
 
     References:
         Goyal et al. 2023 (FLYP); Ding et al. 2024, section 4.4 and Table 4.
@@ -72,14 +74,11 @@ class ContrastiveTuner(SAflexMixin, TowerModule):
         steering_loss: Literal["classes", "pairs"] = "classes",
     ) -> None:
         super().__init__()
-        if not isinstance(encoders, ImageTextEncoders):
-            raise TypeError(
-                "Expected `encoders` to have `logit_scale`, `tokenize`, `encode_image` and "
-                f"`encode_text`, but got {type(encoders).__name__}. Wrap the towers, see "
-                "`OpenClipEncoders`."
-            )
-        check_choice("target", target, ("diagonal", "same_class"))
-        check_choice("steering_loss", steering_loss, ("classes", "pairs"))
+        check_encoders(encoders)
+        check("a list of names", optional=True, class_names=class_names, templates=templates)
+        check_rates(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        check(("diagonal", "same_class"), target=target)
+        check(("classes", "pairs"), steering_loss=steering_loss)
         self.save_hyperparameters(ignore=["encoders"])
         self.encoders = encoders
         self.templates = list(TEMPLATES if templates is None else templates)

@@ -11,15 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from saflex_lightning import AugmentedBatch
+from saflex_lightning.data.checks import check
 from saflex_lightning.data.mixing import mixing_group
 from saflex_lightning.data.resumable import epoch_and_row
 from saflex_lightning.data.union import MadeRows, union_batch
-from saflex_lightning.recipes.checks import (
-    check_choice,
-    check_integers,
-    check_mapping,
-    check_number,
-)
 from saflex_lightning.recipes.tabular.cutmix import (
     MixedRows,
     draw_ratio,
@@ -49,7 +44,8 @@ class CutMix:
         num_groups: Bins of the share of changed cells that become groups.
 
     Raises:
-        ValueError: If a number is out of its range.
+        TypeError: If a setting is of another type.
+        ValueError: If one is out of its range.
     """
 
     mix_labels: bool = False
@@ -58,21 +54,10 @@ class CutMix:
     num_groups: int = 4
 
     def __post_init__(self) -> None:
-        check_number(
-            "probability",
-            self.probability,
-            "a number in (0, 1]",
-            lambda share: 0 < share <= 1,
-            "Pass `augmentation`='none' to leave all rows as they are.",
-        )
-        check_number(
-            "alpha",
-            self.alpha,
-            "a positive number",
-            lambda alpha: alpha > 0,
-            "Pass 1.0 to draw shares evenly.",
-        )
-        check_integers(1, num_groups=self.num_groups)
+        check("True or False", mix_labels=self.mix_labels)
+        check("a number in (0, 1]", probability=self.probability)
+        check("a positive number", alpha=self.alpha)
+        check("a positive integer", num_groups=self.num_groups)
 
     def draw(
         self, inputs: TabularInputs, target: Tensor, num_classes: int, generator: torch.Generator
@@ -115,8 +100,8 @@ def make_cutmix(name: AugmentationName, settings: Mapping[str, Any] | None) -> C
     Raises:
         ValueError: If the name is unknown, or it has no such setting.
     """
-    check_choice("augmentation", name, tuple(_SETTINGS))
-    check_mapping("augmentation_settings", settings)
+    check(tuple(_SETTINGS), augmentation=name)
+    check("a mapping of names to values", optional=True, augmentation_settings=settings)
     settings = dict(settings or {})
     if unknown := sorted(set(settings) - set(_SETTINGS[name])):
         raise ValueError(

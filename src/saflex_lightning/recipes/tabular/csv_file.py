@@ -1,13 +1,15 @@
 """Read a table from a CSV file whose columns have roles."""
 
-import csv
-from array import array
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from saflex_lightning.recipes.files import read_rows, read_text
 from saflex_lightning.recipes.tabular.table import Table
 
 __all__ = ["Roles", "read_csv"]
@@ -40,104 +42,123 @@ def read_csv(file: Path, roles: Roles) -> Table:
         roles: Roles of its columns, by name.
 
     Raises:
+        ImportError: If pandas is not installed.
         ValueError: If a column is missing or has two roles, a line has another number of cells, a
             number cannot be read, or the target is missing somewhere.
     """
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream)
-        header = [name.strip() for name in next(reader, [])]
-        numeric_names = _check_columns(file, header, roles)
-        numbers, words = _read_cells(
-            file,
-            reader,
-            numeric=[header.index(name) for name in numeric_names],
-            words=[header.index(name) for name in (*roles.categorical, roles.target)],
-            header=header,
-        )
-    *categorical, target = words
-    if not target:
+    text = read_text(file)
+    rows = read_rows(file, text)
+    header = [name.strip() for name in next(rows, (1, []))[1]]
+    numeric = _check_columns(file, header, roles)
+    # All lines are looked at here: pandas fills those up that are too short.
+    lines = [line for line, _ in rows]
+    if not lines:
         raise ValueError(f"Expected {file} to hold rows below its header, but it has none.")
-    columns = [_encode(column) for column in categorical]
-    codes, classes = _encode(target)
-    if (codes < 0).any():
-        row = int((codes < 0).argmax()) + 1
+    place = {name: number for number, name in enumerate(header)}
+    cells = _split(text, len(header))
+    numbers = _read_numbers(file, cells[:, [place[name] for name in numeric]], numeric, lines)
+    words = (*roles.categorical, roles.target)
+    *categorical, (target, classes) = [_encode(cells[:, place[name]]) for name in words]
+    if (target < 0).any():
         raise ValueError(
-            f"Expected every row of {file} to have a target, but column '{roles.target}' of row "
-            f"{row} is missing. Remove rows without a label."
+            f"Expected every row of {file} to have a target, but column '{roles.target}' of line "
+            f"{lines[int((target < 0).argmax())]} is missing. Remove rows without a label."
         )
     return Table(
-        numeric=np.array(numbers, np.float64).reshape(len(target), len(numeric_names)),
-        categorical=np.array([c for c, _ in columns], np.int64).reshape(-1, len(target)).T,
-        target=codes,
-        numeric_names=numeric_names,
+        numeric=numbers,
+        categorical=np.array([c for c, _ in categorical], np.int64).reshape(-1, len(target)).T,
+        target=target,
+        numeric_names=numeric,
         categorical_names=roles.categorical,
-        levels=tuple(levels for _, levels in columns),
+        levels=tuple(levels for _, levels in categorical),
         classes=classes,
     )
 
 
 def _check_columns(file: Path, header: list[str], roles: Roles) -> tuple[str, ...]:
     """Return the numeric columns, after checking that every role names one column."""
-    given = [roles.target, *roles.categorical, *(roles.numeric or ())]
-    if absent := [name for name in given if name not in header]:
+    given = dict.fromkeys([roles.target, *roles.categorical, *(roles.numeric or ())])
+    if absent := sorted(given.keys() - set(header)):
+        shown = f"{header[:20]}{' and so on' * (len(header) > 20)}"
         raise ValueError(
             f"Expected {file} to have the columns {sorted(given)}, but {absent} are not among its "
-            f"columns {header}. Correct the names in `target`, `categorical` and `numeric`."
+            f"columns {shown}. Correct the names in `target`, `categorical` and `numeric`."
         )
     numeric = roles.numeric
     if numeric is None:
         numeric = tuple(name for name in header if name not in given)
-    places = [roles.target, *roles.categorical, *numeric, *header]
-    if twice := sorted({name for name in places if places.count(name) > 2}):
+    used = [roles.target, *roles.categorical, *numeric]
+    places = Counter(used) + Counter(header)
+    if odd := sorted({name for name in used if not name or places[name] > 2}):
         raise ValueError(
-            f"Expected every column to have one name and one role, but {twice} of {file} have "
-            "more. Name each column once in the file and in `target`, `categorical` and `numeric`."
+            f"Expected every column to have one name and one role, but {odd} of {file} have none "
+            "or more. Name each column once in the file and in `target`, `categorical` and "
+            "`numeric`."
+        )
+    if len(used) < 2:
+        raise ValueError(
+            f"Expected {file} to have a column beside '{roles.target}' to predict it from, but "
+            "there is none. Name some as `categorical` or `numeric`."
         )
     return numeric
 
 
-def _read_cells(
-    file: Path,
-    lines: Iterator[list[str]],
-    *,
-    numeric: list[int],
-    words: list[int],
-    header: list[str],
-) -> tuple["array[float]", list[list[str]]]:
-    """Return all numbers, row by row, and the columns of words."""
-    numbers, columns = array("d"), [[] for _ in words]
-    for row, cells in enumerate(lines, start=1):
-        if not cells:
-            continue  # an empty line, mostly the last
-        if len(cells) != len(header):
-            raise ValueError(
-                f"Expected {len(header)} cells in every row of {file}, as in its header, but row "
-                f"{row} has {len(cells)}. Quote cells that hold commas."
-            )
-        cells = [cell.strip() for cell in cells]
-        for place in numeric:
-            try:
-                number = float("nan" if cells[place] in MISSING else cells[place])
-            except ValueError:
-                number = float("inf")
-            if abs(number) == float("inf"):
-                raise ValueError(
-                    f"Expected finite numbers in column '{header[place]}' of {file}, but row {row} "
-                    f"has {cells[place]!r}. Give the column the role `categorical`, or leave the "
-                    "cell empty where it is missing."
-                )
-            numbers.append(number)
-        for column, place in zip(columns, words, strict=True):
-            column.append(cells[place])
-    return numbers, columns
-
-
-def _encode(column: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the position of every cell among the sorted levels (-1: missing), and the levels."""
-    found = set(column) - MISSING
+def _pandas() -> Any:
     try:
-        levels = sorted(found, key=lambda level: (float(level), level))
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            "Expected pandas to read CSV files, but it is not installed. Run "
+            "`pip install 'saflex-lightning[tabular]'`."
+        ) from error
+    return pandas
+
+
+def _split(text: str, width: int) -> np.ndarray:
+    """Return the cells below the header, ``(rows, width)`` text."""
+    frame = _pandas().read_csv(
+        StringIO(text),
+        header=0,
+        names=range(width),
+        index_col=False,
+        dtype=object,
+        na_filter=False,
+        skipinitialspace=True,
+        low_memory=False,
+    )
+    return frame.to_numpy()
+
+
+def _read_numbers(
+    file: Path, cells: np.ndarray, names: Sequence[str], lines: list[int]
+) -> np.ndarray:
+    """Return numbers of the shape of the cells; NaN where one is missing."""
+    codes, found = _pandas().factorize(cells.ravel())
+    values = np.array([_as_number(cell) for cell in found], np.float64)
+    if np.isinf(values).any():
+        row, column = divmod(int(np.isinf(values)[codes].argmax()), len(names))
+        raise ValueError(
+            f"Expected finite numbers in column '{names[column]}' of {file}, but line {lines[row]} "
+            f"has {cells[row, column][:50]!r}. Give the column the role `categorical`, or empty "
+            "the cell where it is missing."
+        )
+    return values[codes].reshape(cells.shape)
+
+
+def _as_number(cell: str) -> float:
+    """Return NaN for a cell that is missing, and infinity for one that is no number."""
+    try:
+        return math.nan if cell.strip() in MISSING else float(cell)
     except ValueError:
-        levels = sorted(found)
-    codes = {level: code for code, level in enumerate(levels)}
-    return np.array([codes.get(cell, -1) for cell in column], np.int64), tuple(levels)
+        return math.inf
+
+
+def _encode(column: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the position of every cell among the sorted levels (-1: missing), and the levels."""
+    codes, found = _pandas().factorize(column)
+    cells = [cell.strip() for cell in found]
+    levels = sorted(set(cells) - MISSING)
+    if all(math.isfinite(_as_number(level)) for level in levels):
+        levels.sort(key=_as_number)
+    places = {level: place for place, level in enumerate(levels)}
+    return np.array([places.get(cell, -1) for cell in cells], np.int64)[codes], tuple(levels)

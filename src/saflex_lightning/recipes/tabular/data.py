@@ -1,16 +1,11 @@
 """A tabular set as a Lightning datamodule."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from saflex_lightning.recipes.checks import (
-    check_flags,
-    check_integers,
-    check_list,
-    check_names,
-    check_paths,
-)
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.datamodule import Splits, UnionDataModule
 from saflex_lightning.recipes.tabular.batches import (
     AugmentationName,
@@ -75,9 +70,9 @@ class TabularDataModule(UnionDataModule):
         dataset: SetName | None = "qsar",
         path: str | None = None,
         *,
-        target: str | None = None,
-        categorical: list[str] | None = None,
-        numeric: list[str] | None = None,
+        target: str | int | None = None,
+        categorical: list[str | int] | None = None,
+        numeric: list[str | int] | None = None,
         num_numeric: int | None = None,
         cardinalities: list[int] | None = None,
         num_classes: int | None = None,
@@ -91,11 +86,11 @@ class TabularDataModule(UnionDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **shared)
         check_set_name(dataset, path)
-        check_paths(path=path)
-        check_flags(deduplicate=deduplicate, stratified=stratified)
-        check_integers(0, optional=True, num_numeric=num_numeric)
-        check_integers(1, optional=True, num_classes=num_classes)
-        check_list(1, cardinalities=cardinalities)
+        check("a path", optional=True, path=path)
+        check("True or False", deduplicate=deduplicate, stratified=stratified)
+        check("a non-negative integer", optional=True, num_numeric=num_numeric)
+        check("a positive integer", optional=True, num_classes=num_classes)
+        check("a list of positive integers", optional=True, cardinalities=cardinalities)
         self.expected = {
             "num_numeric": num_numeric,
             "cardinalities": None if cardinalities is None else list(cardinalities),
@@ -158,13 +153,21 @@ class TabularDataModule(UnionDataModule):
 
 
 def _read_roles(target: Any, categorical: Any, numeric: Any) -> Roles | None:
-    check_names(categorical=categorical, numeric=numeric)
-    if target is None and (categorical is not None or numeric is not None):
+    target, categorical, numeric = map(_as_names, ([target], categorical, numeric))
+    check("a list of names", optional=True, categorical=categorical, numeric=numeric)
+    if target == [None] and (categorical is not None or numeric is not None):
         raise ValueError(
             "Expected `target` beside `categorical` and `numeric`, but got None. Name the column "
             "to predict too."
         )
-    if target is None:
+    if target == [None]:
         return None
-    check_names(target=[target])
-    return Roles(target, tuple(categorical or ()), None if numeric is None else tuple(numeric))
+    check("a name", target=target[0])
+    return Roles(target[0], tuple(categorical or ()), None if numeric is None else tuple(numeric))
+
+
+def _as_names(columns: Any) -> Any:
+    """Return integers in a list as the names they are in a file: a config takes 3 for a number."""
+    if not isinstance(columns, Sequence) or isinstance(columns, str):
+        return columns
+    return [str(name) if type(name) is int else name for name in columns]

@@ -1,17 +1,34 @@
 """A perceptron for tables."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TabularMLP", "make_offsets"]
+from saflex_lightning.data.checks import check
+
+__all__ = ["TabularMLP", "check_columns", "make_offsets"]
 
 
 def make_offsets(cardinalities: Sequence[int]) -> Tensor:
     """Return where each column's codes begin in one table of embeddings, ``(columns,)`` int64."""
     ends = torch.tensor([0, *cardinalities]).cumsum(0)
     return ends[:-1]
+
+
+def check_columns(num_numeric: Any, cardinalities: Any, num_classes: Any) -> list[int]:
+    """Return the codes of each categorical column, after refusing sizes that no table has."""
+    check("a non-negative integer", num_numeric=num_numeric)
+    check("a list of positive integers", optional=True, cardinalities=cardinalities)
+    check("a positive integer", num_classes=num_classes)
+    cardinalities = list(cardinalities or ())
+    if not num_numeric and not cardinalities:
+        raise ValueError(
+            "Expected `num_numeric` or `cardinalities` to tell of a column, but got 0 and none. "
+            "Pass those of the table."
+        )
+    return cardinalities
 
 
 class TabularMLP(nn.Module):
@@ -26,6 +43,10 @@ class TabularMLP(nn.Module):
         dropout: Probability of dropout behind each hidden layer, in [0, 1).
         batch_norm: Batch normalisation before each activation.
         embedding_dim: Numbers that a level becomes.
+
+    Raises:
+        TypeError: If a setting is of another type.
+        ValueError: If it is out of its range, or there is no column.
     """
 
     offsets: Tensor
@@ -43,7 +64,11 @@ class TabularMLP(nn.Module):
         embedding_dim: int = 8,
     ) -> None:
         super().__init__()
-        cardinalities = list(cardinalities or ())
+        cardinalities = check_columns(num_numeric, cardinalities, num_classes)
+        check("a positive integer", width=width, embedding_dim=embedding_dim)
+        check("a non-negative integer", depth=depth)
+        check("a number in [0, 1)", dropout=dropout)
+        check("True or False", batch_norm=batch_norm)
         self.register_buffer("offsets", make_offsets(cardinalities), persistent=False)
         self.embed = nn.Embedding(sum(cardinalities), embedding_dim) if cardinalities else None
         size = num_numeric + embedding_dim * len(cardinalities)

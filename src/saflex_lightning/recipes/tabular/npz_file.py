@@ -1,14 +1,15 @@
 """Read a table from a NumPy archive."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from saflex_lightning.recipes.files import read_arrays
 from saflex_lightning.recipes.tabular.table import Table
 
 __all__ = ["read_npz"]
 
+_ADVICE = "Write the file again with `numpy.savez_compressed`."
 KEYS = ("x_num", "num_names", "x_cat", "cat_names", "y", "classes")
 
 
@@ -25,11 +26,15 @@ def read_npz(file: Path) -> Table:
     Raises:
         ValueError: If the file is no archive, a key is missing, or an array does not fit.
     """
-    arrays = _load(file)
-    rows = len(arrays["y"])
-    numeric_names, categorical_names = _names(arrays["num_names"]), _names(arrays["cat_names"])
-    levels = tuple(_names(arrays[f"levels_{name}"]) for name in categorical_names)
-    classes = _names(arrays["classes"])
+    arrays = read_arrays(file, KEYS, _ADVICE)
+    rows = arrays["y"].size
+    numeric_names, categorical_names = (
+        _names(file, key, arrays[key]) for key in ("num_names", "cat_names")
+    )
+    keys = [f"levels_{name}" for name in categorical_names]
+    found = read_arrays(file, keys, _ADVICE)
+    levels = tuple(_names(file, key, found[key]) for key in keys)
+    classes = _names(file, "classes", arrays["classes"])
     numeric, categorical, target = arrays["x_num"], arrays["x_cat"], arrays["y"]
     shapes = {
         "x_num": (numeric, np.floating, (rows, len(numeric_names))),
@@ -69,28 +74,14 @@ def read_npz(file: Path) -> Table:
     )
 
 
-def _load(file: Path) -> dict[str, np.ndarray]:
-    message = (
-        f"Expected {file} to be a NumPy .npz archive without pickled objects, but it cannot be "
-        "read as one. Write it again with `numpy.savez_compressed`."
-    )
-    with file.open("rb") as stream:
-        try:
-            archive = np.load(stream, allow_pickle=False)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(message) from error
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError(message)
-        wanted = set(KEYS)
-        if "cat_names" in archive.files:
-            wanted |= {f"levels_{name}" for name in archive["cat_names"]}
-        if missing := sorted(wanted - set(archive.files)):
-            raise ValueError(
-                f"Expected {file} to hold the keys {sorted(wanted)}, but {missing} are missing. "
-                "Write the file again with them."
-            )
-        return {key: archive[key] for key in wanted}
-
-
-def _names(array: np.ndarray) -> tuple[str, ...]:
-    return tuple(str(name) for name in array.reshape(-1))
+def _names(file: Path, key: str, array: np.ndarray) -> tuple[str, ...]:
+    try:
+        names = tuple(array.astype(np.str_).reshape(-1).tolist())
+    except ValueError:  # bytes that are no ASCII
+        names = ("",)
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"Expected `{key}` of {file} to be names, each another one, but got {array.tolist()}. "
+            f"{_ADVICE}"
+        )
+    return names

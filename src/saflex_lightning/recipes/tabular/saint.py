@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saflex_lightning.recipes.tabular.mlp import make_offsets
+from saflex_lightning.data.checks import check
+from saflex_lightning.recipes.tabular.mlp import check_columns, make_offsets
 
 __all__ = ["SAINT", "AcrossRows", "ColumnEmbedding", "ResidualAttention", "ResidualFeedForward"]
 
@@ -145,7 +146,8 @@ class SAINT(nn.Module):
         head_width: Hidden units between the answer and the logits.
 
     Raises:
-        ValueError: If ``attention`` is unknown.
+        TypeError: If a setting is of another type.
+        ValueError: If it is out of its range, or there is no column.
 
     References:
         Somepalli et al. 2021, "SAINT: Improved Neural Networks for Tabular Data via Row Attention
@@ -166,12 +168,12 @@ class SAINT(nn.Module):
         head_width: int = 1000,
     ) -> None:
         super().__init__()
-        if attention not in get_args(AttentionName):
-            raise ValueError(
-                f"Expected `attention` to be one of {sorted(get_args(AttentionName))}, but got "
-                f"{attention!r}. Choose one."
-            )
-        cardinalities = list(cardinalities or ())
+        cardinalities = check_columns(num_numeric, cardinalities, num_classes)
+        check(get_args(AttentionName), attention=attention)
+        check("a positive integer", heads=heads, head_width=head_width)
+        check("a positive integer", optional=True, dim=dim)
+        check("a non-negative integer", depth=depth)
+        check("a number in [0, 1)", dropout=dropout)
         columns = num_numeric + len(cardinalities)
         dim = dim or (8 if columns > 100 else 32)
         self.embed = ColumnEmbedding(num_numeric, cardinalities, dim)

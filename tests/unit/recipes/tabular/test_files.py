@@ -52,8 +52,8 @@ class TestNpz:
             read_npz(tmp_path / "array.npy")
 
     def test_missing_keys(self, tmp_path):
-        file = write_npz(tmp_path / "part.npz", make_table(), leave_out=("y", "levels_size"))
-        with pytest.raises(ValueError, match=r"part\.npz .*\['levels_size', 'y'\] are missing"):
+        file = write_npz(tmp_path / "part.npz", make_table(), leave_out=("y", "classes"))
+        with pytest.raises(ValueError, match=r"part\.npz .*\['classes', 'y'\] are missing"):
             read_npz(file)
 
     @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ class TestCsv:
             ("a,a,y\n1,1,0\n", Roles("y"), r"one name and one role, but \['a'\]"),
             ("", Roles("y"), "are not among its columns"),
             ("a,y\n", Roles("y"), "hold rows below its header, but it has none"),
-            ("a,y\n1,0\n1,2,3\n", Roles("y"), "2 cells in every row .* row 2 has 3"),
-            ("a,y\n1,0\nred,1\n", Roles("y"), "column 'a' .* row 2 has 'red'"),
-            ("a,y\ninf,0\n", Roles("y"), "column 'a' .* row 1 has 'inf'"),
-            ("a,y\n1,0\n1,\n", Roles("y"), "column 'y' of row 2 is missing"),
+            ("a,y\n1,0\n1,2,3\n", Roles("y"), "2 cells in every row .* line 3 has 3"),
+            ("a,y\n1,0\nred,1\n", Roles("y"), "column 'a' .* line 3 has 'red'"),
+            ("a,y\ninf,0\n", Roles("y"), "column 'a' .* line 2 has 'inf'"),
+            ("a,y\n1,0\n1,\n", Roles("y"), "column 'y' of line 3 is missing"),
         ],
     )
     def test_bad_files_are_named(self, tmp_path, text, roles, message):

@@ -20,6 +20,7 @@ Wanted = Literal[
     "a non-negative number",
     "a number between 0 and 1, both excluded",
     "a number in (0, 1]",
+    "a number in [0, 255]",
     "a number in [0, 1)",
     "a path",
     "a positive integer",
@@ -101,8 +102,8 @@ _KINDS: Mapping[str, _Kind] = {
     ),
     "a list of numbers in [0, 1]": _Kind(
         lambda value: _is_list(value, _is_number),
-        lambda value: all(0 <= number <= 1 for number in value),
-        "Pass a list, also for one.",
+        lambda value: bool(value) and all(0 <= number <= 1 for number in value),
+        "Pass one or more.",
     ),
     "a list of positive integers": _Kind(
         lambda value: _is_list(value, _is_integer),
@@ -121,6 +122,7 @@ _KINDS: Mapping[str, _Kind] = {
     ),
     "a number in (0, 1]": _number(lambda x: 0 < x <= 1, "Pass 1.0 for all."),
     "a number in [0, 1)": _number(lambda x: 0 <= x < 1, "Pass 0.0 for none."),
+    "a number in [0, 255]": _number(lambda x: 0 <= x <= 255, "Pass a shade of 8 bits."),
     "a path": _Kind(lambda value: isinstance(value, (str, PathLike)), bool, "Pass it as text."),
     "a positive integer": _Kind(_is_integer, lambda n: n > 0, "Pass 1 or more."),
     "a positive number": _number(lambda x: x > 0, "Pass 1.0, for instance."),

@@ -1,14 +1,14 @@
 """A training loader whose place in the epoch goes into Lightning's checkpoints."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, cast
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from .checks import check
 
-__all__ = ["EpochSampler", "ResumableLoader", "ResumableSampler", "epoch_and_row"]
+__all__ = ["EpochSampler", "ResumableLoader", "ResumableSampler", "check_dataset", "epoch_and_row"]
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -83,8 +83,8 @@ class ResumableLoader(DataLoader[Any]):
         **kwargs: As for `DataLoader`.
 
     Raises:
-        TypeError: If a size or a number is no integer.
-        ValueError: If it is out of its range.
+        TypeError: If an argument is of another type.
+        ValueError: If it is out of its range, or the dataset has no rows.
     """
 
     def __init__(
@@ -95,6 +95,12 @@ class ResumableLoader(DataLoader[Any]):
         sampler: ResumableSampler,
         **kwargs: Any,
     ) -> None:
+        check_dataset(dataset)
+        if not isinstance(cast("Any", sampler), Sampler):
+            raise TypeError(
+                f"Expected `sampler` to be a sampler of torch, but got {type(sampler).__name__}. "
+                "Pass a `ResumableSampler` of the dataset."
+            )
         check("a positive integer", optional=True, batch_size=batch_size)
         check("a non-negative integer", num_workers=kwargs.get("num_workers", 0))
         super().__init__(dataset, batch_size, sampler=sampler, **kwargs)
@@ -129,3 +135,18 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was called."""
         self._place = self._resumed = (state["epoch"], state["taken"])
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse what has no rows by number."""
+    whole = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not whole or isinstance(dataset, (IterableDataset, Mapping, str, bytes)):
+        raise TypeError(
+            "Expected `dataset` to be map-style, with a length and rows by number, but got "
+            f"{type(dataset).__name__}. Read its rows into a list, or index them."
+        )
+    if not len(dataset):
+        raise ValueError(
+            f"Expected `dataset` to hold rows, but this {type(dataset).__name__} has none. Look at "
+            "what it is made from."
+        )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from saflex_lightning.batch import AugmentedBatch
 
@@ -15,7 +15,7 @@ from .checks import check
 from .draws import kept_generators, mix_seeds, seed_draws, seeded_draws
 from .mixing import group_of_mixed, is_mixing, mixing_group_names
 from .operations import TaggedImage, TagOperations, can_be_tagged
-from .resumable import EpochSampler, ResumableLoader, epoch_and_row
+from .resumable import EpochSampler, ResumableLoader, check_dataset, epoch_and_row
 
 __all__ = ["MadeRows", "UnionDataset", "group_names_of", "union_batch", "union_loader"]
 
@@ -79,7 +79,7 @@ class UnionDataset(Dataset[UnionRow]):
         replace: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        _check_dataset(dataset)
+        check_dataset(dataset)
         check("a function", optional=True, augment=augment, transform=transform)
         check("a function", optional=True, collate_fn=collate_fn)
         check("a non-negative integer below 2**32", seed=seed)
@@ -256,6 +256,7 @@ def union_loader(
         >>> next(iter(loader)).inputs.shape, loader.group_names
         (torch.Size([4, 3, 8, 8]), ('clean', 'fliplr'))
     """
+    check("a positive integer", batch_size=batch_size)
     check("True or False", shuffle=shuffle)
     if given := sorted({"sampler", "batch_sampler"} & loader_options.keys()):
         raise ValueError(
@@ -320,15 +321,6 @@ def _join(first: Any, second: Any) -> Any:
         f"Expected inputs to be tensors, or mappings and sequences of them, but got "
         f"{_describe(first)}. Turn it into a tensor in `transform`, or leave it out."
     )
-
-
-def _check_dataset(dataset: object) -> None:
-    whole = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if not whole or isinstance(dataset, IterableDataset):
-        raise TypeError(
-            "Expected `dataset` to be map-style, with a length and rows by number, but got "
-            f"{type(dataset).__name__}. Read its rows into a list, or index them."
-        )
 
 
 def _describe(value: Any) -> str:

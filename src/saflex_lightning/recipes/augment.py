@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torchvision.transforms import v2
 
 from saflex_lightning.data.checks import check
@@ -19,6 +20,7 @@ from saflex_lightning.recipes.soft_crop import SoftCrop
 
 __all__ = ["AugmentationName", "check_augmentation", "make_augmentation"]
 
+_SETTINGS = "augmentation_settings"
 AugmentationName = Literal[
     "none",
     "randaugment",
@@ -53,15 +55,18 @@ def make_augmentation(
     return make(**settings)
 
 
-def check_augmentation(name: AugmentationName, settings: Mapping[str, Any] | None) -> None:
+def check_augmentation(
+    name: AugmentationName, settings: Mapping[str, Any] | None, image: Tensor | None = None
+) -> None:
     """Refuse settings that the transform does not have or cannot work with, before any worker does.
 
-    Numbers are compared with the type of the transform's own default, and a few images are
-    augmented.
+    Numbers are compared with the type of the transform's own default, and an image is augmented a
+    few times.
 
     Args:
         name: An augmentation.
         settings: Keyword values of the transform.
+        image: An image of the set; None takes a black one, to which no crop need fit.
 
     Raises:
         ValueError: If a value is out of range.
@@ -73,10 +78,15 @@ def check_augmentation(name: AugmentationName, settings: Mapping[str, Any] | Non
         return
     parameters = signature(_TRANSFORMS[name]).parameters
     for setting, value in settings.items():
-        if setting in parameters and setting not in {"fill", "interpolation"}:
-            _check_value(f"augmentation_settings.{setting}", value, parameters[setting].default)
+        if setting == "fill":
+            for shade in value if isinstance(value, (list, tuple)) else [value]:
+                check("a number in [0, 255]", optional=True, **{f"{_SETTINGS}.fill": shade})
+        elif setting in parameters and setting != "interpolation":
+            _check_value(f"{_SETTINGS}.{setting}", value, parameters[setting].default)
     try:
-        _try(name, make_augmentation(name, 2, settings))
+        augment = make_augmentation(name, 2, settings)
+        if name != "crop" or image is not None:
+            _try(augment, torch.zeros(3, 32, 32, dtype=torch.uint8) if image is None else image)
     except Exception as error:  # whatever the transform raises
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
@@ -85,15 +95,14 @@ def check_augmentation(name: AugmentationName, settings: Mapping[str, Any] | Non
         ) from error
 
 
-def _try(name: AugmentationName, augment: Any) -> None:
-    """Augment a few images; a crop must fit those of the set, which are not known yet."""
-    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+def _try(augment: Any, image: Tensor) -> None:
+    """Augment an image a few times, since one draw may need a setting that another does not."""
     arguments: tuple[Any, ...] = (image,)
     if is_mixing(augment):
         arguments = (image[None].float(), torch.zeros(1, dtype=torch.int64))
     elif getattr(augment, "changes_label", False):
         arguments = (image, 0)
-    for draw in range(8 * (name != "crop")):  # one draw may need a setting that another does not
+    for draw in range(8):
         with seeded_draws(draw):
             augment(*arguments)
 

@@ -44,8 +44,10 @@ class ImageDataModule(UnionDataModule):
         self.augmentation_settings = dict(augmentation_settings or {})
 
     def setup(self, stage: str) -> None:
-        """Read the files once, and augment one image to see that its size stays."""
+        """Read the files once, and augment one image to see that this works and its size stays."""
         super().setup(stage)
+        image = self._train.rows.images[0]
+        check_augmentation(self.augmentation, self.augmentation_settings, image)
         self.make_augmented(self._train)[0]
 
     def make_clean(self, rows: Split) -> ImageRows:

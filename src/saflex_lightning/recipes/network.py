@@ -48,7 +48,7 @@ class NetworkMaker:
             made = cls(_import_class(settings.pop("class", None)), settings)
         elif isinstance(network, partial) and not network.args:
             made = cls(network.func, dict(network.keywords))
-        if made is None:
+        if made is None or not _is_called_by_names(made.make):
             raise TypeError(
                 "Expected `network` to be a network, a class or the import path of one, but got "
                 f"{network!r}. Pass `ResNet18` of `saflex_lightning.recipes`, for instance."
@@ -78,6 +78,7 @@ class NetworkMaker:
             sizes: What ``sizes()`` of the datamodule returns.
 
         Raises:
+            TypeError: If what is made is no network.
             ValueError: If a setting is another size than that of the data, or one is missing.
         """
         told = {name: size for name, size in sizes.items() if self.takes(name)}
@@ -95,7 +96,13 @@ class NetworkMaker:
                 f"Expected the data or the settings to tell {missing} of {self.name}, but the "
                 f"data tell {sorted(sizes)}. Choose a network for such data, or pass {missing}."
             )
-        return self.make(**given)
+        network: Any = self.make(**given)
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                f"Expected {self.name} to return a network, but got {type(network).__name__}. Pass "
+                "what makes an `nn.Module`."
+            )
+        return network
 
 
 def plain(value: Any) -> Any:
@@ -121,6 +128,14 @@ def _import_class(path: Any) -> type[nn.Module]:
         "Expected `class` of `network` to be the import path of a class of networks, but got "
         f"{path!r}. Pass 'saflex_lightning.recipes.ResNet18', for instance."
     )
+
+
+def _is_called_by_names(make: Callable[..., Any]) -> bool:
+    try:
+        parameters = signature(make).parameters.values()
+    except ValueError:  # a built-in one
+        return False
+    return all(each.kind is not Parameter.POSITIONAL_ONLY for each in parameters)
 
 
 def _is_needed(parameter: Parameter) -> bool:

@@ -90,9 +90,10 @@ class ImageTower(nn.Module):
         features = towers.encode_text(towers.tokenize(["a photo"]))
         self.head = nn.Linear(features.shape[-1], num_classes)
         params = [parameter for parameter in encoders.parameters() if parameter.requires_grad]
-        gradients: Any = torch.autograd.grad(features.sum(), params, allow_unused=True)
-        for parameter, gradient in zip(params, gradients, strict=True):
-            parameter.requires_grad_(gradient is None)
+        if features.requires_grad:  # otherwise the text side is frozen already
+            gradients: Any = torch.autograd.grad(features.sum(), params, allow_unused=True)
+            for parameter, gradient in zip(params, gradients, strict=True):
+                parameter.requires_grad_(gradient is None)
         towers.logit_scale.requires_grad_(False)
 
     def features(self, images: Tensor) -> Tensor:

@@ -147,8 +147,10 @@ def _read_numbers(
 
 def _as_number(cell: str) -> float:
     """Return NaN for a cell that is missing, and infinity for one that is no number."""
+    if cell.strip() in MISSING:
+        return math.nan
     try:
-        return math.nan if cell.strip() in MISSING else float(cell)
+        return math.inf if "_" in cell else float(cell)  # Python reads 2024_01 as 202401
     except ValueError:
         return math.inf
 

@@ -27,7 +27,7 @@ def read_npz(file: Path) -> Table:
         ValueError: If the file is no archive, a key is missing, or an array does not fit.
     """
     arrays = read_arrays(file, KEYS, _ADVICE)
-    rows = arrays["y"].size
+    rows = len(arrays["x_num"]) if arrays["x_num"].ndim else 0
     numeric_names, categorical_names = (
         _names(file, key, arrays[key]) for key in ("num_names", "cat_names")
     )

@@ -1,0 +1,247 @@
+"""Every argument of everything public, given what it cannot be: refused in words, or it works."""
+
+import inspect
+import math
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import torch
+from helpers.clip import TINY
+from helpers.folders import make_image_folders, make_pool
+from helpers.standins import write_iwildcam, write_medmnist
+from helpers.tables import make_table, write_csv
+from PIL import Image
+from torchvision.transforms import v2
+
+from saflex_lightning import data, recipes
+from saflex_lightning.data.resumable import EpochSampler
+from saflex_lightning.recipes import contrastive, diffusion, tabular
+from saflex_lightning.recipes.augment import _TRANSFORMS, AugmentationName
+from saflex_lightning.recipes.diffusion import fill_pool_by_diffusion
+from saflex_lightning.recipes.medmnist_folders import write_medmnist_folders
+from saflex_lightning.recipes.soft_crop import SoftCrop
+from saflex_lightning.recipes.tabular.batches import CutMix
+from saflex_lightning.recipes.vae import ConditionalVAE, fill_pool_by_vae
+
+WRONG = [None, True, -1, 0, 1.5, math.nan, math.inf, "abc", "", b"x", [], {}, [None], object(), len]
+ROWS = [(torch.ones(3, 8, 8, dtype=torch.uint8), row % 2) for row in range(4)]
+
+
+def paint(prompt, **settings):
+    """What stands in for a pipeline of diffusion models."""
+    return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in prompt])
+
+
+def encoders():
+    return contrastive.OpenClipEncoders(config=TINY)
+
+
+def read_batches(module):
+    """Read files and make a batch of each loader, as a fit would."""
+    module.setup("fit")
+    for loader in (module.train_dataloader(), module.saflex_dataloader(), module.test_dataloader()):
+        next(iter(loader if not isinstance(loader, list) else loader[0]))
+
+
+def score_images(network):
+    return network.eval()(torch.zeros(2, 3, 28, 28))
+
+
+def train_epoch(module):
+    module.build({"num_classes": 2, "in_channels": 3})
+    module.setup("test")
+    module.network(torch.zeros(2, 3, 28, 28))
+
+
+# Name -> what makes it, arguments that do, and what it is for.
+CASES = {
+    "MedMNISTDataModule": (
+        recipes.MedMNISTDataModule,
+        {"path": "bloodmnist.npz", "batch_size": 4, "augmentation": "none"},
+        read_batches,
+    ),
+    "GeneratedDataModule": (
+        recipes.GeneratedDataModule,
+        {"root": "real", "generated": "pool", "image_size": 8, "batch_size": 4},
+        read_batches,
+    ),
+    "TabularDataModule": (
+        recipes.TabularDataModule,
+        {
+            "dataset": None,
+            "path": "table.csv",
+            "target": "answer",
+            "categorical": ["colour", "size"],
+            "batch_size": 4,
+        },
+        read_batches,
+    ),
+    "IWildCamDataModule": (
+        contrastive.IWildCamDataModule,
+        {"root": "iwildcam", "image_size": 28, "batch_size": 4, "augmentation": "none"},
+        read_batches,
+    ),
+    "Classifier": (recipes.Classifier, {"network": recipes.SmallCNN}, train_epoch),
+    "ResNet18": (recipes.ResNet18, {"num_classes": 2, "in_channels": 3}, score_images),
+    "ResNet50": (recipes.ResNet50, {"num_classes": 2}, None),
+    "SmallCNN": (recipes.SmallCNN, {"num_classes": 2, "in_channels": 3}, score_images),
+    "SAINT": (
+        recipes.SAINT,
+        {"num_numeric": 2, "num_classes": 2, "cardinalities": [3]},
+        None,
+    ),
+    "TabularMLP": (
+        recipes.TabularMLP,
+        {"num_numeric": 2, "num_classes": 2, "cardinalities": [3]},
+        None,
+    ),
+    "ContrastiveTuner": (
+        contrastive.ContrastiveTuner,
+        {"encoders": encoders, "class_names": ["cat", "dog"]},
+        None,
+    ),
+    "TowerClassifier": (
+        contrastive.TowerClassifier,
+        {"encoders": encoders, "num_classes": 2},
+        None,
+    ),
+    "ImageTower": (contrastive.ImageTower, {"encoders": encoders, "num_classes": 2}, score_images),
+    "OpenClipEncoders": (
+        contrastive.OpenClipEncoders,
+        {"architecture": "none", "config": TINY},
+        None,
+    ),
+    "FitHeadFirst": (contrastive.FitHeadFirst, {}, None),
+    "MacroF1": (contrastive.MacroF1, {"num_classes": 2}, None),
+    "WeightEnsembling": (contrastive.WeightEnsembling, {}, None),
+    "fit_linear_probe": (
+        contrastive.fit_linear_probe,
+        {"features": torch.rand(4, 2), "target": torch.tensor([0, 1, 0, 1]), "num_classes": 2},
+        None,
+    ),
+    "SoftCrop": (SoftCrop, {"num_classes": 2}, lambda crop: crop(*ROWS[0])),
+    "CutMix": (CutMix, {}, None),
+    "ConditionalVAE": (ConditionalVAE, {"num_classes": 2, "size": 8}, None),
+    "UnionDataset": (
+        data.UnionDataset,
+        {"dataset": ROWS, "augment": torch.fliplr},
+        lambda rows: rows.collate([rows[0], rows[1]]),
+    ),
+    "union_loader": (
+        data.union_loader,
+        {"dataset": ROWS, "augment": torch.fliplr, "num_workers": 0},
+        lambda loader: next(iter(loader)),
+    ),
+    "ResumableLoader": (
+        data.ResumableLoader,
+        {"dataset": ROWS, "batch_size": 2, "sampler": EpochSampler(ROWS)},
+        None,
+    ),
+    "TagOperations": (data.TagOperations, {"transform": v2.RandAugment()}, None),
+    "fill_pool_by_vae": (fill_pool_by_vae, {"train": "real/train", "output": "out"}, None),
+    "fill_pool_by_diffusion": (
+        fill_pool_by_diffusion,
+        {
+            "kind": "img2img",
+            "model": "nowhere",
+            "train": "real/train",
+            "output": "out",
+            "prompts": ["rain"],
+        },
+        None,
+    ),
+    "write_medmnist_folders": (
+        write_medmnist_folders,
+        {"output": "out", "path": "bloodmnist.npz"},
+        None,
+    ),
+}
+# What an argument may be that reads as if it were wrong: its meaning is another one.
+TENSORS = {"features", "target"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("arguments")
+    make_image_folders(root / "real", splits=("val", "test", "extra"))
+    make_pool(root / "pool")
+    write_csv(root / "table.csv", make_table(120))
+    write_medmnist(root, "blood")
+    (root / "iwildcam").mkdir()
+    write_iwildcam(root / "iwildcam")
+    return root
+
+
+def arguments_of(make):
+    """Names of all arguments; those that a class hands on to the one above it too."""
+    found = dict(inspect.signature(make).parameters)
+    above = inspect.getmro(make)[1:] if isinstance(make, type) else ()
+    for kind in [each for each in above if each.__module__.startswith("saflex_lightning")]:
+        if not any(each.kind is each.VAR_KEYWORD for each in found.values()):
+            break
+        found = {name: each for name, each in found.items() if each.kind is not each.VAR_KEYWORD}
+        found |= inspect.signature(kind).parameters
+    return [name for name, each in found.items() if each.kind is not each.VAR_KEYWORD]
+
+
+def test_everything_public_is_among_the_cases():
+    for module in (data, recipes, contrastive, tabular):
+        for name in module.__all__:
+            assert name in CASES or name == "ImageTextEncoders", name  # a protocol, for towers
+    for make in (CASES[name][0] for name in CASES if name.endswith("DataModule")):
+        assert {"num_workers", "steering_fraction", "augmentation_settings"} < {*arguments_of(make)}
+
+
+@pytest.mark.filterwarnings("ignore:Expected as many generated images")
+@pytest.mark.parametrize("name", CASES)
+def test_what_an_argument_cannot_be_is_refused_in_words(folder, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(diffusion, "_load", lambda *settings: paint)
+    make, right, use = CASES[name]
+    odd, refused, accepted = [], 0, 0
+
+    def attempt(**given):
+        made = make(**{k: v() if v is encoders else v for k, v in given.items()})
+        if use is not None:
+            use(made)
+
+    attempt(**right)
+    for argument in sorted({*arguments_of(make), *right} - TENSORS):
+        for value in WRONG:
+            try:
+                attempt(**right | {argument: value})
+                accepted += 1
+                print("ok", argument, value)
+            except Exception as error:  # whatever it is, it must be ours
+                refused += 1
+                if not str(error).startswith("Expected "):
+                    odd.append(f"{argument}={value!r}: {type(error).__name__}: {error}")
+    print(name, refused, accepted)
+    assert not odd, "\n".join(odd)
+    assert refused > 5
+
+
+@pytest.mark.parametrize("augmentation", get_args(AugmentationName))
+def test_what_a_setting_of_an_augmentation_cannot_be_is_refused(folder, monkeypatch, augmentation):
+    monkeypatch.chdir(folder)
+    right = {"size": 28} if augmentation == "crop" else {}
+    transform = _TRANSFORMS.get(augmentation, lambda strength: None)
+    odd = []
+    for setting in sorted({*inspect.signature(transform).parameters, "strength"}):
+        for value in WRONG:
+            settings = right | {setting: value}
+            try:
+                read_batches(
+                    recipes.MedMNISTDataModule(
+                        path="bloodmnist.npz",
+                        batch_size=4,
+                        augmentation=augmentation,
+                        augmentation_settings=settings,
+                    )
+                )
+                print("ok", augmentation, setting, value)
+            except Exception as error:  # whatever it is, it must be ours
+                if not str(error).startswith("Expected "):
+                    odd.append(f"{setting}={value!r}: {type(error).__name__}: {error}")
+    assert not odd, "\n".join(odd)

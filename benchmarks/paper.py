@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from saflex_lightning.cli.sweep import format_spread, make_sweep_table, read_results
 
@@ -122,7 +123,7 @@ def _make_table(name: str, results: list[dict[str, Any]]) -> Table:
     table = Table(
         "method",
         title=f"{heading}; percent, mean ± spread (seeds)",
-        caption=" ".join(sorted(common)) or None,
+        caption=Text(" ".join(sorted(common))) if common else None,
     )
     for column in columns:
         table.add_column(f"{column}\npaper")
@@ -133,14 +134,14 @@ def _make_table(name: str, results: list[dict[str, Any]]) -> Table:
             theirs = paper_cell(line.row, column)
             cells += ["-" if theirs is None else f"{theirs.mean:.2f} ± {theirs.spread:.2f}"]
             cells += [_own_cell(line.results, column)]
-        table.add_row(label, *cells)
+        table.add_row(Text(label), *cells)  # a name in brackets is no markup
     for label, row in (results[0]["paper"].get("references") or {}).items():
         cells = []
         for column in columns:
             theirs = paper_cell(row, column)
             cells += ["-" if theirs is None else f"{theirs.mean:.2f} ± {theirs.spread:.2f}"]
             cells += ["not run here"]
-        table.add_row(f"{label} (the paper's reference)", *cells)
+        table.add_row(Text(f"{label} (the paper's reference)"), *cells)
     return table
 
 

@@ -295,6 +295,20 @@ def test_every_leaf_has_a_comment():
             above = line
 
 
+# Each is markup, a link, an emoji or an unbalanced bracket to what prints tables.
+ODD_NAMES = [
+    "[/x]",
+    "[bold]",
+    "[red]a[/red]",
+    "a [link=x]",
+    ":smile:",
+    "[",
+    "\\[x]",
+    "[[a]]",
+    "[@click=f()]",
+]
+
+
 def write_result(folder, name, seed, accuracy, *overrides):
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
@@ -331,6 +345,26 @@ class TestSweepTable:
         write_result(tmp_path / "1", "uniform", 2, 0.84)
         os.utime(tmp_path / "0" / "result.json", (1000.0, 1000.0))
         assert [result["seed"] for result in read_results(tmp_path, since=2000.0)] == [2]
+
+    @pytest.mark.parametrize("name", ODD_NAMES)
+    def test_names_and_overrides_are_printed_as_they_are(self, tmp_path, name):
+        override = "+callbacks.saflex.params=[net.2.*]"
+        write_result(tmp_path / "0", name, 1, 0.80, override)
+        write_result(tmp_path / "1", name, 1, 0.84, "+callbacks.saflex.params=[head.*]")
+        table = render(make_sweep_table(read_results(tmp_path)))
+        assert f"{name} {override}" in table
+        assert f"{name} +callbacks.saflex.params=[head.*]" in table
+        result = {"name": name, "seed": 1, "test_accuracy": 0.5}
+        assert f" {name} " in render(make_run_table(result))
+
+    @pytest.mark.parametrize("text", ["", "{", '{"name": "a"', "\0"])
+    def test_a_result_that_was_cut_short_is_named(self, tmp_path, text):
+        (tmp_path / "0").mkdir()
+        (tmp_path / "0" / "result.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"Expected .*0/result\.json to hold the result of a job"
+        ):
+            read_results(tmp_path)
 
 
 def test_sweep_prints_one_summary(tmp_path):

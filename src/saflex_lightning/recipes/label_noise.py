@@ -25,7 +25,17 @@ def plant_wrong_labels(
 
     Returns:
         ``(n,)`` int64; where it differs from ``target`` the label is wrong.
+
+    Raises:
+        ValueError: If there is no other class.
     """
+    if not share:
+        return target
+    if num_classes < 2:
+        raise ValueError(
+            f"Expected two classes or more with `label_noise`={share}, but got {num_classes}. Pass "
+            "0.0, or add a class."
+        )
     wrong = torch.rand(len(target), generator=generator) < share
     shift = torch.randint(1, num_classes, (len(target),), generator=generator)
     return torch.where(wrong, (target + shift) % num_classes, target)

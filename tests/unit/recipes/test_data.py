@@ -235,6 +235,22 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"broken\.npz to be a NumPy .npz archive"):
             set_up(path=str(file))
 
+    @pytest.mark.parametrize("key", ["train_images", "val_labels", "test_images"])
+    def test_a_broken_member_is_named(self, tmp_path, key):
+        file = write_file(tmp_path / "rot.npz")
+        content = bytearray(file.read_bytes())
+        content[content.find(f"{key}.npy".encode()) + 160] ^= 255
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"`{key}` of .*rot\.npz to be an array"):
+            set_up(path=str(file))
+
+    def test_pickled_objects_are_refused(self, tmp_path):
+        file = write_file(tmp_path / "object.npz", val_labels=np.array([{}] * 40, object))
+        with pytest.raises(
+            ValueError, match=r"`val_labels` of .*object\.npz to be an array without"
+        ):
+            set_up(path=str(file))
+
     def test_single_array(self, tmp_path):
         np.save(tmp_path / "array.npy", np.zeros(3))
         with pytest.raises(ValueError, match=r"array\.npy to be a NumPy .npz archive"):

@@ -71,6 +71,23 @@ def test_another_number_of_classes_is_refused(root):
         set_up(root, num_classes=182)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("y,name\n", r"one class or more in .*categories\.csv, but its labels `y` end at -1"),
+        ("y,name\n99999,ox\n", r"one class or more in .*categories\.csv"),
+        ("y,name\n0,cat\n1,dog\n1,ox\n", r"categories\.csv, but line 4 has 1 again"),
+        ("y,name\n0,cat\nx,dog\n", r"categories\.csv, but line 3 has 'x'"),
+        ("y,name\n100000,cat\n", r"categories\.csv, but line 2 has '100000'"),
+        ('y,name\n0,"cat\n', r"categories\.csv .* line 2 cannot be read"),
+    ],
+)
+def test_broken_categories_are_refused(root, text, message):
+    (root / "categories.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        set_up(root)
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "categories.csv"])
 def test_missing_table_is_named(root, name):
     (root / name).unlink()
@@ -90,6 +107,13 @@ def test_missing_image_is_named(root):
         ("split,filename\n", r"\['y'\] are missing"),
         ("split,filename,y\ntrain,a.png,3\n", r"labels `y` in \[0, 2\].*line 2 has '3'"),
         ("split,filename,y\ntrain,a.png,1\n", r"\['id_test', 'id_val', 'test'\] have none"),
+        ("split,filename,y\ntrain,a.png\n", r"3 cells in every row .* line 2 has 2"),
+        ("split,filename,y\ntrain,a.png,\n", r"labels `y` in .* line 2 has ''"),
+        ("split,filename,y\ntrain,a.png,1.0\n", r"labels `y` in .* line 2 has '1\.0'"),
+        ("split,filename,y\ntrain,a.png,-1\n", r"labels `y` in .* line 2 has '-1'"),
+        ("split,filename,y,y\ntrain,a.png,1,1\n", r"\['y'\] come twice"),
+        ("split,filename,y\ntrain,../../a.png,1\n", r"own folder .* line 2 has '\.\./\.\./a"),
+        ("split,filename,y\n\ntrain,/a.png,1\n", r"own folder .* line 3 has '/a\.png'"),
     ],
 )
 def test_broken_table_is_refused(root, text, message):

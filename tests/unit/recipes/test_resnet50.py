@@ -1,5 +1,8 @@
 """ResNet-50: weights from a file, the range of its inputs, and what is refused."""
 
+import tarfile
+from pathlib import Path
+
 import pytest
 import torch
 from torchvision.models import resnet50
@@ -36,6 +39,57 @@ def test_file_of_another_network(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth' to be the state dict .* tensors differ"):
         ResNet50(2, weights=str(tmp_path / "other.pth"))
+
+
+def test_file_of_a_wider_network(imagenet, tmp_path):
+    state = imagenet.state_dict()
+    torch.save({**state, "conv1.weight": torch.zeros(128, 3, 7, 7)}, tmp_path / "wide.pth")
+    with pytest.raises(ValueError, match="1 tensors differ, 'conv1.weight' among them"):
+        ResNet50(2, weights=str(tmp_path / "wide.pth"))
+
+
+def write_tar(file):
+    """The oldest format, in which torch before 2.6 runs what it finds whatever is asked for."""
+    with tarfile.open(file, "w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"))
+
+
+class Call:
+    """An object that would run something where it is unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(b"no weights"),
+        lambda file: torch.save([1, 2], file),
+        lambda file: torch.save({"conv1.weight": Call()}, file),
+        lambda file: torch.save(Call(), file, _use_new_zipfile_serialization=False),
+        write_tar,
+    ],
+)
+def test_files_that_hold_no_tensors_are_named_and_nothing_in_them_runs(
+    tmp_path, monkeypatch, write
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "odd.pth")
+    with pytest.raises(
+        ValueError, match=r"^Expected `weights` to name a file .*odd\.pth cannot be"
+    ):
+        ResNet50(2, weights=str(tmp_path / "odd.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_cut_short(imagenet, tmp_path):
+    torch.save(imagenet.state_dict(), tmp_path / "cut.pth")
+    content = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pth cannot be read as one"):
+        ResNet50(2, weights=str(tmp_path / "cut.pth"))
 
 
 def test_neither_file_nor_name():

@@ -94,6 +94,11 @@ def test_columns_levels_and_classes_of_a_table():
     assert model.built_for == {"num_numeric": 41, "cardinalities": [], "num_classes": 2}
 
 
+def test_a_function_that_returns_no_network(data):
+    with pytest.raises(TypeError, match="Expected <lambda> to return a network, but got list"):
+        Classifier(lambda num_classes: [num_classes]).build(data.sizes())
+
+
 def no_such_class(*_):
     raise AssertionError("was called by its name")
 
@@ -109,6 +114,8 @@ def no_such_class(*_):
         (f"{__name__}.no_such_class", "import path of a class of networks, but got"),
         ("os.system", "import path of a class of networks, but got 'os.system'"),
         (3, "`network` to be a network, a class or the import path of one, but got 3"),
+        (len, "`network` to be a network, a class or the import path of one, but got <built-in"),
+        (int, "`network` to be a network, a class or the import path of one, but got <class"),
     ],
 )
 def test_what_is_no_network(network, message):

@@ -18,6 +18,13 @@ def plant(target, share, seed=0):
     return plant_wrong_labels(target, CLASSES, share, torch.Generator().manual_seed(seed))
 
 
+def test_one_class_has_no_other_label():
+    target, generator = torch.zeros(4, dtype=torch.int64), torch.Generator()
+    assert plant_wrong_labels(target, 1, 0.0, generator).equal(target)
+    with pytest.raises(ValueError, match=r"two classes or more with `label_noise`=0\.4, but got 1"):
+        plant_wrong_labels(target, 1, 0.4, generator)
+
+
 def test_every_other_class_is_as_likely():
     target = torch.arange(20_000) % CLASSES
     given = plant(target, 0.4)

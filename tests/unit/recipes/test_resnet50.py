@@ -44,7 +44,7 @@ def test_file_of_another_network(tmp_path):
 def test_file_of_a_wider_network(imagenet, tmp_path):
     state = imagenet.state_dict()
     torch.save({**state, "conv1.weight": torch.zeros(128, 3, 7, 7)}, tmp_path / "wide.pth")
-    with pytest.raises(ValueError, match="1 tensors differ, 'conv1.weight' among them"):
+    with pytest.raises(ValueError, match=r"1 tensors differ, 'conv1.weight' among them"):
         ResNet50(2, weights=str(tmp_path / "wide.pth"))
 
 
@@ -77,9 +77,7 @@ def test_files_that_hold_no_tensors_are_named_and_nothing_in_them_runs(
 ):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "odd.pth")
-    with pytest.raises(
-        ValueError, match=r"^Expected `weights` to name a file .*odd\.pth cannot be"
-    ):
+    with pytest.raises(ValueError, match=r"^Expected `weights` to name .*odd\.pth cannot be"):
         ResNet50(2, weights=str(tmp_path / "odd.pth"))
     assert not (tmp_path / "ran").exists()
 

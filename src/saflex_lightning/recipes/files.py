@@ -1,7 +1,6 @@
 """CSV files and NumPy archives, read strictly: what is odd is told with its file and its line."""
 
 import csv
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import StringIO
@@ -9,10 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["as_cell", "from_cell", "read_arrays", "read_records", "read_rows", "read_text"]
-
-# What a spreadsheet may take for the beginning of a formula, and the mark that says it is text.
-_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+__all__ = ["read_arrays", "read_records", "read_rows", "read_text"]
 
 
 def read_text(file: Path) -> str:
@@ -96,25 +92,6 @@ def read_records(
             "Rename or remove one of them."
         )
     return [(line, dict(zip(names, map(str.strip, cells), strict=True))) for line, cells in rows]
-
-
-def as_cell(text: str) -> str:
-    """Return text as a cell that no spreadsheet runs: a ' goes before signs, but for numbers'.
-
-    Example:
-        >>> as_cell("=1+1"), as_cell("-0.5"), from_cell(as_cell("=1+1"))
-        ("'=1+1", '-0.5', '=1+1')
-    """
-    try:
-        is_number = math.isfinite(float(text))
-    except ValueError:
-        is_number = False
-    return f"'{text}" if text.startswith(_SIGNS) and not is_number else text
-
-
-def from_cell(cell: str) -> str:
-    """Return the text that `as_cell` wrote."""
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_SIGNS) else cell
 
 
 def read_arrays(file: Path, keys: Sequence[str], advice: str) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """Fill a pool with generated images: one file and one manifest row each, resumable."""
 
-import csv
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +10,13 @@ from PIL.Image import Image
 
 from saflex_lightning.data.checks import check
 from saflex_lightning.data.draws import mix_seeds
-from saflex_lightning.recipes.files import as_cell
 from saflex_lightning.recipes.folders import ClassFolders
-from saflex_lightning.recipes.pool import (
-    COLUMNS,
+from saflex_lightning.recipes.manifest import (
     MANIFEST,
     PoolRow,
+    add_row,
     check_generator,
-    read_manifest,
+    read_listed,
 )
 
 __all__ = ["Task", "class_words", "fill_pool", "folder_name", "plan_edits", "plan_new"]
@@ -169,13 +167,13 @@ def fill_pool(
         ValueError: If it is below 1, or the manifest that is there cannot be read or goes on.
     """
     check("a positive integer", batch_size=batch_size)
-    listed = _read_listed(root / MANIFEST)
+    listed = read_listed(root / MANIFEST)
     todo: list[Task] = []
     there = 0
     for task in tasks:
         if (root / task.row.file).is_file():
             there += 1
-            _append(root / MANIFEST, task.row, listed)
+            add_row(root / MANIFEST, task.row, listed)
         else:
             todo.append(task)
     for first in range(0, len(todo), batch_size):
@@ -186,33 +184,8 @@ def fill_pool(
             unfinished = file.with_suffix(".part")
             image.save(unfinished, format="PNG")
             os.replace(unfinished, file)
-            _append(root / MANIFEST, task.row, listed)
+            add_row(root / MANIFEST, task.row, listed)
     return len(todo), there
-
-
-def _read_listed(manifest: Path) -> set[str]:
-    if not manifest.is_file():
-        return set()
-    with manifest.open(encoding="utf-8-sig", errors="replace") as stream:
-        header = stream.readline().strip()
-    if header != ",".join(COLUMNS):  # rows that are added have that order
-        raise ValueError(
-            f"Expected the columns of {manifest} to be {list(COLUMNS)} in this order, to add rows, "
-            f"but it begins with {header!r}. Make the pool in a folder of its own."
-        )
-    return {row.file for _, row in read_manifest(manifest)}
-
-
-def _append(manifest: Path, row: PoolRow, listed: set[str]) -> None:
-    if row.file in listed:
-        return
-    is_new = not manifest.is_file()
-    with manifest.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        if is_new:
-            writer.writerow(COLUMNS)
-        writer.writerow(map(as_cell, row))
-    listed.add(row.file)
 
 
 def _check_names(generator: str, prompts: Sequence[str]) -> None:

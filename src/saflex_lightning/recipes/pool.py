@@ -8,44 +8,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from saflex_lightning.recipes.files import from_cell, read_records
 from saflex_lightning.recipes.folders import ClassFolders, find_images
+from saflex_lightning.recipes.manifest import MANIFEST, PoolRow, check_generator, read_manifest
 
-__all__ = [
-    "COLUMNS",
-    "MANIFEST",
-    "Pool",
-    "PoolRow",
-    "check_generator",
-    "draw_pool",
-    "read_manifest",
-    "read_pool",
-]
+__all__ = ["Pool", "draw_pool", "read_pool"]
 
-MANIFEST = "manifest.csv"
 _SOURCE_IN_NAME = re.compile(r"(\d+)-\d+")
-
-
-class PoolRow(NamedTuple):
-    """One generated image, as a row of the manifest has it.
-
-    Attributes:
-        file: Path below the pool's folder.
-        label: Name of its class; the column is called ``class``.
-        source: The training image it was made from: a path below the folder of training images,
-            or the number of the image (see `ClassFolders`); empty where there is none.
-        generator: What made it.
-        prompt: With which words; ``{class}`` may stand for the class name.
-    """
-
-    file: str
-    label: str
-    source: str
-    generator: str
-    prompt: str
-
-
-COLUMNS = ("file", "class", *PoolRow._fields[2:])
 
 
 class Pool(NamedTuple):
@@ -135,37 +103,6 @@ def read_pool(
         group=torch.tensor([numbers[name] for name in names]),
         group_names=group_names,
     )
-
-
-def read_manifest(manifest: Path) -> list[tuple[int, PoolRow]]:
-    """Return the rows of a manifest, each with the number of its line.
-
-    Args:
-        manifest: A CSV file with the columns `COLUMNS`.
-
-    Raises:
-        ValueError: If it is not, or its last line has no end.
-    """
-    advice = "Add them; `source` may be left empty for images that were not made from one."
-    records = read_records(manifest, COLUMNS, advice)
-    if not manifest.read_bytes().endswith((b"\n", b"\r")):
-        raise ValueError(
-            f"Expected the last line of {manifest} to end with a line break, but it does not: it "
-            "may be cut short. Compare it with its image and add the break, or remove the line."
-        )
-    return [
-        (line, PoolRow(*(from_cell(record[column]) for column in COLUMNS)))
-        for line, record in records
-    ]
-
-
-def check_generator(name: str, where: str) -> None:
-    """Refuse a generator without a name, or with that of the rows that are not augmented."""
-    if name in {"", "clean"}:
-        raise ValueError(
-            f"Expected {where} to have a generator with a name other than 'clean', which stands "
-            f"for rows that none made, but got '{name}'. Give it another name."
-        )
 
 
 def draw_pool(pool: Pool, wanted: Tensor, *, usable: Tensor, seed: int) -> Tensor:
@@ -263,7 +200,7 @@ def _find_source(
             f"{MANIFEST}, or set `has_sources` to false for images made from text alone."
         )
     number = numbers.get(row.source)
-    if number is None and row.source.isdecimal():
+    if number is None and row.source.isdecimal() and len(row.source) < 10:
         number = int(row.source)
     if number is None or number >= len(train.files):
         raise ValueError(

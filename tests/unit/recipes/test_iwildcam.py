@@ -78,6 +78,7 @@ def test_another_number_of_classes_is_refused(root):
         ("y,name\n99999,ox\n", r"one class or more in .*categories\.csv"),
         ("y,name\n0,cat\n1,dog\n1,ox\n", r"categories\.csv, but line 4 has 1 again"),
         ("y,name\n0,cat\nx,dog\n", r"categories\.csv, but line 3 has 'x'"),
+        (f"y,name\n{'9' * 5000},cat\n", r"categories\.csv, but line 2 has '99"),
         ("y,name\n100000,cat\n", r"categories\.csv, but line 2 has '100000'"),
         ('y,name\n0,"cat\n', r"categories\.csv .* line 2 cannot be read"),
     ],

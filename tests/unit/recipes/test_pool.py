@@ -6,10 +6,10 @@ import pytest
 from helpers.folders import make_image_folders, write_image, write_manifest
 from PIL import Image
 
-from saflex_lightning.recipes.files import as_cell, from_cell
 from saflex_lightning.recipes.folders import read_class_folders
 from saflex_lightning.recipes.generation import fill_pool, plan_edits, plan_new
-from saflex_lightning.recipes.pool import read_manifest, read_pool
+from saflex_lightning.recipes.manifest import as_cell, from_cell, read_manifest
+from saflex_lightning.recipes.pool import read_pool
 
 HEADER = "file,class,source,generator,prompt\n"
 
@@ -69,6 +69,7 @@ class TestManifest:
             (",cat,1,edit,x\n", "there is no .*pool .line 2 of"),
             ("a.png,cat,,edit,x\n", "a.png .line 2 of .* to say from which training image"),
             ("a.png,cat,12,edit,x\n", "a.png .line 2 of .* its source '12' is neither"),
+            (f"a.png,cat,{'9' * 5000},edit,x\n", "a.png .line 2 of .* its source '99"),
             ("a.png,cat,-1,edit,x\n", "a.png .line 2 of .* its source '-1' is neither"),
             ("a.png,cat,7,edit,x\n", "a.png .line 2 of .* the class of its source"),
             ("a.png,cat,0,,x\n", "a.png .line 2 of .* a generator with a name other than 'clean'"),

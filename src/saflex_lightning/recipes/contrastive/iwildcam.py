@@ -107,7 +107,8 @@ def _read_table(
         )
     table = []
     for line, row in read_records(file, columns, "Take the file of version 2.0 as it is."):
-        label = int(row["y"]) if row["y"].isdecimal() else -1
+        is_number = row["y"].isdecimal() and len(row["y"]) < 10
+        label = int(row["y"]) if is_number else -1
         if label not in labels:
             raise ValueError(
                 f"Expected labels `y` in [0, {labels[-1]}] in {file}, but line {line} has "

@@ -1,5 +1,6 @@
 """Both file formats give the same table; a bad file is named, with its column or row."""
 
+import csv
 import io
 import os
 import subprocess
@@ -10,12 +11,18 @@ import zipfile
 import numpy as np
 import pytest
 from helpers.tables import make_table, write_csv, write_npz
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from saflex_lightning.recipes.tabular import TabularDataModule
-from saflex_lightning.recipes.tabular.csv_file import Roles, read_csv
+from saflex_lightning.recipes.tabular.csv_file import MISSING, Roles, read_csv
 from saflex_lightning.recipes.tabular.npz_file import read_npz
 
 ROLES = Roles("answer", ("colour", "size"))
+CELLS = st.one_of(
+    st.sampled_from(["a", "7", "NA", " b ", '"q"', '"a, b"', '"x\ny"', '"say ""hi"""', ""]),
+    st.text(st.sampled_from("ab\",\n\r '1\té"), max_size=4),
+)
 
 
 def assert_same_table(one, other):
@@ -270,6 +277,27 @@ class TestCsv:
         with pytest.raises(ValueError, match=message) as error:
             self.read(tmp_path, content)
         assert "table.csv" in str(error.value)
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(rows=st.lists(st.lists(CELLS, min_size=2, max_size=3), min_size=1, max_size=4))
+    def test_cells_are_those_of_pythons_strict_reader_or_refused(self, tmp_path_factory, rows):
+        file = tmp_path_factory.mktemp("cells") / "table.csv"
+        file.write_bytes("\n".join(["c,y", *map(",".join, rows)]).encode())
+        try:
+            table = read_csv(file, Roles("y", ("c",)))
+        except ValueError as error:
+            found = str(error)
+            assert found.startswith("Expected ") and "table.csv" in found  # noqa: PT018
+            return
+        text = io.StringIO(file.read_bytes().decode(), newline="")
+        lines = csv.reader(text, strict=True, skipinitialspace=True)
+        expected = [tuple(map(str.strip, line)) for line in lines if line][1:]
+        levels = [*table.levels[0], *MISSING]
+        for (cell, label), code, target in zip(
+            expected, table.categorical[:, 0], table.target, strict=True
+        ):
+            assert cell in MISSING if code < 0 else levels[code] == cell
+            assert table.classes[target] == label
 
     def test_an_unused_column_may_have_any_name(self, tmp_path):
         table = self.read(tmp_path, ",x,x,a,y\n7,1,1,2,0\n8,1,1,3,1\n", Roles("y", (), ("a",)))

@@ -23,7 +23,7 @@ from .fit.run import Fit
 from .functional.settings import PresetName, SettingsKwargs, make_settings
 from .module import SAflexMixin
 from .step import Step
-from .validation.source import ask_hook, check_loader, other_roles, trainer_loader
+from .validation.source import ask_hook, check_is_loader, check_loader, other_roles, trainer_loader
 
 __all__ = ["SAflexCallback"]
 
@@ -43,7 +43,7 @@ class SAflexCallback(pl.Callback):
 
     Raises:
         ValueError: If a setting is out of range.
-        TypeError: If there is no such setting.
+        TypeError: If there is no such setting, or ``val_dataloader`` is no loader.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class SAflexCallback(pl.Callback):
     ) -> None:
         self.preset = preset
         self.settings = make_settings(preset, **settings)
+        if val_dataloader is not None:
+            check_is_loader(val_dataloader)
         if val_dataloader is not None and self.settings.val_batch_size is not None:
             raise ValueError(
                 f"Expected `val_batch_size` to be None beside `val_dataloader`, but got "

@@ -251,7 +251,7 @@ def test_refined_training_learns(preset):
 
 def test_two_callbacks_are_refused():
     with pytest.raises(RuntimeError, match="must be unique among all callbacks"):
-        make_trainer(SAflexCallback(), SAflexCallback("paper"))
+        make_trainer(SAflexCallback(), SAflexCallback(preset="paper"))
 
 
 @pytest.mark.parametrize("where", ["validation rows", "training scores"])

@@ -6,6 +6,8 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
 __all__ = ["check"]
 
 Wanted = Literal[
@@ -25,6 +27,8 @@ Wanted = Literal[
     "a path",
     "a positive integer",
     "a positive number",
+    "a tensor of floats, (rows, features)",
+    "a tensor of integers, (rows,)",
     "True or False",
 ]
 
@@ -53,7 +57,7 @@ def check(wanted: Wanted | tuple[str, ...], *, optional: bool = False, **values:
         if not fits or not accepts(value):
             error = ValueError if fits else TypeError
             words += " or None" * optional
-            raise error(f"Expected `{name}` to be {words}, but got {value!r}. {advice}")
+            raise error(f"Expected `{name}` to be {words}, but got {value!r:.200}. {advice}")
 
 
 class _Kind(NamedTuple):
@@ -85,8 +89,12 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(_is_name, value))
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def _number(accepts: Callable[[float], bool], advice: str) -> _Kind:
-    return _Kind(_is_number, lambda value: math.isfinite(value) and accepts(value), advice)
+    return _Kind(_is_number, lambda value: abs(value) < math.inf and accepts(value), advice)
 
 
 def _any(value: Any) -> bool:
@@ -126,5 +134,13 @@ _KINDS: Mapping[str, _Kind] = {
     "a path": _Kind(lambda value: isinstance(value, (str, PathLike)), bool, "Pass it as text."),
     "a positive integer": _Kind(_is_integer, lambda n: n > 0, "Pass 1 or more."),
     "a positive number": _number(lambda x: x > 0, "Pass 1.0, for instance."),
+    "a tensor of floats, (rows, features)": _Kind(
+        _is_tensor, lambda x: x.ndim == 2 and x.is_floating_point(), "Pass one row per sample."
+    ),
+    "a tensor of integers, (rows,)": _Kind(
+        _is_tensor,
+        lambda x: x.ndim == 1 and not x.is_floating_point() and not x.is_complex(),
+        "Pass one per row.",
+    ),
     "True or False": _Kind(lambda value: isinstance(value, bool), _any, "Pass one of them."),
 }

@@ -103,6 +103,8 @@ class ResumableLoader(DataLoader[Any]):
             )
         check("a positive integer", optional=True, batch_size=batch_size)
         check("a non-negative integer", num_workers=kwargs.get("num_workers", 0))
+        check("True or False", drop_last=kwargs.get("drop_last", False))
+        check("a function", optional=True, collate_fn=kwargs.get("collate_fn"))
         super().__init__(dataset, batch_size, sampler=sampler, **kwargs)
         self._place = (0, 0)  # epoch, and batches of it that were taken
         self._resumed = (0, 0)
@@ -133,7 +135,18 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": epoch, "taken": taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was called."""
+        """Go on where `state_dict` was called.
+
+        Args:
+            state: What that returned.
+
+        Raises:
+            TypeError: If it is something else.
+            ValueError: If an entry of it is negative.
+        """
+        check("a mapping of names to values", state=state)
+        place: dict[str, Any] = {name: state.get(name) for name in ("epoch", "taken")}
+        check("a non-negative integer", **place)
         self._place = self._resumed = (state["epoch"], state["taken"])
 
 

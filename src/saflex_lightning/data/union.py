@@ -136,7 +136,7 @@ class UnionDataset(Dataset[UnionRow]):
         shapes = [tuple(getattr(each, "shape", ())) for each in (clean, made)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"Expected an augmentation that keeps the shape {shapes[0]} of the rows, but of "
+                f"Expected `augment` to keep the shape {shapes[0]} of the rows, but of "
                 f"row {row} it made {shapes[1]}. Set `size` to theirs, or resize in `transform`."
             )
         return UnionRow(epoch, row, (clean, label), (made, made_label), group)

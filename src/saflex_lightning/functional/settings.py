@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict, get_args, get_type_hints
+from typing import Any, Literal, TypedDict, cast, get_args, get_type_hints
 
 __all__ = [
     "PRESETS",
@@ -134,12 +134,15 @@ class SettingsKwargs(TypedDict, total=False):
 
 
 def _choice(choices: tuple[str, ...]) -> tuple[str, Any]:
-    return "one of " + ", ".join(sorted(choices)), lambda value: value in choices
+    def is_choice(value: Any) -> bool:
+        return isinstance(value, str) and value in choices
+
+    return "one of " + ", ".join(sorted(choices)), is_choice
 
 
 def _number(wanted: str, accepts: Any) -> tuple[str, Any]:
     def is_number(value: Any) -> bool:
-        return type(value) in {int, float} and math.isfinite(value) and accepts(value)
+        return type(value) in {int, float} and abs(value) < math.inf and accepts(value)
 
     return wanted, is_number
 
@@ -220,7 +223,7 @@ def make_settings(preset: PresetName = "robust", **overrides: Any) -> Settings:
         >>> make_settings("paper", temperature=0.1).temperature
         0.1
     """
-    if preset not in PRESETS:
+    if not isinstance(cast("Any", preset), str) or preset not in PRESETS:
         raise ValueError(
             f"Expected `preset` to be one of {', '.join(sorted(PRESETS))}, but got {preset!r}. "
             "Choose one."

@@ -88,7 +88,7 @@ def read_class_folders(
     if not folder.is_dir():
         raise FileNotFoundError(
             f"Expected class folders in {folder}, but there is no such folder. Make one folder "
-            "per class in it, with the images of that class."
+            "per class in it, with the images of that class, or correct `root` or `train`."
         )
     found = sorted(child.name for child in folder.iterdir() if child.is_dir())
     if num_classes is not None and len(found) != num_classes:

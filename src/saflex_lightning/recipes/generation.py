@@ -191,7 +191,7 @@ def fill_pool(
 def _check_names(generator: str, prompts: Sequence[str]) -> None:
     check("a name", generator=generator)
     check("a list of names", prompts=prompts)
-    check_generator(generator, "`generator`")
+    check_generator(generator, "`generator` to be")
     if Path(generator).name != generator or generator == "..":
         raise ValueError(
             f"Expected `generator` to be the name of a folder, but got {generator!r}. Leave out "

@@ -21,7 +21,7 @@ __all__ = [
 
 MANIFEST = "manifest.csv"
 # What a spreadsheet may take for the beginning of a formula, and the mark that says it is text.
-_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", "'")
 
 
 class PoolRow(NamedTuple):
@@ -68,12 +68,12 @@ def read_manifest(manifest: Path) -> list[tuple[int, PoolRow]]:
     ]
 
 
-def check_generator(name: str, where: str) -> None:
+def check_generator(name: str, beginning: str) -> None:
     """Refuse a generator without a name, or with that of the rows that are not augmented."""
     if name in {"", "clean"}:
         raise ValueError(
-            f"Expected {where} to have a generator with a name other than 'clean', which stands "
-            f"for rows that none made, but got '{name}'. Give it another name."
+            f"Expected {beginning} a name other than 'clean', which stands for rows that none "
+            f"made, but got '{name}'. Give it another name."
         )
 
 

@@ -83,7 +83,7 @@ def read_pool(
             "`saflex-generate`, or pass another folder as `generated`."
         )
     for where, row in listed:
-        check_generator(row.generator, where)
+        check_generator(row.generator, f"{where} to have a generator with")
     names = [_group_name(row, group_by) for _, row in listed]
     group_names = ("clean", *sorted(set(names)))
     numbers = {name: number for number, name in enumerate(group_names)}

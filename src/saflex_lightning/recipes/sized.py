@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from saflex_lightning.data.checks import check
 from saflex_lightning.recipes.network import plain
 
 __all__ = ["SizedModule"]
@@ -82,7 +83,21 @@ class SizedModule(L.LightningModule):
         )
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Build the layers before their state is loaded."""
-        sizes = json.loads(bytes(state.tolist()))
+        """Build the layers before their state is loaded.
+
+        Args:
+            state: What `get_extra_state` returned.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        try:
+            sizes = json.loads(bytes(state.tolist()))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                "Expected the sizes that the model was built for in the checkpoint, but they "
+                f"cannot be read ({error}). The file is damaged or was edited; take another one."
+            ) from error
         if sizes is not None:
+            check("a mapping of names to values", sizes=sizes)
             self.build(sizes)

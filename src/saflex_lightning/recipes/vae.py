@@ -183,6 +183,7 @@ def fill_pool_by_vae(
     check("a positive integer", batch_size=batch_size)
     check("a non-negative integer below 2**32", seed=seed)
     check("a path", train=train, output=output)
+    check("a name", name=name)
     sources = read_class_folders(Path(train).expanduser())
     check_images(sources.files, same_size=True)
     files = FileImages(sources.files, None)

@@ -19,6 +19,7 @@ from torch.utils.data import (
 
 __all__ = [
     "ask_hook",
+    "check_is_loader",
     "check_loader",
     "count_rows",
     "is_plain",
@@ -57,6 +58,25 @@ def trainer_loader(trainer: pl.Trainer) -> Any:
     return loaders
 
 
+def check_is_loader(loader: Any) -> None:
+    """Refuse what is no loader, several of them, or can be iterated only once."""
+    if _holds_loaders(loader):
+        held = loader.flattened if isinstance(loader, CombinedLoader) else loader
+        raise TypeError(
+            f"Expected one dataloader of validation rows for SAFLEX, but got a "
+            f"{type(loader).__name__} of {len(held)}. Pass one of them as `val_dataloader`, or one "
+            "loader over a `torch.utils.data.ConcatDataset` of their datasets."
+        )
+    is_rows = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+    is_once = isinstance(loader, (str, bytes, Iterator))
+    if is_rows or is_once or not isinstance(loader, Iterable):
+        raise TypeError(
+            "Expected a dataloader of validation rows for SAFLEX, or an iterable of batches that "
+            f"can be iterated again, but got {type(loader).__name__}. Pass a `DataLoader` as "
+            "`val_dataloader`; a preset is passed by its name, `preset=`."
+        )
+
+
 def check_loader(loader: Any, world_size: int, batch_size: int | None) -> None:
     """Refuse what cannot be drawn from, has too few rows, or samples against `val_batch_size`."""
     if loader is None:
@@ -66,20 +86,7 @@ def check_loader(loader: Any, world_size: int, batch_size: int | None) -> None:
             "in the Trainer that is in use: `limit_val_batches` may be 0, or `validation_step` "
             "missing. Pass `SAflexCallback(val_dataloader=...)`."
         )
-    if _holds_loaders(loader):
-        held = loader.flattened if isinstance(loader, CombinedLoader) else loader
-        raise MisconfigurationException(
-            f"Expected one dataloader of validation rows for SAFLEX, but got a "
-            f"{type(loader).__name__} of {len(held)}. Pass one of them, or one loader over a "
-            "`torch.utils.data.ConcatDataset` of their datasets."
-        )
-    is_rows = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
-    if is_rows or isinstance(loader, (str, Iterator)) or not isinstance(loader, Iterable):
-        raise MisconfigurationException(
-            "Expected a dataloader of validation rows for SAFLEX, or an iterable of batches that "
-            f"can be iterated again, but got {type(loader).__name__}. Pass a `DataLoader` as "
-            "`val_dataloader`; a preset is passed by its name, `preset=`."
-        )
+    check_is_loader(loader)
     if not is_plain(loader) and batch_size is not None:
         raise MisconfigurationException(
             "Expected a `DataLoader` without sampling of its own for `val_batch_size`, but got "

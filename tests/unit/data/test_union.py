@@ -183,6 +183,14 @@ def test_it_goes_on_in_the_middle_of_an_epoch(num_workers):
     assert_equal(whole, [*taken, *all_batches(other, epoch=2)])
 
 
+@pytest.mark.parametrize("state", [None, {}, {"epoch": 1}, {"epoch": 1, "taken": -1}])
+def test_a_place_that_is_none_is_refused_and_not_half_taken(state):
+    loader = union_loader(TENSORS, None, batch_size=3)
+    with pytest.raises((TypeError, ValueError), match=r"^Expected `(state|epoch|taken)` to be a"):
+        loader.load_state_dict(state)
+    assert loader.state_dict() == {"epoch": 0, "taken": 0}
+
+
 def test_processes_share_the_rows_once_there_is_a_group(monkeypatch):
     loaders = [union_loader(TENSORS, None, batch_size=5) for _ in range(2)]
     seen = []

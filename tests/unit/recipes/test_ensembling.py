@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.clip import NAMES, TINY, make_images, make_tuner, union_batches
 from helpers.training import assert_same_state, fit, make_trainer, state_of
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from scipy.optimize import minimize
 from torch.utils.data import DataLoader, TensorDataset
@@ -77,6 +78,20 @@ def test_a_resumed_run_mixes_with_the_weights_of_the_first_start(tmp_path):
     resumed = WeightEnsembling(intervals=1)
     fit(make_tuner(), resumed, **settings, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
     assert_same_state(resumed.state_dict()["start"], start)
+
+
+def test_the_start_of_another_model_is_refused_before_training():
+    class Load(Callback):
+        def setup(self, trainer, pl_module, stage):
+            ensembling.load_state_dict({"start": {"weight": torch.ones(1)}})
+
+    ensembling = WeightEnsembling()
+    with pytest.raises(TypeError, match="`start` to be a mapping of names to values"):
+        ensembling.load_state_dict({})
+    settings = {"train": union_batches(), "val_dataloaders": val_loader()}
+    with pytest.raises(MisconfigurationException, match="other names or shapes"):
+        fit(make_tuner(), ensembling, Load(), **settings, max_epochs=1)
+    assert not ensembling.scores
 
 
 def test_ensembling_needs_no_validation_during_training():

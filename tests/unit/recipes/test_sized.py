@@ -78,6 +78,15 @@ def test_a_state_builds_a_model_that_is_not_built(data):
     assert_same_state(state_of(other), state_of(model))
 
 
+@pytest.mark.parametrize("extra", [None, torch.zeros(3), torch.tensor([91, 93])])  # "[]"
+def test_a_state_without_sizes_is_refused(extra, data):
+    model, other = Classifier(SmallCNN), Classifier(SmallCNN)
+    model.build(data.sizes())
+    with pytest.raises((TypeError, ValueError), match=r"Expected (the sizes that|`sizes`)"):
+        other.load_state_dict({**model.state_dict(), "_extra_state": extra})
+    assert other.built_for is None
+
+
 def test_weights_are_drawn_as_by_the_class_itself(data):
     torch.manual_seed(3)
     model = Classifier(SmallCNN)

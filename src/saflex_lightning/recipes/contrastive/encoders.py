@@ -73,6 +73,8 @@ class OpenClipEncoders(nn.Module):
     Args:
         architecture: Name known to ``open_clip``.
         pretrained: Name of weights to download, or a file with them; None starts at random.
+            ``open_clip`` reads the file, and some versions run what it holds: give it none of an
+            unknown origin.
         config: ``embed_dim``, ``vision_cfg`` and ``text_cfg`` of a model made from scratch; then
             ``architecture`` and ``pretrained`` are not read.
 

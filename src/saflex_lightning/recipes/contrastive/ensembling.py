@@ -79,11 +79,18 @@ class WeightEnsembling(L.Callback):
             self._start, self.scores, self.alpha = {}, {}, None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse to train where nothing could pick.
+        """Refuse to train where nothing could pick, or the start that was saved cannot be mixed in.
 
         Raises:
-            MisconfigurationException: If there are no validation rows.
+            MisconfigurationException: If there are no validation rows, or a checkpoint brought the
+                start of another model.
         """
+        if self._start and _shapes_of(self._start) != _shapes_of(pl_module.state_dict()):
+            raise MisconfigurationException(
+                "Expected the state of `WeightEnsembling` in the checkpoint to be that of this "
+                "model, but its tensors have other names or shapes. Resume with the model that "
+                "wrote it."
+            )
         enabled = trainer.enable_validation  # type: ignore[attr-defined]
         if enabled and trainer.val_dataloaders is None:  # loaded before the first validation
             trainer.validating = True
@@ -124,12 +131,24 @@ class WeightEnsembling(L.Callback):
         return {"start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the weights that training started from."""
-        self._start = state_dict["start"]
+        """Go on with the weights that training started from.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            TypeError: If it is something else.
+        """
+        check("a mapping of names to values", start=state_dict.get("start"))
+        self._start = dict(state_dict["start"])
 
 
 def _copy_state(module: L.LightningModule) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def _shapes_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 @torch.no_grad()

@@ -41,11 +41,20 @@ def fit_linear_probe(
         The classifier, on the device and of the dtype of the features.
 
     Raises:
-        TypeError: If a setting is of another type.
-        ValueError: If it is not positive.
+        TypeError: If an argument is of another type.
+        ValueError: If a setting is not positive, or a row has no label among the classes.
     """
+    check("a tensor of floats, (rows, features)", features=features)
+    check("a tensor of integers, (rows,)", target=target)
     check("a positive integer", num_classes=num_classes, max_iterations=max_iterations)
     check("a positive number", penalty=penalty)
+    fits = (target >= 0) & (target < num_classes)
+    if len(target) != len(features) or not fits.all():
+        raise ValueError(
+            f"Expected `target` to have a label in [0, {num_classes - 1}] for each of "
+            f"{len(features)} rows, but got {len(target)}, {int((~fits).sum())} of them outside. "
+            "Take both from one loader, and correct `num_classes`."
+        )
     features = features.detach()
     probe = nn.Linear(features.shape[-1], num_classes).to(features)
     nn.init.zeros_(probe.weight)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 __all__ = [
     "AugmentedBatch",
-    "check_replaceable",
     "check_rows",
     "read_batch",
     "replace_rows",
@@ -115,6 +114,12 @@ def check_rows(batch: AugmentedBatch) -> None:
             lambda source: (source < -1) | (source >= size),
             f"a row of the batch, in 0 to {size - 1}, or -1",
         ),
+        (
+            "source",
+            batch.source,
+            lambda source: (source >= 0) & batch.augmented[source],
+            "a clean row of the batch, or -1",
+        ),
     ]
     for name, values, is_wrong, wanted in checks:
         if values is not None and bool((wrong := is_wrong(values)).any()):
@@ -173,19 +178,6 @@ def read_batch(batch: Any) -> tuple[Any, Tensor | None]:
             "`saflex_val_batch(batch)` to return (inputs, target)."
         )
     return found[inputs[0]], found[targets[0]]
-
-
-def check_replaceable(batch: AugmentedBatch, otherwise: str) -> None:
-    """Refuse a batch whose augmented rows cannot give way to the clean rows they were made from."""
-    assert batch.source is not None
-    source = batch.source[batch.augmented]
-    inside = (source >= 0) & (source < len(batch.augmented))
-    if not bool(inside.all()) or bool(batch.augmented[source].any()):
-        raise MisconfigurationException(
-            "Expected `AugmentedBatch.source` to be the position of a clean row of the batch for "
-            "every augmented row for `gates=True`, but some have none, or an augmented one. "
-            f"Yield union batches that tell the source. {otherwise}"
-        )
 
 
 def replace_rows(values: Any, places: Tensor) -> Any:

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .evidence.rows import RowEvidence
+from .evidence.averages import RowEvidence
 from .fit.checks import (
     STATE_VERSION,
     check_fit,
@@ -38,7 +38,8 @@ class SAflexCallback(pl.Callback):
         val_dataloader: Validation rows that steer; keeps its batch size. None asks the hook
             ``saflex_dataloader()`` of the datamodule, then of the module, then takes the Trainer's
             own validation data, in a loader of our own.
-        preset: ``"robust"`` or ``"paper"``; the values of all settings that are not given.
+        preset: ``"robust"``, ``"gradient"`` (for contrastive scores) or ``"paper"``; the values of
+            all settings that are not given.
         **settings: See `Settings`; None keeps the preset's value.
 
     Raises:
@@ -84,7 +85,7 @@ class SAflexCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, and find rows other than the Trainer's own."""
         check_model(pl_module, self.settings)
-        if self.settings.gates:
+        if self.settings.gathers:
             find_group_names(trainer, pl_module)
         self._loader = self._given_loader
         if self._loader is None:
@@ -94,7 +95,7 @@ class SAflexCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fall back on the Trainer's validation data; warn where steering rows also select."""
-        gates = self.settings.gates
+        gathers = self.settings.gathers
         if self._loader is None:
             self._loader = trainer_loader(trainer)
             check_loader(self._loader, trainer.world_size, self.settings.val_batch_size)
@@ -104,8 +105,8 @@ class SAflexCallback(pl.Callback):
             pl_module,
             self._loader,
             keep_batch_size=self._given_loader is not None,
-            group_names=find_group_names(trainer, pl_module) if gates else (),
-            num_batches=count_batches(trainer) if gates else 0,
+            group_names=find_group_names(trainer, pl_module) if gathers else (),
+            num_batches=count_batches(trainer) if gathers else 0,
         )
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -189,7 +190,8 @@ class SAflexCallback(pl.Callback):
         """
         if self._newest is not None:
             fit, step, self._newest = self._fit, self._newest, None
-            self._metrics = read_step(step, fit.gradient.norm, fit.skipped)
+            norm = fit.gradient.norm if self.settings.solves else None
+            self._metrics = read_step(step, norm, fit.skipped)
         return dict(self._metrics)
 
     def read_row_evidence(self) -> RowEvidence | None:
@@ -199,8 +201,8 @@ class SAflexCallback(pl.Callback):
             The rows that were seen as augmented ones and their evidence; None without
             ``row_evidence``.
         """
-        rows = self._fit.rows
-        return None if rows is None else rows.averages.read()
+        evidence = self._fit.evidence
+        return evidence.averages.read() if evidence and self.settings.row_evidence else None
 
     # Checkpoints
 

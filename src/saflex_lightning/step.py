@@ -10,12 +10,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from .batch import replace_rows, row_field
+from .batch import AugmentedBatch, replace_rows, row_field
 from .engines.engine import Finish
-from .engines.head import Recording, same_values
+from .engines.head import same_values
 from .engines.untouched import unwritten
-from .evidence.gates import GatedRows
-from .evidence.products import rescale_weights
+from .evidence.evidence import GatheredRows
 from .functional.contrastive import contrastive_target
 from .functional.losses import (
     LossOptions,
@@ -37,12 +36,10 @@ __all__ = ["Step"]
 
 @dataclass
 class Call:
-    """What one forward returned, how it moves, and the features behind it."""
+    """What one forward returned, and how it moves where that is measured."""
 
     scores: tuple[Tensor, ...]
-    jvp: tuple[Tensor, ...]
-    features: Tensor | None
-    is_used: bool = False
+    jvp: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,8 @@ class SolvedTask:
 
     solution: SAflexSolution
     target: Tensor
-    augmented: Tensor | None
-    probs: Tensor
-    features: Tensor | None
-    gated: GatedRows | None
+    augmented: Tensor  # without the rows that were turned down
+    passed: Tensor | None  # share of the augmented rows that were not; None without gates
 
 
 class Step:
@@ -65,7 +60,7 @@ class Step:
         number: Of the training batch.
         batch: The training batch.
         generator: Source of Gumbel noise, of its own on every rank.
-        gate_draws: Source of what the gates draw; None without gates.
+        gate_draws: Source of what the gates draw.
     """
 
     def __init__(
@@ -74,7 +69,7 @@ class Step:
         number: int,
         batch: Any,
         generator: torch.Generator,
-        gate_draws: torch.Generator | None = None,
+        gate_draws: torch.Generator,
     ) -> None:
         self.fit = fit
         self.number = number
@@ -86,13 +81,17 @@ class Step:
         self.tasks: Sequence[SolvedTask] = ()
         self.options: LossOptions | None = None  # of the loss, once it was asked for
         self.finite: Tensor | None = None  # whether every task was solved without a NaN
-        self._open: tuple[Finish, Recording | None] | None = None
+        self._open: Finish | None = None
         # Rows that give way to the clean rows they were made from, and the row in each place.
-        self.rejected = fit.gates and gate_draws and fit.gates.draw(batch, gate_draws)
+        self.rejected: Tensor | None = None
         self._places: Tensor | None = None
-        if self.rejected is not None:
-            here = torch.arange(len(self.rejected), device=self.rejected.device)
-            self._places = torch.where(self.rejected, batch.source, here)
+        evidence, source = fit.evidence, None
+        if evidence is not None and isinstance(batch, AugmentedBatch) and batch.group is not None:
+            self.rejected = evidence.draw(batch.group, batch.augmented, gate_draws)
+            source = batch.source
+        if self.rejected is not None and source is not None:
+            here = torch.arange(len(source), device=source.device)
+            self._places = torch.where(self.rejected & (source >= 0), source, here)
 
     @property
     def batch_size(self) -> int:
@@ -105,7 +104,7 @@ class Step:
         if self._places is not None:
             inputs, kwargs = replace_rows((inputs, kwargs), self._places)
         run = partial(score, *inputs, **kwargs)
-        if self.fit.matching.engine.repeats_forward:
+        if self.fit.settings.solves and self.fit.matching.engine.repeats_forward:
             run = unwritten(run, (inputs, kwargs))
         self.begin(run)
         self.seconds += time.perf_counter() - started
@@ -117,30 +116,19 @@ class Step:
 
     def begin(self, run: Callable[[], Scores]) -> None:
         """Do what must come before the training forward; ``run`` is for passes beside it."""
-        fit = self.fit
-        if fit.memory is not None and not all(call.is_used for call in self.calls):
-            raise MisconfigurationException(
-                f"Expected `saflex_loss` to follow each `saflex_forward` with {fit.memory_for}, "
-                "but two forwards came before a loss. Compute the loss of the first scores before "
-                "the second forward, and scores that need none with `self(...)`."
-            )
-        finish = fit.matching.engine.jvp(run, fit.gradient.direction)
-        self._open = finish, fit.last_layer and fit.last_layer.record()
+        if self.fit.settings.solves:
+            self._open = self.fit.matching.engine.jvp(run, self.fit.gradient.direction)
 
     def end(self, scores: Scores) -> None:
         """Keep the scores of the training forward with their derivative."""
-        assert self._open is not None
-        (finish, recording), self._open = self._open, None
-        features = None if recording is None else widen(recording.take(scores))
-        self.calls.append(Call(_tasks(scores), _tasks(finish.of(scores)), features))
+        finish, self._open = self._open, None
+        jvp = (None,) * len(_tasks(scores)) if finish is None else _tasks(finish.of(scores))
+        self.calls.append(Call(_tasks(scores), jvp))
 
     def close(self) -> None:
         """Give up a forward that failed."""
         if self._open is not None:
-            finish, recording = self._open
-            finish.close()
-            if recording is not None:
-                recording.close()
+            self._open.close()
             self._open = None
 
     def loss(
@@ -164,8 +152,10 @@ class Step:
             self.fit.report.say_probabilities(given)
         if not self.fit.options.same_kind(options):
             return mean_cross_entropy(logits, target, options)
+        if self.fit.evidence is not None and (target is None or len(given) > 1):
+            raise MisconfigurationException(contrastive_message())
         tasks = [
-            self._solve(scores, jvp, call.features, target, options, augmented, group, index)
+            self._solve(scores, jvp, target, options, augmented, group, index)
             for scores, jvp in zip(given, call.jvp, strict=True)
         ]
         losses, self.tasks = zip(*tasks, strict=True)
@@ -176,8 +166,7 @@ class Step:
     def _solve(
         self,
         scores: Tensor,
-        jvp: Tensor,
-        features: Tensor | None,
+        jvp: Tensor | None,
         target: Tensor | None,
         options: LossOptions,
         augmented: Tensor | None,
@@ -188,50 +177,54 @@ class Step:
         fit, size = self.fit, len(scores)
         contrastive = target is None
         target = contrastive_target(scores) if target is None else target
-        if self._places is not None:
-            target = target[self._places]
-        # Where each process scores its own pairs alone, a column means something else on each.
-        own_pairs = contrastive and scores.shape[0] == scores.shape[1]
         check_target(target, scores, values=target.device.type == "cpu")
+        # Where each process scores its own pairs alone, a column means something else on each.
+        ranks = Ranks() if contrastive and scores.shape[0] == scores.shape[1] else fit.ranks
         mask = row_field(self.batch, "augmented", augmented, size)
-        gated = None
-        if fit.gates is not None and self.gate_draws is not None:
-            every = torch.ones(size, dtype=torch.bool, device=scores.device)
+        mask = torch.ones(size, dtype=torch.bool, device=scores.device) if mask is None else mask
+        left, passed, dropped = mask, None, None
+        if fit.evidence is not None:
             group = row_field(self.batch, "group", group, size)
-            mask = every if mask is None else mask
-            gated = fit.gates.take(mask, group, self.rejected, self.gate_draws)
-            mask = gated.augmented
+            index = row_field(self.batch, "index", index, size)
+            rejected = self.rejected
+            if rejected is None and group is not None:
+                rejected = fit.evidence.draw(group, mask, self.gate_draws)
+            if self._places is not None:
+                replaced = self._places != torch.arange(size, device=scores.device)
+                left, target = mask & ~replaced, target[self._places]
+                index = None if index is None else index[self._places]
+            if rejected is not None:
+                dropped = rejected & left
+                passed = (mask & ~rejected).sum() / mask.sum().clamp(min=1)
+                passed = torch.where(mask.any(), passed, 1)
         with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-            wide = torch.promote_types(scores.dtype, torch.float32)
-            probs = torch.softmax(scores, -1, dtype=wide)
-            finite = scores.isfinite().all(-1)
-            usable = fit.gradient.is_usable(self.number)
-            usable = usable & (finite if mask is None else finite | ~mask).all()
-            solution = solve(
-                jvp.masked_fill(~usable, torch.nan),  # the solve then skips itself
-                probs,
-                target,
-                mask,
-                fit.settings,
-                balance_classes=not contrastive,
-                options=options,
-                generator=self.generator,
-                ranks=Ranks() if own_pairs else fit.ranks,
-            )
+            wide = widen(scores.detach())
+            if jvp is None:
+                solution = unrefined(wide, target, left)
+            else:
+                finite = wide.isfinite().all(-1)
+                usable = fit.gradient.is_usable(self.number) & (finite | ~left).all()
+                solution = solve(
+                    jvp.masked_fill(~usable, torch.nan),  # the solve then skips itself
+                    torch.softmax(wide, -1),
+                    target,
+                    left,
+                    fit.settings,
+                    balance_classes=not contrastive,
+                    options=options,
+                    generator=self.generator,
+                    ranks=ranks,
+                )
+            if fit.evidence is not None:
+                rows = fit.evidence.weigh(
+                    self.number, wide, target, left, group, index, dropped, options, fit.ranks
+                )
+                if rows is not None:
+                    solution = with_evidence(solution, rows)
             weights = solution.weights
-            if fit.rows is not None:
-                assert features is not None
-                every = torch.ones_like(weights, dtype=torch.bool)
-                chosen = every if mask is None else mask
-                index = row_field(self.batch, "index", index, size)
-                if index is not None and self._places is not None:
-                    index = index[self._places]
-                labels = dense_target(target, probs.shape[-1], probs.dtype)
-                factors = fit.rows.factors(features, labels, chosen, index, fit.ranks)
-                weights = rescale_weights(weights, factors, chosen, fit.ranks)
-            if fit.gates is not None and gated is not None:
-                weights = fit.gates.reweigh(weights, gated, fit.ranks)
-            solution = replace(solution, weights=weights)
+            if dropped is not None:
+                weights = weights.masked_fill(dropped, 0)
+                solution = replace(solution, weights=weights)
             share = weights
             if options.class_weight is not None and target.ndim == 1:
                 share = share * options.class_weight[target.long()]  # as F.cross_entropy averages
@@ -239,7 +232,7 @@ class Step:
         loss = weighted_cross_entropy(
             scores, solution.soft_labels, weights, **options._asdict(), total=total
         )
-        return fit.ranks.size * loss, SolvedTask(solution, target, mask, probs, features, gated)
+        return fit.ranks.size * loss, SolvedTask(solution, target, left, passed)
 
     def _call_of(self, logits: tuple[Tensor, ...]) -> Call:
         """Return the forward that made the logits.
@@ -255,7 +248,6 @@ class Step:
             )
         for call in self.calls:
             if len(logits) == len(call.scores) and all(map(same_values, logits, call.scores)):
-                call.is_used = True
                 break
         else:
             shapes = [tuple(scores.shape) for scores in self.calls[0].scores]
@@ -279,6 +271,34 @@ class Step:
                 f"like the validation batch, but got {classes}. Use one head for both."
             )
         return call
+
+
+def unrefined(scores: Tensor, target: Tensor, augmented: Tensor) -> SAflexSolution:
+    """Return the solution that leaves every row as it is."""
+    labels = dense_target(target, scores.shape[-1], scores.dtype)
+    ones, zeros = torch.ones_like(scores[:, 0]), torch.zeros_like(scores)
+    finite = (scores.isfinite().all(-1) | ~augmented).all()
+    return SAflexSolution(ones, labels, zeros, zeros.sum(), finite)
+
+
+def with_evidence(solution: SAflexSolution, rows: GatheredRows) -> SAflexSolution:
+    """Return a solution whose rows are weighed by evidence too."""
+    return replace(
+        solution,
+        weights=solution.weights * rows.weights,
+        inner_products=rows.products,
+        inner_product_rms=rows.rms,
+        finite=solution.finite & rows.finite,
+    )
+
+
+def contrastive_message() -> str:
+    """Say what is wrong where evidence meets scores of pairs."""
+    return (
+        "Expected scores of classes, one tensor, with class labels for `row_evidence` and `gates`, "
+        "but got contrastive scores. Pass preset='gradient', which learns weights and soft labels "
+        "of pairs."
+    )
 
 
 def _tasks(scores: Scores) -> tuple[Tensor, ...]:

@@ -35,7 +35,7 @@ __all__ = [
     "launch_problems",
 ]
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 _INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning ignores SLURM
 
 
@@ -194,36 +194,29 @@ def launch_problems(environment: Mapping[str, str], devices: int, num_nodes: int
 def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[str]:
     """Return the name of every group of training rows, from a hook or else the training loader.
 
+    There are none where nobody names them.
+
     Raises:
-        MisconfigurationException: If nothing names them, no augmented group, or a name twice.
+        MisconfigurationException: If none is named, or a name stands twice.
     """
     names = ask_hook(trainer, module, "saflex_group_names")
     if names is None:
         names = getattr(trainer.train_dataloader, "group_names", None)
-    if names is None or len(names) < 2 or len(set(names)) < len(names):
+    if names is None:
+        return ()
+    if isinstance(names, str) or not names or len(set(names)) < len(names):
         raise MisconfigurationException(
-            "Expected `saflex_group_names()` of the datamodule or module to name the groups of "
-            "`AugmentedBatch.group` for `gates=True`, the clean rows first, each once, but got "
-            f"{names if names is None else list(names)}. Return names such as "
-            "('clean', 'Rotate', 'Invert'), train on a `union_loader`, or pass `gates=False`."
+            "Expected `saflex_group_names()` of the datamodule or module, or `group_names` of the "
+            "training loader, to name the groups of `AugmentedBatch.group`, the clean rows first, "
+            f"each once, but got {names if isinstance(names, str) else list(names)!r}. Return "
+            "names such as ('clean', 'Rotate', 'Invert'), or None."
         )
     return names
 
 
 def count_batches(trainer: pl.Trainer) -> float:
-    """Return how many training batches the whole training has.
-
-    Raises:
-        MisconfigurationException: If nothing limits the training.
-    """
-    batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-    if batches == float("inf"):
-        raise MisconfigurationException(
-            "Expected the length of training to be known for `gates=True`, whose warm-up is a "
-            "tenth of it, but neither `max_steps` nor `max_epochs` with a sized dataloader limits "
-            "it. Set `max_steps` of the Trainer, or pass `gates=False`."
-        )
-    return batches
+    """Return how many training batches the whole training has; infinity where nothing limits it."""
+    return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
 
 
 # Checkpoints

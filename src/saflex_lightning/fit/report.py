@@ -34,8 +34,8 @@ def describe_fit(settings: Settings, engine: str) -> str:
         for what, is_learned in (
             ("sample weights", settings.weight_rule != "ones"),
             ("soft labels", settings.label_rule != "keep"),
-            ("gates", settings.gates),
-            ("weights of pool rows", settings.row_evidence),
+            ("weights of rows from evidence", settings.row_evidence),
+            ("gates of groups", settings.gates),
         )
         if is_learned
     ]
@@ -46,24 +46,24 @@ def describe_fit(settings: Settings, engine: str) -> str:
     )
     interval = settings.refresh_every_n_steps
     return (
-        f"SAFLEX learns {' and '.join(learned) or 'nothing'} with {engine} and a validation "
-        f"gradient every {'' if interval == 1 else f'{interval} '}training "
+        f"SAFLEX learns {' and '.join(learned) or 'nothing'}{engine and f' with {engine}'} from a "
+        f"validation batch every {'' if interval == 1 else f'{interval} '}training "
         f"batch{'' if interval == 1 else 'es'}. {letter}"
     )
 
 
-def read_step(step: Step, val_gradient_norm: Tensor, skipped: Tensor) -> dict[str, Tensor]:
+def read_step(step: Step, val_gradient_norm: Tensor | None, skipped: Tensor) -> dict[str, Tensor]:
     """Return what a step learned, as scalars; fractions are averaged over its tasks."""
     tasks: list[dict[str, Tensor]] = []
     for task in step.tasks:
         metrics = solution_metrics(task.solution, task.target, task.augmented)
-        if task.gated is not None:  # rows that the gates turned down count as dropped
-            metrics["kept_fraction"] = metrics["kept_fraction"] * task.gated.left_fraction
+        if task.passed is not None:  # rows that the gates turned down count as dropped
+            metrics["kept_fraction"] = task.passed
         tasks.append(metrics)
     return {
         **{name: torch.stack([task[name].float() for task in tasks]).mean() for name in tasks[0]},
-        **({} if step.fit.gates is None else step.fit.gates.metrics()),
-        "val_gradient_norm": val_gradient_norm,
+        **({} if step.fit.evidence is None else step.fit.evidence.metrics()),
+        **({} if val_gradient_norm is None else {"val_gradient_norm": val_gradient_norm}),
         "solve_seconds": torch.tensor(step.seconds),
         "skipped_steps": skipped.float(),
     }
@@ -106,9 +106,9 @@ def log_metrics(module: pl.LightningModule, step: Step, values: Mapping[str, Ten
     """
     settings = step.fit.settings
     shown = {
-        "kept_fraction": settings.weight_rule in {"expected", "sum", "positive"},
+        "kept_fraction": settings.weight_rule in {"expected", "sum", "positive"} or settings.gates,
         "relabelled_fraction": settings.label_rule != "keep",
-        "effective_fraction": settings.weight_rule != "ones",
+        "effective_fraction": settings.weight_rule != "ones" or settings.row_evidence,
     }
     for name, value in values.items():
         module.log(
@@ -145,11 +145,12 @@ class Report:
                 "steps are trained with weights 1 and upstream labels; this is said once. Look "
                 "at the validation rows, the learning rate and the loss."
             )
+        if not fit.settings.solves:
+            return
         # One layer tells rows apart by their features; elsewhere it takes as many parameters.
         matched = sum(parameter.numel() for parameter in fit.matching.engine.params)
         unknowns = fit.ranks.size * step.tasks[0].solution.soft_labels.numel()
-        solves = fit.settings.weight_rule != "ones" or fit.settings.label_rule != "keep"
-        if unknowns > matched and solves and not fit.matching.is_partial:
+        if unknowns > matched and not fit.matching.is_partial:
             self.say(
                 "Expected more matched parameters than unknowns, but there are "
                 f"{matched} against {unknowns} (rows times classes). In this under-parameterised "

@@ -16,12 +16,8 @@ from torch import Tensor
 from saflex_lightning.batch import AugmentedBatch, check_rows
 from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
-from saflex_lightning.engines.head import LastLayer
-from saflex_lightning.engines.last_layer import find_last_layer
 from saflex_lightning.engines.untouched import extra_pass
-from saflex_lightning.evidence.gates import Gates
-from saflex_lightning.evidence.memory import ValidationMemory
-from saflex_lightning.evidence.rows import RowWeights
+from saflex_lightning.evidence.evidence import Evidence
 from saflex_lightning.functional.losses import (
     NO_OPTIONS,
     LossOptions,
@@ -29,11 +25,12 @@ from saflex_lightning.functional.losses import (
     dense_target,
     is_probabilities,
     mean_cross_entropy,
+    widen,
 )
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.settings import Settings
 from saflex_lightning.module import SAflexMixin
-from saflex_lightning.step import Step
+from saflex_lightning.step import Step, contrastive_message
 from saflex_lightning.validation.gradient import ValidationGradient
 from saflex_lightning.validation.source import count_rows, is_plain
 from saflex_lightning.validation.stream import ValidationStream, evaluation, mix_seed
@@ -58,15 +55,14 @@ class Fit:
         self.options = NO_OPTIONS
         self.val_classes: tuple[int, ...] = ()  # of each task of the validation scores
         self.val_probabilities = False  # whether these look like probabilities
-        self.memory = ValidationMemory() if settings.gates or settings.row_evidence else None
-        self.memory_for = "`gates=True`" if settings.gates else "`row_evidence=True`"
-        self.gates = Gates(self.memory) if settings.gates and self.memory else None
-        self.rows = RowWeights(self.memory) if settings.row_evidence and self.memory else None
-        self.last_layer: LastLayer | None = None
+        self.evidence: Evidence | None = None
+        if settings.gathers:
+            self.evidence = Evidence(weighs_rows=settings.row_evidence, has_gates=settings.gates)
         self.skipped = torch.zeros((), dtype=torch.long)  # steps that met a non-finite number
         self._seed = settings.seed
         self._batch_size = settings.val_batch_size
         self._batches = 0  # training batches seen
+        self._looked: int | None = None  # the one before which validation rows were scored last
         self._draws = 0  # validation batches drawn before the stream was opened
         self._stream: ValidationStream | None = None
 
@@ -93,10 +89,8 @@ class Fit:
         self.gradient.to(module.device)
         self.options = self.options.to(module.device)
         self.skipped = self.skipped.to(module.device)
-        if self.memory is not None:
-            self.memory.start(count_rows(loader), module.device)
-        if self.gates is not None:
-            self.gates.start(group_names, num_batches, module.device)
+        if self.evidence is not None:
+            self.evidence.start(group_names, count_rows(loader), num_batches, module.device)
 
     # Every training batch
 
@@ -113,16 +107,19 @@ class Fit:
             check_rows(batch)
         if self._stream is None:
             self._stream = self._open_stream(trainer, batch)
+            if not settings.solves:
+                rank_zero_info(describe_fit(settings, ""))
             if self.matching.names and not self.matching.fits(module, _held(trainer)):
                 self.gradient = ValidationGradient(settings)  # a checkpoint's, of other parameters
         seed = mix_seed(self._seed or 0, number, self.ranks.rank)
-        gate_draws = None
-        if self.gates is not None:
-            gate_draws = torch.Generator().manual_seed(mix_seed(seed, _GATES))
+        gate_draws = torch.Generator().manual_seed(mix_seed(seed, _GATES))
         step = Step(self, number, batch, torch.Generator().manual_seed(seed), gate_draws)
-        is_due = self.gradient.is_due(number)
-        if self.memory is not None or is_due:
+        is_due = settings.solves and self.gradient.is_due(number)
+        interval = settings.refresh_every_n_steps
+        is_old = self._looked is None or number >= self._looked + interval
+        if is_due or (self.evidence is not None and is_old):
             self._look(trainer, module, self._stream, number, is_due=is_due)
+            self._looked = number
         step.seconds = time.perf_counter() - started
         return step
 
@@ -137,20 +134,13 @@ class Fit:
         if step.options is None:
             return False
         started = time.perf_counter()
-        if self.gates is not None:
-            for task in step.tasks:
-                assert task.features is not None
-                assert task.gated is not None
-                labels = dense_target(task.target, task.probs.shape[-1], task.probs.dtype)
-                evidence = (task.features, task.probs, labels, task.gated)
-                with torch.no_grad():
-                    self.gates.update(step.number, *evidence, step.options, self.ranks)
         if step.finite is not None:
             self.skipped += ~step.finite
         else:  # the gradient was made with other options than the loss has
             self.gradient = ValidationGradient(self.settings)
-            if self.memory is not None:
-                self.memory.clear()  # its residuals are those of the other loss
+            if self.evidence is not None:
+                self.evidence.forget()
+            self._looked = None
         self.options = step.options
         step.seconds += time.perf_counter() - started
         return step.finite is not None and not step.finite.is_cuda and not bool(step.finite)
@@ -164,7 +154,7 @@ class Fit:
         *,
         is_due: bool,
     ) -> None:
-        """Draw a validation batch; refresh the gradient where due, remember its features."""
+        """Draw a validation batch; refresh the gradient where due, remember its scores."""
         assert isinstance(module, SAflexMixin)
         with evaluation(trainer, module, stream) as batch:
             inputs, target = module.saflex_val_batch(batch)
@@ -180,10 +170,8 @@ class Fit:
                 # A forward may write in its inputs, and these are read again.
                 inputs = apply_to_collection(inputs, Tensor, torch.clone)
                 self._choose_engine(module, partial(self._score, module, inputs), held)
-            if self.memory is not None:
-                last = self._watched_layer(module, run, target)
-                assert target is not None
-                run = self.memory.watching(run, loss, target, last, self.ranks)
+            if self.evidence is not None:
+                run = partial(self._remember, number, run, target, loss)
             if not is_due:
                 with torch.no_grad(), extra_pass(module):
                     run()
@@ -217,20 +205,25 @@ class Fit:
         if is_first:
             rank_zero_info(describe_fit(self.settings, self.matching.describe()))
 
-    def _watched_layer(
-        self, module: SAflexMixin, run: Callable[[], Scores], target: Tensor | None
-    ) -> LastLayer:
-        """Return the layer whose features are remembered, found at the first validation batch."""
-        if target is None:
-            raise MisconfigurationException(
-                f"Expected validation batches with class labels for {self.memory_for}, but the "
-                "target is None, as for contrastive scores. Leave that setting out."
-            )
-        if self.last_layer is None:
-            assert isinstance(module, pl.LightningModule)
-            head = module.saflex_head()
-            self.last_layer = find_last_layer(module, run, head, wanted_by=self.memory_for)
-        return self.last_layer
+    def _remember(
+        self,
+        number: int,
+        run: Callable[[], Scores],
+        target: Tensor | None,
+        loss: Callable[[Scores], Tensor],
+    ) -> Scores:
+        """Return the scores of a pass over validation rows, having remembered them."""
+        assert self.evidence is not None
+        scores = run()
+        if target is None or not isinstance(scores, Tensor):
+            raise MisconfigurationException(contrastive_message())
+        logits = widen(scores.detach()).requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(logits), logits)
+        labels = dense_target(target, logits.shape[-1], logits.dtype)
+        rows = (logits.detach(), len(logits) * gradient, labels)
+        self.evidence.remember(number, *rows, self.ranks)
+        return scores
 
     # The end, and checkpoints
 
@@ -253,9 +246,8 @@ class Fit:
             "matching": self.matching.state_dict(),
             "val_classes": self.val_classes,
             "skipped_steps": int(self.skipped),
-            "memory": self.memory and self.memory.state_dict(),
-            "gates": self.gates and self.gates.state_dict(),
-            "rows": self.rows and self.rows.averages.state_dict(),
+            "looked": self._looked,
+            "evidence": self.evidence and self.evidence.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], changed: Collection[str] = ()) -> None:
@@ -274,14 +266,9 @@ class Fit:
         if not {"engine", "params"}.intersection(changed):
             self.gradient.load_state_dict(state["gradient"])
             self.matching.load_state_dict(state["matching"])
-        parts: dict[str, Any] = {
-            "memory": self.memory,
-            "gates": self.gates,
-            "rows": self.rows and self.rows.averages,
-        }
-        for name, part in parts.items():
-            if part is not None and state[name] is not None:
-                part.load_state_dict(state[name])
+        self._looked = state["looked"]
+        if self.evidence is not None and state["evidence"] is not None:
+            self.evidence.load_state_dict(state["evidence"])
 
     def _open_stream(self, trainer: pl.Trainer, batch: Any) -> ValidationStream:
         if self._seed is None:

@@ -1,4 +1,4 @@
-"""Every setting of a run, in one place, and the two named sets of them."""
+"""Every setting of a run, in one place, and the named sets of them."""
 
 import math
 from collections.abc import Mapping
@@ -22,14 +22,16 @@ ScoreSpace = Literal["log_probs", "probs", "logits"]
 LabelRule = Literal["auto", "softmax", "argmax", "keep"]
 WeightRule = Literal["sigmoid", "expected", "sum", "positive", "ones"]
 EngineName = Literal["auto", "head", "forward_mode", "finite_difference"]
-PresetName = Literal["robust", "paper"]
+PresetName = Literal["robust", "gradient", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     r"""Hold every setting; the defaults are the preset ``"robust"``.
 
-    A preset is nothing but values of these; no code branches on its name.
+    A preset is nothing but values of these; no code branches on its name. ``"robust"`` weighs rows
+    by evidence; ``"gradient"`` learns weights and soft labels from the gradient inner products of
+    each step, and is the one for contrastive scores; ``"paper"`` is Algorithm 1.
 
     Args:
         engine: How the scores' derivative is computed, see ``engines/README.md``: ``"head"`` (the
@@ -66,12 +68,11 @@ class Settings:
             the first training batch, at most the rows there are.
         every_n_steps: Refine one of so many training batches; the others are trained plainly.
         start_epoch: First epoch to refine, from 0.
-        gates: Learn for each group of augmented rows (`AugmentedBatch.group`) whether it helps, and
-            train on the clean rows they were made from in place of rows of harmful groups. The
-            length of the training must be known, and the groups named by ``saflex_group_names()``.
-        row_evidence: Weigh augmented rows of a fixed pool (`AugmentedBatch.index`) by the
-            posterior of their label in a Gaussian discriminant on validation features, averaged
-            over epochs.
+        row_evidence: Weigh augmented rows by how well their label fits their scores, judged by
+            validation rows and averaged over epochs where `AugmentedBatch.index` tells rows apart,
+            with two numbers learned per group of `AugmentedBatch.group`. Needs class labels.
+        gates: Where union batches tell their groups, train on the clean rows they were made from
+            in place of rows of groups that do harm.
         seed: Seed of the order of validation rows and of Gumbel noise; None follows
             ``seed_everything``.
 
@@ -83,11 +84,11 @@ class Settings:
     params: list[str] | None = None
     score_space: ScoreSpace = "log_probs"
     normalize: bool = True
-    label_rule: LabelRule = "auto"
+    label_rule: LabelRule = "keep"
     label_penalty: float = 8.0
     temperature: float = 2.0
     gumbel: bool = False
-    weight_rule: WeightRule = "sigmoid"
+    weight_rule: WeightRule = "ones"
     gradient_decay: float = 0.97
     precondition: bool = True
     refresh_every_n_steps: int = 4
@@ -95,8 +96,8 @@ class Settings:
     val_batch_size: int | None = None
     every_n_steps: int = 1
     start_epoch: int = 0
-    gates: bool = False
-    row_evidence: bool = False
+    row_evidence: bool = True
+    gates: bool = True
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -105,8 +106,24 @@ class Settings:
             for name, (wanted, accepts) in _ALLOWED.items()
             if not accepts(getattr(self, name))
         ]
+        if not self.solves and (self.engine != "auto" or self.params is not None):
+            problems.append(
+                "Expected a weight or label rule that learns from gradients beside `engine` or "
+                "`params`, but got weight_rule='ones' and label_rule='keep', which need none. Pass "
+                "preset='gradient', or leave them out."
+            )
         if problems:
             raise ValueError(" ".join(problems))
+
+    @property
+    def solves(self) -> bool:
+        """Whether weights or labels are learned from the gradients of single steps."""
+        return self.weight_rule != "ones" or self.label_rule != "keep"
+
+    @property
+    def gathers(self) -> bool:
+        """Whether evidence is gathered over steps."""
+        return self.row_evidence or self.gates
 
 
 class SettingsKwargs(TypedDict, total=False):
@@ -128,8 +145,8 @@ class SettingsKwargs(TypedDict, total=False):
     val_batch_size: int | None
     every_n_steps: int | None
     start_epoch: int | None
-    gates: bool | None
     row_evidence: bool | None
+    gates: bool | None
     seed: int | None
 
 
@@ -188,6 +205,9 @@ _ALLOWED: dict[str, tuple[str, Any]] = {
 PRESETS: Mapping[str, Settings] = MappingProxyType(
     {
         "robust": Settings(),
+        "gradient": Settings(
+            label_rule="auto", weight_rule="sigmoid", row_evidence=False, gates=False
+        ),
         "paper": Settings(
             engine="forward_mode",
             normalize=False,
@@ -200,6 +220,8 @@ PRESETS: Mapping[str, Settings] = MappingProxyType(
             precondition=False,
             refresh_every_n_steps=1,
             val_batch_ratio=1.0,
+            row_evidence=False,
+            gates=False,
         ),
     }
 )
@@ -209,7 +231,7 @@ def make_settings(preset: PresetName = "robust", **overrides: Any) -> Settings:
     """Return the named preset with some of its values replaced.
 
     Args:
-        preset: ``"robust"`` or ``"paper"``.
+        preset: ``"robust"``, ``"gradient"`` or ``"paper"``.
         **overrides: Values for fields of `Settings`; None keeps the preset's value.
 
     Returns:

@@ -1,0 +1,100 @@
+r"""Do a row's scores fit its label? Judged by validation rows, calibrated.
+
+The scores h of remembered validation rows, with class means m and shared covariance S, give a
+Gaussian discriminant, whose logits are tempered as two-fold likelihood on these rows asks for:
+
+.. math::
+    q_{ik} = \mathrm{softmax}_k\big(\tau\, (\log \pi_k - \tfrac12 \|h_i - m_k\|_S^2)\big).
+
+The same covariance makes the gradient of their loss, for a linear layer on top of the scores, a
+second-order step, along which the scores of a training row move by Z:
+
+.. math::
+    G = \frac 1 V \sum_v r_v (h_v - \mu)^\top, \qquad b = \frac 1 V \sum_v r_v, \qquad
+    Z_i = -G S^{-1} (h_i - \mu) - b,
+
+with residuals r, the gradient of each row's loss with respect to its scores. Everything is linear
+in h, so that a row is judged by two small matrix products.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saflex_lightning.functional.solve import inner_products
+
+__all__ = ["Discriminant", "best_temperature", "fit_discriminant"]
+
+_PRIOR = 1.0  # rows of average scores that every class has beside its own
+_RIDGE = 0.1  # in units of the covariance's mean diagonal
+_FLOOR = 1e-12  # below this, a variance counts as zero
+_TEMPERATURES = (0.03, 0.06, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)
+
+
+class Discriminant(NamedTuple):
+    """What rows are judged with; ``scores`` is the number of scores, equal to that of classes.
+
+    Attributes:
+        center: mu, ``(scores,)``.
+        directions: S^-1 m, ``(scores, classes)``.
+        offsets: ``(classes,)``.
+        step: S^-1 G^T, ``(scores, classes)``.
+        bias: b, ``(classes,)``.
+    """
+
+    center: Tensor
+    directions: Tensor
+    offsets: Tensor
+    step: Tensor
+    bias: Tensor
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Return the untempered logits of the discriminant, ``(rows, classes)``."""
+        return (scores - self.center) @ self.directions + self.offsets
+
+    def products(self, scores: Tensor, probs: Tensor) -> Tensor:
+        """Return Pi, ``(rows, classes)``; positive lowers the validation loss."""
+        moves = -((scores - self.center) @ self.step + self.bias)
+        return inner_products(moves, probs)
+
+
+def fit_discriminant(
+    scores: Tensor, residuals: Tensor, labels: Tensor, present: Tensor
+) -> Discriminant:
+    """Return the discriminant of validation rows by the formulas at the top of this file.
+
+    ``present`` is 1 for rows that count, else 0; the others are 0 throughout. A class mean is drawn
+    to the mean of all rows as if one more row lay there, so that a class without validation rows
+    has a small posterior instead of none.
+    """
+    size = present.sum().clamp(min=1)
+    center = scores.sum(0) / size
+    centred = (scores - center) * present.unsqueeze(1)
+    counts = labels.sum(0) + _PRIOR
+    means = (labels.T @ centred) / counts.unsqueeze(1)
+    within = centred - labels @ means
+    covariance = within.T @ within / size
+    ridge = (_RIDGE * covariance.diagonal().mean()).clamp(min=_FLOOR)
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    factor = torch.linalg.cholesky_ex(covariance + ridge * eye)[0]  # does not wait for a check
+    bias = residuals.sum(0) / size
+    gradient = centred.T @ residuals / size
+    solved = torch.cholesky_solve(torch.cat([means.T, gradient], 1), factor)
+    directions, step = solved.split(len(means), dim=1)
+    offsets = counts.log() - 0.5 * (means * directions.T).sum(1)
+    return Discriminant(center, directions, offsets, step, bias)
+
+
+def best_temperature(scores: Tensor, residuals: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+    """Return the tau under which each half of the rows is most likely by the other half, scalar."""
+    choices = scores.new_tensor(_TEMPERATURES)
+    even = (torch.arange(len(scores), device=scores.device) % 2 == 0).to(scores.dtype)
+    likelihoods = torch.zeros_like(choices)
+    for half in (even, 1 - even):
+        h, r, y = (part * half.unsqueeze(1) for part in (scores, residuals, labels))
+        logits = fit_discriminant(h, r, y, present * half).logits(scores)
+        tempered = torch.log_softmax(choices.view(-1, 1, 1) * logits, -1)
+        others = labels * (1 - half).unsqueeze(1)
+        likelihoods = likelihoods + (tempered * others).sum((1, 2))
+    return choices[likelihoods.argmax()]

@@ -1,0 +1,327 @@
+"""Evidence of a fit: what validation rows say about augmented ones, gathered over many steps."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from saflex_lightning.functional.losses import LossOptions, dense_target
+from saflex_lightning.functional.ranks import Ranks
+from saflex_lightning.functional.solve import loss_inner_products
+
+from .averages import RowAverages
+from .discriminant import Discriminant, best_temperature, fit_discriminant
+from .gates import Gates
+from .memory import ValidationMemory
+from .weights import GroupWeights, log_likelihoods
+
+__all__ = ["Evidence", "GatheredRows", "Judgement"]
+
+_REFIT = 10  # steps between two discriminants
+_KEPT = 0.8  # of the logarithm of the temperature, per discriminant
+_WARM_UP = 0.02  # share of training during which nothing is learned of groups
+_WARM_UP_ALONE = 0.2  # and during which rows without clean ones beside them all count
+_UNKNOWN_LENGTH = 2500  # steps that a training of unknown length is taken to have
+_UNNAMED = 64  # groups that are served without names
+_FLOOR = 1e-12  # below this, a root mean square counts as zero
+
+
+class Judgement(NamedTuple):
+    """What one step thinks of its rows.
+
+    Attributes:
+        posteriors: Of the given label, ``(rows,)``.
+        products: Gradient inner products of every class, ``(rows, classes)``.
+    """
+
+    posteriors: Tensor
+    products: Tensor
+
+
+class GatheredRows(NamedTuple):
+    """What is made of a batch.
+
+    Attributes:
+        weights: ``(rows,)``, in [0, 2.01]; 1 for clean rows.
+        products: Gradient inner products over their root mean square, ``(rows, classes)``; 0 for
+            clean rows.
+        rms: That root mean square, scalar.
+        finite: False where a row's scores were not finite; such a row has weight 1, scalar bool.
+    """
+
+    weights: Tensor
+    products: Tensor
+    rms: Tensor
+    finite: Tensor
+
+
+class Evidence:
+    """Judge rows by validation rows, weigh them, and learn what their groups are worth.
+
+    Args:
+        weighs_rows: Whether rows are weighed.
+        has_gates: Whether rows of harmful groups are turned down.
+    """
+
+    def __init__(self, *, weighs_rows: bool, has_gates: bool) -> None:
+        self.names: tuple[str, ...] | None = None  # () where the data names none
+        self.memory = ValidationMemory()
+        self.averages = RowAverages()
+        self.rule = GroupWeights(is_on=weighs_rows)
+        self.gates = Gates() if has_gates else None
+        self.seen = torch.zeros(0)  # augmented rows of each group so far, ``(groups,)``
+        self.mean_weights = torch.zeros(0)  # of the newest step that showed the group
+        self._discriminant: Discriminant | None = None
+        self._log_temperature: Tensor | None = None
+        self._fitted = 0  # the step at which it was
+        self._has_looked = False
+        self._alone = torch.tensor(True)  # whether no step has shown a clean row yet
+        self._length = float(_UNKNOWN_LENGTH)
+
+    def start(
+        self,
+        names: Sequence[str],
+        num_rows: int | None,
+        num_batches: float,
+        device: torch.device,
+    ) -> None:
+        """Take the groups of a fit, its validation rows and its batches, where they are known.
+
+        Raises:
+            MisconfigurationException: If a checkpoint's evidence belongs to other groups.
+        """
+        if self.names is not None and self.names != tuple(names):
+            raise MisconfigurationException(
+                f"Expected the groups of the checkpoint, {list(self.names)}, but the training data "
+                f"names {list(names)}. Resume with the augmentation of that run, or start a new "
+                "run."
+            )
+        self.names = tuple(names)
+        if num_batches != float("inf"):
+            self._length = num_batches
+        groups = max(len(names), 2) if names else _UNNAMED
+        self.memory.start(num_rows, device)
+        self.rule.start(groups, device)
+        if self.gates is not None:
+            self.gates.start(groups, device)
+        if not len(self.seen):
+            self.seen, self.mean_weights = torch.zeros(groups), torch.ones(groups)
+        self.seen, self.mean_weights = self.seen.to(device), self.mean_weights.to(device)
+        self._alone = self._alone.to(device)
+        if self._discriminant is not None:
+            self._discriminant = Discriminant(*(part.to(device) for part in self._discriminant))
+        if self._log_temperature is not None:
+            self._log_temperature = self._log_temperature.to(device)
+
+    # Validation rows
+
+    def remember(
+        self, number: int, scores: Tensor, residuals: Tensor, labels: Tensor, ranks: Ranks
+    ) -> None:
+        """Take validation rows in before a step, and fit a new discriminant where it is due."""
+        self.memory.add(scores, residuals, labels, ranks)
+        if self._discriminant is None or number >= self._fitted + _REFIT:
+            rows = self.memory.read()
+            newest = best_temperature(*rows).log()
+            if self._log_temperature is not None:
+                newest = _KEPT * self._log_temperature + (1 - _KEPT) * newest
+            self._log_temperature, self._fitted = newest, number
+            self._discriminant = fit_discriminant(*rows)
+
+    def forget(self) -> None:
+        """Let go of validation rows whose residuals are those of another loss."""
+        self.memory.clear()
+        self._discriminant = None
+
+    # Training rows
+
+    def draw(self, group: Tensor, augmented: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Draw which rows are rejected; None without gates."""
+        if self.gates is None:
+            return None
+        return self.gates.draw(self._group(group, augmented), generator) & augmented
+
+    @torch.no_grad()
+    def weigh(
+        self,
+        number: int,
+        scores: Tensor,
+        target: Tensor,
+        augmented: Tensor,
+        group: Tensor | None,
+        index: Tensor | None,
+        dropped: Tensor | None,
+        options: LossOptions,
+        ranks: Ranks,
+    ) -> GatheredRows | None:
+        """Return what is made of a batch, having learned from it; None without validation rows.
+
+        Scores are float32 or wider. A rejected row is passed as the clean row it became; where that
+        is not known it is ``dropped``, and teaches nothing.
+        """
+        if self._discriminant is None:
+            return None
+        group = self._group(group, augmented)
+        classes = scores.shape[-1]
+        labels = dense_target(target, classes, scores.dtype)
+        finite = usable = scores.isfinite().all(1)
+        if dropped is not None:
+            usable = usable & ~dropped
+        scores = torch.where(usable.unsqueeze(1), scores, 0)
+        posteriors, products = self.judge(scores, labels, augmented, options)
+        if index is not None and self.rule.is_on:
+            posteriors = self.averages.update(index, posteriors, augmented & usable, ranks)
+        log_beliefs = self.rule.log_beliefs(posteriors, group, self._alone, classes)
+        log_weights, own = self.rule.log_weights(log_beliefs, group)
+        weights = torch.where(augmented & usable, log_weights, 0).exp()
+        sums = self._sum(
+            group, augmented, usable, weights, own, log_beliefs, posteriors, labels, products, ranks
+        )
+        rms = self._learn(number, sums, classes)
+        if number < _WARM_UP_ALONE * self._length:
+            weights = torch.where(self._alone, 1, weights)
+        products = torch.where(augmented.unsqueeze(1), products / rms.clamp(min=_FLOOR), 0)
+        return GatheredRows(weights, products, rms, (finite | ~augmented).all())
+
+    def judge(
+        self, scores: Tensor, labels: Tensor, augmented: Tensor, options: LossOptions
+    ) -> Judgement:
+        """Return what the discriminant thinks of rows; of clean ones too."""
+        assert self._discriminant is not None
+        assert self._log_temperature is not None
+        logits = self._log_temperature.exp() * self._discriminant.logits(scores)
+        posteriors = (labels * logits.softmax(-1)).sum(-1)
+        products = self._discriminant.products(scores, scores.softmax(-1))
+        return Judgement(posteriors, loss_inner_products(products, *options))
+
+    def _group(self, group: Tensor | None, augmented: Tensor) -> Tensor:
+        """Return the group of every row: 0 for clean ones, and 1 for the others of no group.
+
+        Raises:
+            ValueError: If an augmented row is in no group, or in one without a name; on others than
+                the CPU looking waits for the device, and is done once.
+        """
+        if group is None:
+            return augmented.long()
+        if group.device.type == "cpu" or not self._has_looked:
+            self._has_looked = True
+            most = len(self.seen) - 1
+            wrong = augmented & ((group < 1) | (group > most))
+            if bool(wrong.any()):
+                row = int(wrong.nonzero()[0])
+                named = f"there are {most + 1} group names" if self.names else "none is named"
+                raise ValueError(
+                    f"Expected the group of every augmented row to be in 1 to {most}, as {named}, "
+                    f"but got {int(group[row])} in row {row}. Tell which operation made each row "
+                    "in `AugmentedBatch.group`, and name all with `saflex_group_names()`."
+                )
+        return torch.where(augmented, group, 0)
+
+    def _sum(
+        self,
+        group: Tensor,
+        augmented: Tensor,
+        usable: Tensor,
+        weights: Tensor,
+        own: Tensor,
+        log_beliefs: Tensor,
+        posteriors: Tensor,
+        labels: Tensor,
+        products: Tensor,
+        ranks: Ranks,
+    ) -> Tensor:
+        """Return what the groups are judged by, summed over their rows, ``(groups, numbers)``."""
+        given = (labels * products).sum(-1)
+        trust = torch.where(augmented, own, 0).exp()
+        columns = [
+            weights,
+            weights * given,
+            weights * log_beliefs,
+            weights * given * log_beliefs,
+            trust,
+            trust * given,
+            torch.ones_like(given),
+            products.square().mean(-1),
+        ]
+        likelihoods = log_likelihoods(posteriors, labels.shape[-1])
+        rows = torch.cat([torch.stack(columns, 1), likelihoods], 1)
+        rows = torch.where(usable.unsqueeze(1), rows, 0)
+        sums = rows.new_zeros(len(self.seen), rows.shape[1])
+        return ranks.sum(sums.index_add_(0, group, rows))
+
+    def _learn(self, number: int, sums: Tensor, classes: int) -> Tensor:
+        """Learn from the sums of a step, and return the root mean square of its products."""
+        v, vs, vl, vsl, u, us, count, squares = sums[:, :8].unbind(1)
+        rms = (squares.sum() / count.sum().clamp(min=1)).sqrt()
+        scale = rms.clamp(min=_FLOOR)
+        vs, vsl, us, total = vs / scale, vsl / scale, us / scale, v.sum().clamp(min=_FLOOR)
+        present = count > 0
+        is_warm = number >= _WARM_UP * self._length
+        if self.rule.is_on:
+            self.rule.watch(sums[:, 8:] * (torch.arange(len(sums), device=v.device) > 0)[:, None])
+            if is_warm:
+                mean = vs.sum() / total
+                slope = torch.where(self._alone, 0, (vs - mean * v) / total)
+                slope[0] = 0
+                power = (vsl - mean * vl) / total
+                power[0] = 0
+                self.rule.ascend(power, slope)
+        self._alone = self._alone & (count[0] == 0)
+        if self.gates is not None and is_warm:
+            self.gates.update(us / u.clamp(min=_FLOOR), present & ~self._alone)
+        self.seen = self.seen + count.to(self.seen)
+        newest = (v / count.clamp(min=1)).to(self.mean_weights)
+        self.mean_weights = torch.where(present, newest, self.mean_weights)
+        return rms
+
+    # What was learned
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return each group's share of rows that pass, and mean weight of its rows, by its name.
+
+        Looks at which groups there are where they have no names, which waits for the device.
+        """
+        found: dict[str, Tensor] = {}
+        numbers = range(1, len(self.seen))
+        names = self.names or [f"group {number}" for number in range(len(self.seen))]
+        shown = numbers if self.names else [n for n in numbers if bool(self.seen[n])]
+        for number in shown:
+            if self.gates is not None and self.gates.log_weights is not None:
+                found[f"gate/{names[number]}"] = self.gates.log_weights[number].exp()
+            if self.rule.is_on:
+                found[f"weight/{names[number]}"] = self.mean_weights[number]
+        return found
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed run needs, equal on every rank."""
+        return {
+            "names": self.names,
+            "memory": self.memory.state_dict(),
+            "rows": self.averages.state_dict(),
+            "rule": self.rule.state_dict(),
+            "gates": self.gates and self.gates.state_dict(),
+            "seen": self.seen,
+            "mean_weights": self.mean_weights,
+            "discriminant": self._discriminant and tuple(self._discriminant),
+            "log_temperature": self._log_temperature,
+            "fitted": self._fitted,
+            "alone": self._alone,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.names = None if state["names"] is None else tuple(state["names"])
+        self.memory.load_state_dict(state["memory"])
+        self.averages.load_state_dict(state["rows"])
+        self.rule.load_state_dict(state["rule"])
+        if self.gates is not None and state["gates"] is not None:
+            self.gates.load_state_dict(state["gates"])
+        self.seen, self.mean_weights = state["seen"], state["mean_weights"]
+        parts = state["discriminant"]
+        self._discriminant = None if parts is None else Discriminant(*parts)
+        self._log_temperature = state["log_temperature"]
+        self._fitted, self._alone = state["fitted"], state["alone"]

@@ -1,0 +1,316 @@
+"""Measure what evidence is worth: three kinds of benches, never averaged together.
+
+    python benchmarks/evidence.py run --data FOLDER --seeds 1 2 3
+    python benchmarks/evidence.py run --data FOLDER --benches "digits symmetric" --methods union robust
+    python benchmarks/evidence.py table --save benchmarks/results/evidence_cpu
+
+FOLDER holds ``medmnist/bloodmnist.npz`` and ``tabular/standin_letter.npz`` and, in ``fashion``, the
+four files of Fashion-MNIST. A finished run is kept under ``outputs/evidence`` and never computed
+twice. All methods of a bench and seed see the same rows in the same order; differences are paired
+by seed. Accuracy is that of the whole test split, after the last step; loss is in nats.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from evidence_benches import BENCHES, KINDS, Batches, make_data
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import binary_auroc
+
+from saflex_lightning import SAflexCallback, SAflexMixin
+
+OUTPUTS = Path("outputs/evidence")
+METHODS = {
+    "no augmentation": None,
+    "union": None,
+    "label smoothing": None,
+    "merged": None,  # validation rows among the clean ones
+    "small loss": None,
+    "early-learning regularization": None,
+    "gold loss correction": None,
+    "confident learning": None,
+    "oracle": None,
+    "gradient": {"preset": "gradient"},
+    "robust": {},
+    "shuffled": {},
+    "rows only": {"gates": False},
+    "gates only": {"row_evidence": False},
+}
+SMOOTHING = 0.1
+CONTROL, PLAIN = "shuffled", "union"
+
+
+class Classifier(SAflexMixin, pl.LightningModule):
+    """A network, Adam at 1e-3, and the loss of a method."""
+
+    def __init__(self, network, method, data):
+        super().__init__()
+        self.net = network
+        self.method = method
+        self.data = [data]  # not a part of the module
+        rows = 2 * (int(data.clean[1].max()) + 1)
+        self.register_buffer("memory", torch.zeros(0, rows // 2), persistent=False)
+        self.transition = self.kept = None
+
+    def forward(self, inputs):
+        """Return logits."""
+        return self.net(inputs)
+
+    def training_step(self, batch, batch_idx):
+        """Return the loss."""
+        if self.method == "confident learning" and self.kept is not None:
+            kept = ~batch.augmented | self.kept[batch.index]
+            return F.cross_entropy(self(batch.inputs[kept]), batch.target[kept])
+        logits = self.saflex_forward(batch.inputs)
+        if self.method == "small loss":
+            return self._small_loss(logits, batch)
+        if self.method == "early-learning regularization":
+            return self._early_learning(logits, batch)
+        if self.method == "gold loss correction" and self.transition is not None:
+            given = torch.where(
+                batch.augmented.unsqueeze(1), logits.softmax(1) @ self.transition, logits.softmax(1)
+            )
+            return F.nll_loss(given.clamp(min=1e-7).log(), batch.target)
+        smoothing = SMOOTHING if self.method == "label smoothing" else 0.0
+        return self.saflex_loss(logits, batch.target, label_smoothing=smoothing)
+
+    def _small_loss(self, logits, batch):
+        """Drop the share of augmented rows that is wrong, those of the largest loss."""
+        losses = F.cross_entropy(logits, batch.target, reduction="none")
+        made = batch.augmented.nonzero().ravel()
+        wrong = self.data[0].wrong
+        share = 0.1 if wrong is None else float(wrong.float().mean())
+        ramp = min(1.0, self.global_step / (0.2 * self.trainer.max_steps))
+        dropped = made[losses.detach()[made].argsort(descending=True)[: int(ramp * share * len(made))]]
+        weights = torch.ones_like(losses)
+        weights[dropped] = 0
+        return (weights * losses).sum() / weights.sum()
+
+    def _early_learning(self, logits, batch, strength=3.0, decay=0.7):
+        """Pull towards what was predicted early (Liu et al. 2020)."""
+        probs = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
+        size = int(batch.index.max()) + 1
+        if len(self.memory) < size:
+            more = size - len(self.memory)
+            self.memory = torch.cat([self.memory, self.memory.new_zeros(more, logits.shape[1])])
+        self.memory[batch.index] = decay * self.memory[batch.index] + (1 - decay) * probs.detach()
+        pull = (1 - (self.memory[batch.index] * probs).sum(1)).clamp(min=1e-4).log().mean()
+        return F.cross_entropy(logits, batch.target) + strength * pull
+
+    def configure_optimizers(self):
+        """Return Adam."""
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+class Shuffled(SAflexCallback):
+    """The control: what evidence says of an augmented row is said of another one of the batch."""
+
+    def on_train_start(self, trainer, pl_module):
+        """Put the permutation in."""
+        super().on_train_start(trainer, pl_module)
+        evidence = self._fit.evidence
+        judge, draws = evidence.judge, torch.Generator().manual_seed(7)
+
+        def shuffled(scores, labels, augmented, options):
+            judgement = judge(scores, labels, augmented, options)
+            rows = augmented.nonzero().ravel()
+            order = rows[torch.randperm(len(rows), generator=draws)]
+            # The given label's product goes with the posterior.
+            given = (labels * judgement.products).sum(1, keepdim=True)
+            moved = given.clone()
+            moved[rows] = given[order]
+            posteriors = judgement.posteriors.clone()
+            posteriors[rows] = judgement.posteriors[order]
+            return type(judgement)(posteriors, judgement.products + moved - given)
+
+        evidence.judge = shuffled
+
+
+def fit(module, bench, data, seed, method, callbacks=(), steps=None):
+    """Train a module; the steps that steer use the validation rows."""
+    trainer = pl.Trainer(
+        max_steps=steps or bench.steps,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(Batches(data, bench, seed, method), batch_size=None))
+
+
+def run(name, method, seed, folder):
+    """Return what one run measured."""
+    bench = BENCHES[name]
+    data = make_data(bench, seed, folder)
+    if method == "merged":
+        parts = zip(data.clean, data.validation, strict=True)
+        data.clean = tuple(torch.cat(pair) for pair in parts)
+        if data.has_source:  # merged rows have no augmented versions: they stand beside them
+            own, known = data.make, len(data.clean[1]) - len(data.validation[1])
+            data.make = lambda rows, draws: own(rows % known, draws)
+    pl.seed_everything(seed, verbose=False)
+    module = Classifier(data.network(), method, data)
+    callbacks = []
+    if METHODS[method] is not None:
+        loader = DataLoader(TensorDataset(*data.validation), 16, shuffle=True)
+        kind = Shuffled if method == CONTROL else SAflexCallback
+        callbacks.append(kind(loader, **METHODS[method]))
+        module.saflex_group_names = lambda: data.names
+    if method in {"gold loss correction", "confident learning"}:
+        learn_from_a_first_run(module, bench, data, seed)
+    start = time.perf_counter()
+    fit(module, bench, data, seed, method, callbacks)
+    seconds = time.perf_counter() - start
+    module.eval()
+    with torch.no_grad():
+        logits = torch.cat([module(part) for part in data.test[0].split(1000)])
+    result = {
+        "accuracy": 100 * (logits.argmax(1) == data.test[1]).float().mean().item(),
+        "loss": F.cross_entropy(logits, data.test[1]).item(),
+        "seconds": seconds,
+    }
+    if callbacks:
+        result.update(what_was_learned(callbacks[0], data))
+    return result
+
+
+def learn_from_a_first_run(module, bench, data, seed):
+    """Gold loss correction and confident learning begin with a plain run of the same length."""
+    first = Classifier(data.network(), "union", data)
+    fit(first, bench, data, seed, "union")
+    first.eval()
+    pool = data.make.pool if hasattr(data.make, "pool") else None
+    with torch.no_grad():
+        probs = first(data.validation[0]).softmax(1)
+        classes = probs.shape[1]
+        means = [probs[data.validation[1] == label].mean(0) for label in range(classes)]
+        module.transition = torch.stack(means)
+        if pool is not None and module.method == "confident learning":
+            from cleanlab.filter import find_label_issues
+
+            inputs, given = pool
+            probs = torch.cat([first(part).softmax(1) for part in inputs.split(500)])
+            issues = torch.from_numpy(find_label_issues(given.numpy(), probs.numpy()))
+            module.kept = torch.cat([torch.ones(len(data.clean[1]), dtype=torch.bool), ~issues])
+            if bench.alone:
+                module.kept = ~issues
+
+
+def what_was_learned(callback, data):
+    """Return gates, weights and, where wrong rows are known, how well they are told."""
+    learned = {key: float(value) for key, value in callback.read_metrics().items()}
+    rows = callback.read_row_evidence()
+    if rows is not None and data.wrong is not None and len(rows.index):
+        size = 0 if rows.index.max() < len(data.wrong) else len(data.clean[1])
+        right = ~data.wrong[rows.index - size]
+        learned["auroc"] = binary_auroc(rows.evidence, right.long()).item()
+    return learned
+
+
+def load():
+    """Return the results that are there, by bench, method and seed."""
+    found = {}
+    for file in sorted(OUTPUTS.glob("*/*/*.json")):
+        key = file.parts[-3].replace("_", " "), file.parts[-2].replace("_", " "), int(file.stem)
+        found[key] = json.loads(file.read_text())
+    return found
+
+
+def difference(found, bench, method, rival, key="accuracy"):
+    """Return the mean paired difference of two methods, its standard error and how many seeds."""
+    seeds = sorted({seed for b, m, seed in found if (b, m) == (bench, method)})
+    pairs = [seed for seed in seeds if (bench, rival, seed) in found]
+    if not pairs:
+        return None
+    values = [found[bench, method, s][key] - found[bench, rival, s][key] for s in pairs]
+    spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), spread, len(values)
+
+
+def tables(found):
+    """Yield the lines of the report."""
+    methods = [method for method in METHODS if any(key[1] == method for key in found)]
+    for kind in KINDS:
+        yield f"\n## {kind.capitalize()}\n"
+        for key, digits in (("accuracy", 1), ("loss", 3)):
+            unit = "Test accuracy, percent" if key == "accuracy" else "Test loss, nats"
+            yield f"{unit}, mean over seeds.\n"
+            yield "| bench (seeds) | " + " | ".join(methods) + " |"
+            yield "|" + "---|" * (len(methods) + 1)
+            for bench in (name for name, one in BENCHES.items() if one.kind == kind):
+                seeds = {seed for b, _, seed in found if b == bench}
+                if not seeds:
+                    continue
+                cells = []
+                for method in methods:
+                    runs = [found[bench, method, s] for s in seeds if (bench, method, s) in found]
+                    mean = statistics.mean([one[key] for one in runs]) if runs else None
+                    cells.append("-" if mean is None else f"{mean:.{digits}f}")
+                yield f"| {bench} ({len(seeds)}) | " + " | ".join(cells) + " |"
+            yield ""
+        yield "Paired differences of `robust`, points of accuracy, with standard error.\n"
+        rivals = [method for method in methods if method != "robust"]
+        yield "| bench | " + " | ".join(rivals) + " |"
+        yield "|" + "---|" * (len(rivals) + 1)
+        for bench in (name for name, one in BENCHES.items() if one.kind == kind):
+            pairs = [difference(found, bench, "robust", rival) for rival in rivals]
+            if any(pairs):
+                cells = ["-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" for p in pairs]
+                yield f"| {bench} | " + " | ".join(cells) + " |"
+        yield ""
+    aurocs: dict[str, list[float]] = {}
+    for (bench, method, _), result in found.items():
+        if method == "robust" and "auroc" in result:
+            aurocs.setdefault(bench, []).append(result["auroc"])
+    yield "\n## Wrong rows told from right ones by `read_row_evidence`\n"
+    yield "| bench | AUROC |\n|---|---|"
+    for bench, values in aurocs.items():
+        yield f"| {bench} | {statistics.mean(values):.3f} |"
+
+
+def main():
+    """Run what is missing, or print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("--data", type=Path, default=Path("outputs/accuracy_data"))
+    parser.add_argument("--benches", nargs="+", default=list(BENCHES), choices=list(BENCHES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--save", type=Path)
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    for name in options.benches if options.what == "run" else ():
+        for seed in options.seeds:
+            for method in options.methods:
+                folder = OUTPUTS / name.replace(" ", "_") / method.replace(" ", "_")
+                file = folder / f"{seed}.json"
+                if not file.exists():
+                    result = run(name, method, seed, options.data)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    file.write_text(json.dumps(result))
+                    line = f"{result['accuracy']:.2f} % {result['loss']:.3f} nats"
+                    print(f"{name}, {method}, seed {seed}: {line}", flush=True)
+    text = "\n".join(tables(load()))
+    print(text)
+    if options.save:
+        options.save.with_suffix(".md").write_text(
+            "# What evidence is worth\n\nMade by `python benchmarks/evidence.py`; see its first "
+            "lines, and `evidence_benches.py` for the benches.\n" + text + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -90,7 +90,9 @@ class Classifier(SAflexMixin, pl.LightningModule):
         wrong = self.data[0].wrong
         share = 0.1 if wrong is None else float(wrong.float().mean())
         ramp = min(1.0, self.global_step / (0.2 * self.trainer.max_steps))
-        dropped = made[losses.detach()[made].argsort(descending=True)[: int(ramp * share * len(made))]]
+        dropped = made[
+            losses.detach()[made].argsort(descending=True)[: int(ramp * share * len(made))]
+        ]
         weights = torch.ones_like(losses)
         weights[dropped] = 0
         return (weights * losses).sum() / weights.sum()

@@ -72,13 +72,17 @@ BENCHES = {
     "letter symmetric": Bench(
         "wrong labels", "letter", "mlp", (20, 20, 200), 800, "symmetric", batch=128
     ),
-    "letter pseudo": Bench("wrong labels", "letter", "mlp", (20, 20, 200), 800, "pseudo", batch=128),
+    "letter pseudo": Bench(
+        "wrong labels", "letter", "mlp", (20, 20, 200), 800, "pseudo", batch=128
+    ),
     "blood symmetric": Bench("wrong labels", "blood", "cnn", (25, 25, 200), 400, "symmetric"),
     "blood classwise": Bench("wrong labels", "blood", "cnn", (25, 25, 200), 400, "classwise"),
     "blood pseudo": Bench("wrong labels", "blood", "cnn", (25, 25, 200), 400, "pseudo"),
     "fashion symmetric": Bench("wrong labels", "fashion", "cnn", (25, 25, 200), 400, "symmetric"),
     "fashion classwise": Bench("wrong labels", "fashion", "cnn", (25, 25, 200), 400, "classwise"),
-    "blood alone": Bench("wrong labels", "blood", "cnn", (2, 10, 200), 400, "symmetric", alone=True),
+    "blood alone": Bench(
+        "wrong labels", "blood", "cnn", (2, 10, 200), 400, "symmetric", alone=True
+    ),
     "letter alone": Bench(
         "wrong labels", "letter", "mlp", (2, 10, 200), 800, "symmetric", alone=True, batch=128
     ),
@@ -311,6 +315,7 @@ def _operations(bench, seed, images, labels, classes):
     if bench.made in {"mixup", "cutmix"}:
         return _mixed(bench, scale(images), labels, classes)
     versions, groups, names = _versions(bench, seed, images)
+
     def make(rows, draws):
         pick = torch.randint(0, VERSIONS, (len(rows),), generator=draws)
         return scale(versions[rows, pick]), labels[rows], groups[rows, pick], rows
@@ -326,7 +331,12 @@ def _mixed(bench, inputs, labels, classes):
         if bench.made == "cutmix":  # of cells, the label is kept, as SAINT has it
             changed = torch.rand(inputs[rows].shape, generator=draws) < 0.1
             strength = (changed.float().mean(1) / 0.25 * 4).long().clamp(max=3)
-            return torch.where(changed, inputs[others], inputs[rows]), labels[rows], 1 + strength, rows
+            return (
+                torch.where(changed, inputs[others], inputs[rows]),
+                labels[rows],
+                1 + strength,
+                rows,
+            )
         share = torch.rand(len(rows), generator=draws) / 2
         wide = share.view(-1, *[1] * (inputs.ndim - 1))
         target = F.one_hot(labels, classes).float()

@@ -23,30 +23,41 @@ STEPS, PER_EPOCH, ROWS = 20, 6, 16
 STOP = 14  # in the middle of the third epoch, between two refreshes
 NAME = "stopped"
 
-PRESETS = {"robust": {}, "paper": {"preset": "paper"}}
 ENGINES = ("finite_difference", "forward_mode", "head")
 CASES = {
     **{
-        f"{preset}, {engine}{', gates' if gates else ''}": {
-            **settings,
-            "engine": engine,
-            "gates": gates,
-        }
-        for preset, settings in PRESETS.items()
+        f"{preset}, {engine}": {"preset": preset, "engine": engine}
+        for preset in ("gradient", "paper")
         for engine in ENGINES
-        for gates in (False, True)
     },
-    "robust, head, not normalized": {"engine": "head", "normalize": False, "precondition": False},
+    "gradient, head, not normalized": {
+        "preset": "gradient",
+        "engine": "head",
+        "normalize": False,
+        "precondition": False,
+    },
     "Theorem 1": {"preset": "paper", "label_rule": "argmax", "weight_rule": "sum"},
     "Ren et al.": {
+        "preset": "gradient",
         "engine": "finite_difference",
         "label_rule": "keep",
         "weight_rule": "positive",
         "every_n_steps": 3,
     },
+    "robust": {},
+    "robust, gates only": {"row_evidence": False},
+    "robust, Mixup": {},
+    "robust, class weights and smoothing": {},
+    "paper, head, gates and rows": {
+        "preset": "paper",
+        "engine": "head",
+        "gates": True,
+        "row_evidence": True,
+    },
 }
 KINDS = {"Mixup": "soft", "class weights and smoothing": "weighted", "dropout": "dropout"}
-CASES |= {name: {"engine": "forward_mode"} for name in KINDS}
+CASES |= {name: {"preset": "gradient", "engine": "forward_mode"} for name in KINDS}
+KINDS |= {"robust, Mixup": "soft", "robust, class weights and smoothing": "weighted"}
 NOT_RESUMED = ("dropout",)  # Lightning saves no random state
 
 

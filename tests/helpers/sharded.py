@@ -83,7 +83,7 @@ def train(name, world_size, rank=0):
 def refusal(module, engine, **settings):
     """Return the error that a fit ends with."""
     try:
-        fit(module, SAflexCallback(make_loader(), engine=engine), **settings)
+        fit(module, SAflexCallback(make_loader(), preset="gradient", engine=engine), **settings)
     except (MisconfigurationException, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

@@ -206,7 +206,7 @@ class InPlaceInTraining(Counting):
 @pytest.mark.parametrize("engine", ["finite_difference", "forward_mode", "head"])
 @pytest.mark.parametrize("make", [InPlace, InPlaceInTraining])
 def test_forward_that_writes_in_its_inputs(make, engine):
-    saflex = SAflexCallback(make_loader(seed=7), engine=engine)
+    saflex = SAflexCallback(make_loader(seed=7), preset="gradient", engine=engine)
     if engine == "head":  # nothing runs twice on the same tensors
         models = [seeded(make), seeded(OutOfPlace)]
         for model in models:
@@ -324,7 +324,7 @@ def test_training_scored_over_other_classes_than_validation():
     match = "over 4 classes like the validation batch, but got 3"
     inputs, target = make_rows(64)
     train = DataLoader(TensorDataset(inputs, target.clamp(max=2)), 16)
-    callback = SAflexCallback(make_loader(), engine="forward_mode")
+    callback = SAflexCallback(make_loader(), preset="gradient", engine="forward_mode")
     refused(seeded(TwoHeads), callback, match, error=ValueError, train=train)
     match = r"output of submodule `net\.4` to be the scores"
     error = UnsupportedModelError
@@ -394,11 +394,11 @@ def test_all_problems_are_raised_at_once():
             super().__init__()
             self.requires_grad_(False)
 
-    callback = SAflexCallback(make_loader(), params=["nothing.*"])
+    callback = SAflexCallback(make_loader(), preset="gradient", params=["nothing.*"])
     with pytest.raises(MisconfigurationException, match=r"'nothing\.\*' matches none"):
         fit(Bad(), callback)
     with pytest.raises(MisconfigurationException, match="matches none of"):
-        fit(seeded(Classifier), SAflexCallback(make_loader(), params=["nope"]))
+        fit(seeded(Classifier), SAflexCallback(make_loader(), preset="gradient", params=["nope"]))
 
 
 class Custom(torch.autograd.Function):
@@ -423,9 +423,9 @@ def test_model_an_engine_cannot_serve_is_refused_before_the_first_step():
         return module
 
     match = r"submodule `net\.1` \(CustomLayer\).*engine='finite_difference'"
-    callback = SAflexCallback(make_loader(), engine="forward_mode")
+    callback = SAflexCallback(make_loader(), preset="gradient", engine="forward_mode")
     refused(seeded(make), callback, match, error=UnsupportedModelError)
-    fit(seeded(make), SAflexCallback(make_loader(), engine="finite_difference"))
+    fit(seeded(make), SAflexCallback(make_loader(), preset="gradient", engine="finite_difference"))
 
 
 def test_head_engine_without_a_linear_layer():
@@ -437,7 +437,7 @@ def test_head_engine_without_a_linear_layer():
         def forward(self, inputs):
             return self.net(inputs.unsqueeze(-1)).squeeze(-1)
 
-    callback = SAflexCallback(make_loader(), engine="head")
+    callback = SAflexCallback(make_loader(), preset="gradient", engine="head")
     refused(
         seeded(Convolutional),
         callback,
@@ -451,7 +451,7 @@ def test_under_parameterised_regime_warns_once():
     with pytest.warns(SAflexWarning, match="212 against 256") as caught:
         fit(
             seeded(lambda: Classifier(plain=True)),
-            SAflexCallback(val, engine="forward_mode"),
+            SAflexCallback(val, preset="gradient", engine="forward_mode"),
             train=make_loader(128, 64),
         )
     assert len([w for w in caught if w.category is SAflexWarning]) == 1
@@ -459,5 +459,5 @@ def test_under_parameterised_regime_warns_once():
 
 @pytest.mark.parametrize(("engine", "batch_size"), [("forward_mode", 16), ("head", 64)])
 def test_enough_parameters_and_a_single_layer_do_not_warn(engine, batch_size):
-    callback = SAflexCallback(make_loader(), engine=engine)
+    callback = SAflexCallback(make_loader(), preset="gradient", engine=engine)
     fit(seeded(Classifier), callback, train=make_loader(128, batch_size))

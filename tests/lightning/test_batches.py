@@ -145,7 +145,12 @@ def test_class_weights_and_smoothing_enter_gradient_and_loss_alike(weighted, smo
     val = make_loader(64, 64, seed=7)
     settings = {"weight_rule": "ones", "label_rule": "keep", "engine": "forward_mode"}
     callback = SAflexCallback(
-        val, **settings, precondition=False, gradient_decay=0.0, refresh_every_n_steps=1
+        val,
+        **settings,
+        preset="gradient",
+        precondition=False,
+        gradient_decay=0.0,
+        refresh_every_n_steps=1,
     )
     trainer = fit(module, callback, max_epochs=1)
     _, logits, target, loss, solution = module.last
@@ -174,7 +179,7 @@ def test_validation_gradient_uses_the_class_weights_of_the_loss():
     val = make_loader(32, 32, seed=7)
     VAL = val.dataset
     module = seeded(lambda: Observing(plain=True))
-    fit(module, SAflexCallback(val, "paper", gumbel=False), max_epochs=1)
+    fit(module, SAflexCallback(val, "paper", preset="gradient", gumbel=False), max_epochs=1)
     torch.testing.assert_close(module.found, module.expected, rtol=1e-4, atol=1e-6)
 
 
@@ -203,7 +208,7 @@ class DictForward(Recording):
 @pytest.mark.parametrize("engine", ["finite_difference", "forward_mode", "head"])
 def test_module_whose_forward_returns_a_dict(engine):
     module = seeded(DictForward)
-    fit(module, SAflexCallback(make_loader(seed=7), engine=engine))
+    fit(module, SAflexCallback(make_loader(seed=7), preset="gradient", engine=engine))
     assert module.last[-1].soft_labels.shape == (16, NUM_CLASSES)
 
 
@@ -243,7 +248,7 @@ class Contrastive(SAflexMixin, pl.LightningModule):
 @pytest.mark.parametrize("engine", ["auto", "finite_difference", "forward_mode"])
 def test_contrastive_scores_are_two_tasks_with_the_diagonal_as_target(engine):
     module = seeded(Contrastive)
-    callback = SAflexCallback(make_loader(64, 16, seed=7), engine=engine)
+    callback = SAflexCallback(make_loader(64, 16, seed=7), preset="gradient", engine=engine)
     with pytest.warns(UserWarning, match="more matched parameters than unknowns"):
         fit(module, callback)
     loss, plain, solutions = module.last
@@ -254,7 +259,9 @@ def test_contrastive_scores_are_two_tasks_with_the_diagonal_as_target(engine):
 
 def test_contrastive_loss_with_plain_weights_is_info_nce():
     module = seeded(Contrastive)
-    callback = SAflexCallback(make_loader(64, 8, seed=7), weight_rule="ones", label_rule="keep")
+    callback = SAflexCallback(
+        make_loader(64, 8, seed=7), preset="gradient", weight_rule="ones", label_rule="keep"
+    )
     fit(module, callback)  # few parameters, but no rows are told apart: no warning of that
     loss, plain, _ = module.last
     assert loss == pytest.approx(plain, rel=1e-5)
@@ -304,7 +311,9 @@ def test_learned_labels_repair_false_negatives(preset, least):
     # what a learned label gives away, pairs of the row's class must get more than by chance.
     modules = [seeded(lambda shift=shift: Captioned(shift)) for shift in (0, 2)]
     for module in modules:
-        callback = SAflexCallback(make_loader(64, 16, seed=7), preset, engine="forward_mode")
+        callback = SAflexCallback(
+            make_loader(64, 16, seed=7), preset, preset="gradient", engine="forward_mode"
+        )
         fit(module, callback, max_epochs=5)
     share, share_steered_wrongly = (module.mass / module.even for module in modules)
     assert share > least
@@ -390,5 +399,5 @@ def test_classes_that_the_model_rules_out_leave_the_plain_loss(engine):
 
     val = [(inputs, target.clamp(max=2)) for inputs, target in make_loader(40, 8, seed=7)]
     module = seeded(lambda: RuledOut(plain=True))
-    fit(module, SAflexCallback(val, engine=engine), max_epochs=1)
+    fit(module, SAflexCallback(val, preset="gradient", engine=engine), max_epochs=1)
     assert all(weight.isfinite().all() for weight in module.parameters())

@@ -28,7 +28,7 @@ def test_one_process_on_nccl_equals_the_plain_run(engine, precision):
     states = []
     for strategy in ("auto", "ddp"):
         module = seeded(Classifier)
-        callback = SAflexCallback(make_loader(40, 8, seed=7), engine=engine)
+        callback = SAflexCallback(make_loader(40, 8, seed=7), preset="gradient", engine=engine)
         trainer = fit(
             module,
             callback,
@@ -54,7 +54,7 @@ def test_run_resumed_in_the_middle_of_an_epoch_equals_the_uninterrupted_one(
         module = seeded(lambda: Classifier(plain=True))  # checkpoints hold no random state
         fit(
             module,
-            SAflexCallback(make_loader(40, 8, seed=7), engine=engine),
+            SAflexCallback(make_loader(40, 8, seed=7), preset="gradient", engine=engine),
             *keepers,
             train=train_loader(),  # six steps an epoch
             max_epochs=-1,

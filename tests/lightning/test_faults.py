@@ -193,7 +193,9 @@ def test_checkpoint_that_a_signal_asks_for_in_the_solve_holds_the_weights(tmp_pa
                 signal.SIGUSR1, lambda *_: trainer.save_checkpoint(tmp_path / "requeue.ckpt")
             )
 
-    callback = SAflexCallback(make_loader(32, 8), engine=engine, refresh_every_n_steps=1)
+    callback = SAflexCallback(
+        make_loader(32, 8), preset="gradient", engine=engine, refresh_every_n_steps=1
+    )
     fit(module, callback, Requeue())
     saved = torch.load(tmp_path / "requeue.ckpt", weights_only=False)
     assert saved["global_step"] == BATCH
@@ -203,7 +205,9 @@ def test_checkpoint_that_a_signal_asks_for_in_the_solve_holds_the_weights(tmp_pa
 @pytest.mark.parametrize("stage", ["validation forward", "probe", "forward"])
 def test_lack_of_memory_shows_as_it_is(stage):
     module = seeded(lambda: Faulty(stage, lambda: torch.empty(2**46)))
-    callback = SAflexCallback(make_loader(32, 8), engine="forward_mode", refresh_every_n_steps=1)
+    callback = SAflexCallback(
+        make_loader(32, 8), preset="gradient", engine="forward_mode", refresh_every_n_steps=1
+    )
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         fit(module, callback)
 

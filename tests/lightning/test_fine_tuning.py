@@ -87,7 +87,12 @@ def test_a_thawed_layer_starts_the_average_anew():
         module = seeded(lambda: Recorded(plain=True, lr=0.0, optimizer="sgd"))
         rows = make_loader(8, 8, seed=7)
         saflex = SAflexCallback(
-            rows, refresh_every_n_steps=4, start_epoch=start_epoch, seed=5, precondition=False
+            rows,
+            preset="gradient",
+            refresh_every_n_steps=4,
+            start_epoch=start_epoch,
+            seed=5,
+            precondition=False,
         )
         schedule = Schedule(epoch_0=first_phase, epoch_1=ALL)
         fit(module, schedule, saflex, train=make_loader())

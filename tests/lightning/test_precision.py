@@ -75,7 +75,7 @@ def reference():
         module = seeded(Recording)
         fit(
             module,
-            SAflexCallback(soft_loader(), engine=engine),
+            SAflexCallback(soft_loader(), preset="gradient", engine=engine),
             precision="64-true",
             train=soft_loader(),
         )
@@ -89,7 +89,10 @@ def reference():
 def test_solution_is_float32_or_wider_and_near_that_of_float64(
     precision, engine, accelerator, reference
 ):
-    module, callback = seeded(Recording), SAflexCallback(soft_loader(), engine=engine)
+    module, callback = (
+        seeded(Recording),
+        SAflexCallback(soft_loader(), preset="gradient", engine=engine),
+    )
     settings = precision_settings(precision, accelerator)
     if precision in ROUNDED and engine == "finite_difference":
         match = f"precision='{precision}'`: its small step.*Pass engine='forward_mode'"
@@ -147,7 +150,9 @@ def test_grad_scaler_does_not_notice_the_solve(engine, accelerator):
     for refine in (True, False):
         module = seeded(lambda refine=refine: Shadow(refine))
         scaler = torch.amp.GradScaler(device, 2.0**10, growth_interval=2)
-        callback = SAflexCallback(make_loader(), engine=engine, refresh_every_n_steps=1)
+        callback = SAflexCallback(
+            make_loader(), preset="gradient", engine=engine, refresh_every_n_steps=1
+        )
         with pytest.warns(SAflexWarning, match="non-finite") if refine else nullcontext():
             trainer = fit(
                 module,

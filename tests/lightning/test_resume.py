@@ -198,12 +198,16 @@ def test_state_holds_what_torch_loads_without_running_code(tmp_path):
     torch.save(state, tmp_path / "state")
     loaded = torch.load(tmp_path / "state", weights_only=True)
     assert loaded["batches"] == loaded["draws"] == 3
-    SAflexCallback(make_loader(40, 8), "paper", params=["net.*"]).load_state_dict(loaded)
+    SAflexCallback(
+        make_loader(40, 8), "paper", preset="gradient", params=["net.*"]
+    ).load_state_dict(loaded)
 
 
 def test_other_settings_warn_by_name():
     state = saved_state(temperature=1.5, seed=5)
-    callback = SAflexCallback(make_loader(40, 16), temperature=3.0, params=["net.3.*"])
+    callback = SAflexCallback(
+        make_loader(40, 16), preset="gradient", temperature=3.0, params=["net.3.*"]
+    )
     with pytest.warns(SAflexWarning) as caught:
         callback.load_state_dict(state)
     assert messages(caught) == [
@@ -289,7 +293,7 @@ def test_damaged_state_is_refused_by_name(damage, message):
 
 
 def test_gradient_of_other_shapes_is_refused_by_name_before_a_step(tmp_path):
-    callback = SAflexCallback(make_loader(40, 8), engine="forward_mode")
+    callback = SAflexCallback(make_loader(40, 8), preset="gradient", engine="forward_mode")
     trainer = fit(seeded(Classifier), callback, max_epochs=1, limit_train_batches=3)
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
     checkpoint = torch.load(tmp_path / "whole.ckpt", weights_only=False)

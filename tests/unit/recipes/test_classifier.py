@@ -94,7 +94,9 @@ def test_schedule_needs_the_number_of_epochs(max_epochs):
 def test_columns_class_weights_and_smoothing_reach_the_loss(armed):
     torch.manual_seed(0)
     model = Classifier(TwoColumns(), 2, class_weight="balanced", label_smoothing=0.1, lr=0.0)
-    callbacks = [SAflexCallback(label_rule="keep", weight_rule="ones")] if armed else []
+    callbacks = (
+        [SAflexCallback(preset="gradient", label_rule="keep", weight_rule="ones")] if armed else []
+    )
     trainer = make_trainer(*callbacks)
     data = Columns()
     trainer.fit(model, datamodule=data)

@@ -104,7 +104,7 @@ class Step:
         if self._places is not None:
             inputs, kwargs = replace_rows((inputs, kwargs), self._places)
         run = partial(score, *inputs, **kwargs)
-        if self.fit.settings.solves and self.fit.matching.engine.repeats_forward:
+        if self.fit.solves and self.fit.matching.engine.repeats_forward:
             run = unwritten(run, (inputs, kwargs))
         self.begin(run)
         self.seconds += time.perf_counter() - started
@@ -116,7 +116,7 @@ class Step:
 
     def begin(self, run: Callable[[], Scores]) -> None:
         """Do what must come before the training forward; ``run`` is for passes beside it."""
-        if self.fit.settings.solves:
+        if self.fit.solves:
             self._open = self.fit.matching.engine.jvp(run, self.fit.gradient.direction)
 
     def end(self, scores: Scores) -> None:

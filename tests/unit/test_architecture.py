@@ -120,7 +120,11 @@ def test_recipes_use_only_the_public_api():
 
 @pytest.mark.parametrize(
     ("settings", "files", "changes"),
-    [({}, 14, 100), ({"gates": True, "row_evidence": True}, 18, 180)],
+    [
+        ({}, 17, 116),
+        ({"preset": "gradient", "engine": "head"}, 14, 100),
+        ({"preset": "gradient", "gates": True, "row_evidence": True}, 20, 156),
+    ],
 )
 def test_a_step_is_read_in_few_files(settings, files, changes):
     command = [sys.executable, "-W", "ignore", str(TRACE), json.dumps(settings)]

@@ -48,6 +48,7 @@ class Fit:
 
     def __init__(self, settings: Settings, report: Report) -> None:
         self.settings = settings
+        self.solves = settings.solves
         self.report = report
         self.ranks = Ranks()
         self.matching = Matching(settings)
@@ -107,14 +108,14 @@ class Fit:
             check_rows(batch)
         if self._stream is None:
             self._stream = self._open_stream(trainer, batch)
-            if not settings.solves:
+            if not self.solves:
                 rank_zero_info(describe_fit(settings, ""))
             if self.matching.names and not self.matching.fits(module, _held(trainer)):
                 self.gradient = ValidationGradient(settings)  # a checkpoint's, of other parameters
         seed = mix_seed(self._seed or 0, number, self.ranks.rank)
         gate_draws = torch.Generator().manual_seed(mix_seed(seed, _GATES))
         step = Step(self, number, batch, torch.Generator().manual_seed(seed), gate_draws)
-        is_due = settings.solves and self.gradient.is_due(number)
+        is_due = self.solves and self.gradient.is_due(number)
         interval = settings.refresh_every_n_steps
         is_old = self._looked is None or number >= self._looked + interval
         if is_due or (self.evidence is not None and is_old):

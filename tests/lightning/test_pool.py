@@ -14,18 +14,13 @@ from helpers.training import (
     seeded,
     state_of,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
-from saflex_lightning import AugmentedBatch, SAflexCallback, UnsupportedModelError
+from saflex_lightning import AugmentedBatch, SAflexCallback
 
 ROWS, BATCH, EPOCHS = 192, 32, 12
 WRONG = torch.rand(ROWS, generator=torch.Generator().manual_seed(5)) < 0.4
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Expected more matched parameters than unknowns"  # the head engine on a tiny net
-)
 
 
 def pool(*, batched=True, shuffle=True):
@@ -73,11 +68,7 @@ class Telling(Recording):
 
 
 def train(module, loader=None, **kwargs):
-    callback = SAflexCallback(
-        make_loader(96, seed=7),
-        row_evidence=True,
-        **{"engine": "head", "weight_rule": "ones", "label_rule": "keep"},
-    )
+    callback = SAflexCallback(make_loader(96, seed=7))
     loader = pool() if loader is None else loader
     trainer = fit(module, callback, train=loader, **{"max_epochs": EPOCHS, **kwargs})
     return trainer, callback
@@ -119,18 +110,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert whole.weights.equal(resumed.weights)
 
 
-def test_batches_without_an_index():
+def test_batches_without_an_index_are_weighed_by_the_step_alone():
     module = seeded(lambda: Classifier(plain=True))
-    with pytest.raises(MisconfigurationException, match=r"`saflex_loss\(..., index=\)`, for `row_"):
-        train(module, make_loader())
-
-
-def test_a_model_without_a_linear_layer():
-    module = seeded(Recording)
-    module.net = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 8), nn.Flatten())
-    message = "Expected `row_evidence=True` to see an `nn.Linear` called, but the scores used none"
-    with pytest.raises(UnsupportedModelError, match=message):
-        fit(module, SAflexCallback(make_loader(), row_evidence=True), train=pool())
+    _, callback = train(module, make_loader(seed=3))
+    index, evidence = callback.read_row_evidence()
+    assert len(index) == len(evidence) == 0
+    assert module.saflex_solution.weights.std() > 0
 
 
 def test_a_setting_that_is_not_a_choice():

@@ -63,7 +63,7 @@ class ValidationMemory:
 
     def clear(self) -> None:
         """Forget all rows."""
-        self._added, self._chunk, self._rows = 0, None, None
+        self._added, self._rows = 0, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""

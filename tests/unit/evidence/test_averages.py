@@ -1,0 +1,102 @@
+"""Averages of rows over their visits, against plain sums."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers.solving import ALONE, in_parts
+
+from saflex_lightning.evidence.averages import RowAverages
+
+KEYS = torch.tensor([-(2**63), -7, 0, 3, 4, 10**6, 2**40, 2**62, 2**63 - 1])
+
+
+def update(averages, index, values, counted=None, ranks=ALONE):
+    index, values = torch.as_tensor(index), torch.as_tensor(values)
+    counted = torch.ones(len(values), dtype=torch.bool) if counted is None else counted
+    return averages.update(index, values, torch.as_tensor(counted), ranks)
+
+
+def faded(values):
+    """The mean of a row's visits, in order; each later visit makes them count 0.7 times as much."""
+    shares = [0.7 ** (len(values) - 1 - place) for place in range(len(values))]
+    return sum(s * v for s, v in zip(shares, values, strict=True)) / sum(shares)
+
+
+class TestAverages:
+    def test_averages_equal_plain_sums_whose_older_visits_fade(self):
+        generator = torch.Generator().manual_seed(0)
+        averages, seen = RowAverages(), {}
+        for _ in range(5):
+            index = KEYS[torch.randperm(8, generator=generator)[:4]]
+            values = torch.rand(4, generator=generator)
+            for key, value in zip(index.tolist(), values.tolist(), strict=True):
+                seen.setdefault(key, []).append(value)
+            found = update(averages, index, values)
+            expected = [faded(seen[key]) for key in index.tolist()]
+            assert found.tolist() == pytest.approx(expected)
+        index, evidence = averages.read()
+        assert index.tolist() == sorted(seen)
+        assert evidence.tolist() == pytest.approx([faded(seen[key]) for key in sorted(seen)])
+
+    def test_a_row_may_stand_in_a_batch_twice(self):
+        averages = RowAverages()
+        assert update(averages, [5, 5, 2], [0.2, 0.4, 0.9]).tolist() == pytest.approx(
+            [0.3, 0.3, 0.9]
+        )
+        assert averages.read().index.tolist() == [2, 5]
+
+    def test_rows_that_do_not_count_or_have_no_finite_number_are_left_out(self):
+        averages = RowAverages()
+        assert update(averages, [8], [0.3], [False]).tolist() == pytest.approx([0.3])
+        assert averages.read().index.tolist() == []
+        update(averages, [0, 1], [0.5, 0.5])
+        counted = [False, True, True, False]
+        found = update(averages, [-1, 1, 2, 0], [0.1, torch.nan, 0.9, 0.7], counted)
+        assert found.tolist() == pytest.approx([0.1, 0.5, 0.9, 0.5])
+        index, evidence = averages.read()
+        assert index.tolist() == [0, 1, 2]
+        assert evidence.tolist() == pytest.approx([0.5, 0.5, 0.9])
+
+    def test_a_number_that_is_not_finite_is_nobody_s_average(self):
+        assert update(RowAverages(), [4], [torch.inf]).tolist() == [torch.inf]
+
+    @pytest.mark.parametrize("before", [[], [3]])
+    def test_a_batch_without_rows(self, before):
+        averages = RowAverages()
+        update(averages, torch.tensor(before, dtype=torch.long), torch.ones(len(before)))
+        assert update(averages, torch.zeros(0, dtype=torch.long), torch.zeros(0)).shape == (0,)
+
+    def test_restored_averages_go_on_alike(self):
+        first, copy = RowAverages(), RowAverages()
+        update(first, [3, 1], [0.2, 0.4])
+        copy.load_state_dict(first.state_dict())
+        for one in (first, copy):
+            update(one, [3, 9], [0.6, 0.7])
+        for found, expected in zip(copy.read(), first.read(), strict=True):
+            assert torch.equal(found, expected)
+
+    def test_a_state_that_was_loaded_stays_as_it_was(self):
+        first, copy = RowAverages(), RowAverages()
+        update(first, [3, 1], [0.2, 0.4])
+        state = first.state_dict()
+        before = deepcopy(state)
+        copy.load_state_dict(state)
+        update(copy, [3, 9], [0.6, 0.7])
+        assert all(torch.equal(state[name], before[name]) for name in before)
+
+    def test_ranks_share_the_averages_of_the_whole_batch(self):
+        index, values = KEYS[[8, 0, 3, 3, 5]], torch.rand(5)
+        counted = torch.tensor([True, True, True, True, False])
+        whole = RowAverages()
+        expected = update(whole, index, values, counted)
+
+        def work(own, ranks):
+            averages = RowAverages()
+            return update(averages, index[own], values[own], counted[own], ranks), averages.read()
+
+        parts = in_parts([4, 1], work)
+        torch.testing.assert_close(torch.cat([found for found, _ in parts]), expected)
+        for _, (rows, evidence) in parts:
+            assert torch.equal(rows, whole.read().index)
+            torch.testing.assert_close(evidence, whole.read().evidence)

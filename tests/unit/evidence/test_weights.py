@@ -1,0 +1,240 @@
+"""Beliefs by Bayes' rule, and the ascent against autograd of what it ascends, in float64."""
+
+from copy import deepcopy
+from math import log
+
+import pytest
+import torch
+from helpers.solving import ALONE, in_parts
+from torch.nn.functional import one_hot
+
+from saflex_lightning.evidence.evidence import Evidence
+from saflex_lightning.evidence.weights import _NOISE, GroupWeights, beliefs, log_likelihoods
+from saflex_lightning.functional.losses import NO_OPTIONS, LossOptions
+
+CPU = torch.device("cpu")
+CLASSES, GROUPS = 5, 3
+
+
+def test_beliefs_and_likelihoods_are_bayes_rule():
+    posteriors = torch.tensor([0.9, 0.5, 0.05], dtype=torch.float64)
+    found, likelihood = beliefs(posteriors, CLASSES), log_likelihoods(posteriors, CLASSES)
+    for row, q in enumerate(posteriors.tolist()):
+        for column, noise in enumerate(_NOISE):
+            right, wrong = q * (1 - noise), (1 - q) * noise / (CLASSES - 1)
+            assert found[row, column].item() == pytest.approx(right / (right + wrong))
+            assert likelihood[row, column].item() == pytest.approx(log(right + wrong))
+
+
+def test_a_label_that_tells_nothing_leaves_the_posterior():
+    """The belief at a noise of 1 - 1/K is q itself, as for rows beside clean ones."""
+    posteriors = torch.rand(7, dtype=torch.float64)
+    assert 1 - 1 / CLASSES == 0.8
+    torch.testing.assert_close(beliefs(posteriors, CLASSES)[:, _NOISE.index(0.8)], posteriors)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4])
+def test_the_share_of_wrong_labels_is_estimated(share):
+    """From posteriors that are calibrated: right labels are drawn from them."""
+    generator = torch.Generator().manual_seed(0)
+    rule = GroupWeights(is_on=True)
+    rule.start(2, CPU)
+    for _ in range(200):
+        probs = (4 * torch.randn(64, CLASSES, generator=generator)).softmax(1)
+        given = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+        wrong = torch.rand(64, generator=generator) < share
+        shift = torch.randint(1, CLASSES, (64,), generator=generator)
+        given = torch.where(wrong, (given + shift) % CLASSES, given)
+        posteriors = probs.gather(1, given.unsqueeze(1)).squeeze(1)
+        sums = torch.zeros(2, len(_NOISE))
+        sums[1] = log_likelihoods(posteriors, CLASSES).sum(0)
+        rule.watch(sums)
+    assert rule.noise()[1].item() == pytest.approx(share, abs=0.05)
+
+
+def problem(seed=0, *, alone=False, dtype=torch.float64):
+    """An evidence that remembers validation rows, and a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    evidence = Evidence(weighs_rows=True, has_gates=True)
+    evidence.start(("clean", "one", "two"), 40, 1000, CPU)
+    labels = torch.arange(40) % CLASSES
+    scores = torch.randn(40, CLASSES, generator=generator, dtype=dtype)
+    scores = scores + 2 * one_hot(labels, CLASSES)
+    onehot = one_hot(labels, CLASSES).to(dtype)
+    evidence.remember(0, scores, scores.softmax(1) - onehot, onehot, ALONE)
+    size = 24
+    batch = {
+        "scores": 2 * torch.randn(size, CLASSES, generator=generator, dtype=dtype),
+        "target": torch.randint(0, CLASSES, (size,), generator=generator),
+        "augmented": torch.arange(size) >= (0 if alone else 8),
+        "group": 1 + torch.arange(size) % 2,
+        "index": torch.arange(size),
+        "dropped": None,
+        "options": NO_OPTIONS,
+    }
+    return evidence, batch
+
+
+def weigh(evidence, batch, number=500, ranks=ALONE):
+    return evidence.weigh(number, *batch.values(), ranks)
+
+
+@pytest.mark.parametrize("target", ["hard", "soft"])
+def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
+    evidence, batch = problem()
+    if target == "soft":
+        batch["target"] = torch.rand(24, CLASSES, dtype=torch.float64).softmax(1)
+    weigh(evidence, batch)  # shows that there are clean rows
+    state = evidence.rule._state
+    state["powers"] = torch.tensor([1.0, 0.6, 1.7])
+    state["offsets"] = torch.tensor([0.0, -0.4, 0.1])
+    seen = {}
+    evidence.rule.ascend = lambda powers, offsets: seen.update(powers=powers, offsets=offsets)
+    averages = deepcopy(evidence.averages)
+    rows = weigh(evidence, batch)
+
+    labels = batch["target"]
+    labels = one_hot(labels, CLASSES).double() if labels.ndim == 1 else labels
+    judgement = evidence.judge(batch["scores"], labels, batch["augmented"], NO_OPTIONS)
+    q = averages.update(batch["index"], judgement.posteriors, batch["augmented"], ALONE)
+    q = q.clamp(1e-4, 1 - 1e-4)
+    rms = judgement.products.square().mean().sqrt()
+    s = (labels * judgement.products).sum(1) / rms
+    a = state["powers"].double().requires_grad_()
+    b = state["offsets"].double().requires_grad_()
+    log_v = a[batch["group"]] * q.log() + b[batch["group"]]
+    v = torch.where(batch["augmented"], log_v, 0).exp()
+    assert v.max() < 2.01, "no weight is capped, where the gradient would be another"
+    m = (v * s).sum() / v.sum()
+    slope_a, slope_b = torch.autograd.grad(m, (a, b))
+    torch.testing.assert_close(rows.weights, v.detach())
+    torch.testing.assert_close(rows.rms, rms)
+    torch.testing.assert_close(seen["powers"][1:], slope_a[1:])
+    torch.testing.assert_close(seen["offsets"][1:], slope_b[1:])
+    assert seen["powers"][0] == seen["offsets"][0] == 0
+
+
+def test_the_step_is_that_of_torch_s_adam():
+    rule = GroupWeights(is_on=True)
+    rule.start(GROUPS, CPU)
+    a, b = torch.ones(GROUPS, requires_grad=True), torch.zeros(GROUPS, requires_grad=True)
+    optimizer = torch.optim.Adam([a, b], 0.02, maximize=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        a.grad, b.grad = torch.randn(2, GROUPS, generator=generator)
+        rule.ascend(a.grad.clone(), b.grad.clone())
+        optimizer.step()
+    torch.testing.assert_close(rule._state["powers"], a.detach())
+    torch.testing.assert_close(rule._state["offsets"], b.detach())
+
+
+def test_clean_rows_count_in_full_and_nothing_is_learned_of_them():
+    evidence, batch = problem()
+    for number in range(100, 130):
+        rows = weigh(evidence, batch, number)
+        assert rows.weights[:8].eq(1).all()
+        assert rows.products[:8].eq(0).all()
+        assert rows.weights.max() <= 2.02
+    assert evidence.rule._state["powers"][0] == 1
+    assert evidence.rule._state["offsets"][0] == 0
+    assert evidence.rule._state["powers"][1] != 1
+
+
+def test_rows_that_stand_alone_all_count_until_their_noise_is_known():
+    """For a fifth of the training, and the offsets of groups stay 0."""
+    evidence, batch = problem(alone=True)
+    assert weigh(evidence, batch, 199).weights.eq(1).all()
+    later = weigh(evidence, batch, 200).weights
+    assert later.std() > 0.05
+    assert evidence.rule._state["offsets"].eq(0).all()
+    assert evidence.rule._state["powers"][1] != 1
+    assert evidence.gates is not None
+    assert evidence.gates.read()[0].eq(0).all()
+
+
+def test_ranks_learn_from_the_whole_batch():
+    for _ in range(2):
+        evidence, batch = problem()
+        whole = [weigh(evidence, batch, number) for number in (100, 101)]
+
+        def work(own, ranks):
+            evidence, batch = problem()
+            part = {
+                name: value[own] if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            found = [weigh(evidence, part, number, ranks) for number in (100, 101)]
+            return [one.weights for one in found], evidence.state_dict()
+
+        parts = in_parts([15, 9], work)
+        for step in (0, 1):
+            found = torch.cat([weights[step] for weights, _ in parts])
+            torch.testing.assert_close(found, whole[step].weights)
+        for _, state in parts:
+            for name in ("powers", "offsets", "likelihoods"):
+                torch.testing.assert_close(state["rule"][name], evidence.state_dict()["rule"][name])
+
+
+def test_a_restored_evidence_goes_on_alike():
+    evidence, batch = problem()
+    for number in range(100, 105):
+        weigh(evidence, batch, number)
+    copy = Evidence(weighs_rows=True, has_gates=True)
+    copy.load_state_dict(deepcopy(evidence.state_dict()))
+    copy.start(("clean", "one", "two"), 40, 1000, CPU)
+    for number in range(105, 110):
+        for found, expected in zip(
+            weigh(copy, batch, number), weigh(evidence, batch, number), strict=True
+        ):
+            assert torch.equal(found, expected)
+
+
+def test_rows_that_are_not_finite_or_dropped_teach_nothing():
+    evidence, batch = problem()
+    other, _ = problem()
+    spoiled = {**batch, "scores": batch["scores"].clone(), "dropped": torch.arange(24) == 20}
+    spoiled["scores"][12] = torch.nan
+    rows = weigh(evidence, spoiled)
+    assert not rows.finite
+    assert rows.weights[12] == 1
+    kept = [i for i in range(24) if i not in {12, 20}]
+    part = {n: v[kept] if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    expected = weigh(other, part)
+    torch.testing.assert_close(rows.weights[kept], expected.weights)
+    for name, value in other.rule.state_dict().items():
+        found = evidence.rule.state_dict()[name]
+        assert found == value if name == "steps" else torch.allclose(found, value)
+
+
+def test_class_weights_enter_the_products():
+    evidence, batch = problem()
+    weight = torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)
+    plain = weigh(evidence, batch)
+    weighted = weigh(problem()[0], {**batch, "options": LossOptions(weight)})
+    rows = batch["augmented"]
+    expected = plain.products * plain.rms * weight
+    torch.testing.assert_close(weighted.products[rows] * weighted.rms, expected[rows])
+
+
+def test_a_batch_without_rows():
+    evidence, batch = problem()
+    empty = {n: v[:0] if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    rows = weigh(evidence, empty)
+    assert rows.weights.shape == (0,)
+    assert rows.finite
+
+
+def test_without_validation_rows_nothing_is_said():
+    evidence = Evidence(weighs_rows=True, has_gates=False)
+    evidence.start((), 40, 1000, CPU)
+    assert weigh(evidence, problem()[1]) is None
+
+
+@pytest.mark.parametrize(("group", "row"), [(0, 9), (3, 10)])
+def test_a_group_that_cannot_be_is_named_with_its_row(group, row):
+    evidence, batch = problem()
+    batch["group"][row] = group
+    with pytest.raises(
+        ValueError, match=rf"in 1 to 2, as there are 3 group.* got {group} in row {row}"
+    ):
+        weigh(evidence, batch)

@@ -114,10 +114,10 @@ def _strategy_problems(strategy: Strategy, settings: Settings) -> Iterator[str]:
         yield (
             "Expected a single device, `strategy='ddp'` or `ModelParallelStrategy`, but got "
             f"`{type(strategy).__name__}`. Choose `ddp`, or shard the model with `fully_shard` in "
-            "`configure_model` under `ModelParallelStrategy` and pass engine='head'."
+            "`configure_model` under `ModelParallelStrategy`."
         )
         return
-    if settings.engine != "head":
+    if settings.solves and settings.engine != "head":
         yield (
             "Expected engine='head' under `ModelParallelStrategy`, but got "
             f"engine={settings.engine!r}, which may need whole parameters. Pass engine='head', or "
@@ -145,7 +145,7 @@ def _precision_problems(trainer: pl.Trainer, settings: Settings) -> Iterator[str
 def _compile_problems(module: Any, settings: Settings) -> Iterator[str]:
     # Lightning puts this on a module that was compiled as a whole, training step included.
     whole = getattr(module, "_compiler_ctx", None) is not None
-    if whole and settings.engine != "finite_difference":
+    if whole and settings.solves and settings.engine != "finite_difference":
         yield (
             "Expected engine='finite_difference' where `torch.compile` takes the whole module, but "
             f"got engine={settings.engine!r}, for which compiled code hides what it needs. Compile "

@@ -268,8 +268,11 @@ class Fit:
             self.gradient.load_state_dict(state["gradient"])
             self.matching.load_state_dict(state["matching"])
         self._looked = state["looked"]
-        if self.evidence is not None and state["evidence"] is not None:
-            self.evidence.load_state_dict(state["evidence"])
+        if self.evidence is not None:
+            if state["evidence"] is None:
+                self._looked = None  # no validation rows were remembered
+            else:
+                self.evidence.load_state_dict(state["evidence"])
 
     def _open_stream(self, trainer: pl.Trainer, batch: Any) -> ValidationStream:
         if self._seed is None:

@@ -9,6 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from helpers.pairs import TwoTowers
 from helpers.training import (
+    GRADIENT,
     NUM_CLASSES,
     Classifier,
     fit,
@@ -188,25 +189,39 @@ SCENARIOS = {
             {"engine": engine, **preset}, dtypes=(torch.float64, torch.float32)
         )
         for engine in ENGINES
-        for name, preset in {"robust": {}, "paper": PAPER}.items()
+        for name, preset in {"gradient": GRADIENT, "paper": PAPER}.items()
     },
+    "robust": Scenario(dtypes=(torch.float64, torch.float32)),
     "unused parameters": Scenario(
-        {"engine": "forward_mode"}, module=Branching, ddp={"find_unused_parameters": True}
+        {**GRADIENT, "engine": "forward_mode"},
+        module=Branching,
+        ddp={"find_unused_parameters": True},
     ),
-    "static graph": Scenario(ddp={"static_graph": True}),
-    "accumulation": Scenario(trainer={"accumulate_grad_batches": 2}),
-    "manual optimization": Scenario(module=Manual),
-    "union batch": Scenario(batch=union),
-    "union batch, finite_difference": Scenario({"engine": "finite_difference"}, batch=union),
-    "no augmented row on a rank": Scenario(batch=clean_first_half),
+    "robust, unused parameters": Scenario(module=Branching, ddp={"find_unused_parameters": True}),
+    **{
+        f"{name}{what}": Scenario(way, **settings)
+        for name, way in {"": GRADIENT, "robust, ": {}}.items()
+        for what, settings in {
+            "static graph": {"ddp": {"static_graph": True}},
+            "accumulation": {"trainer": {"accumulate_grad_batches": 2}},
+            "manual optimization": {"module": Manual},
+            "union batch": {"batch": union},
+            "no augmented row on a rank": {"batch": clean_first_half},
+            "soft labels": {"batch": mixed},
+        }.items()
+    },
+    "union batch, finite_difference": Scenario(
+        {**GRADIENT, "engine": "finite_difference"}, batch=union
+    ),
     "all rows dropped": Scenario(HARD, batch=wrong, batch_size=4),
-    "soft labels": Scenario(batch=mixed),
-    # Augmented rows that are better than the clean ones: none is rejected, all are raised.
-    "gates": Scenario({"gates": True}, batch=partial(grouped, wrong="clean")),
-    "NaN on one rank": Scenario(
-        {"gates": True}, module=Surviving, batch=partial(grouped, wrong="clean")
+    # Augmented rows that are better than the clean ones: none is rejected.
+    "gates": Scenario({"row_evidence": False}, batch=partial(grouped, wrong="clean")),
+    "NaN on one rank": Scenario(module=Surviving, batch=partial(grouped, wrong="clean")),
+    "NaN on one rank, gradient": Scenario(
+        GRADIENT, module=Surviving, batch=partial(grouped, wrong="clean")
     ),
-    "row evidence": Scenario({"row_evidence": True}, batch=indexed),
+    "row evidence": Scenario({"gates": False}, batch=indexed),
+    "everything": Scenario({**GRADIENT, "gates": True, "row_evidence": True}, batch=indexed),
     # Features gathered over ranks; steered by pairs (gathered too) or by classification.
     **{
         f"{engine}, {steering}": Scenario(
@@ -214,14 +229,14 @@ SCENARIOS = {
             module=partial(TwoTowers, gather=True, steering=steering),
         )
         for engine in ("finite_difference", "forward_mode")
-        for preset, steering in (({}, "pairs"), (PAPER, "classes"))
+        for preset, steering in ((GRADIENT, "pairs"), (PAPER, "classes"))
     },
 }
 
 
 # Draws of its own on every rank: several processes do not equal one.
 OWN_DRAWS = {
-    "gates that reject": Scenario({"gates": True}, batch=partial(grouped, wrong="augmented")),
+    "gates that reject": Scenario(batch=partial(grouped, wrong="augmented")),
 }
 
 

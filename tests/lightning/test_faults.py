@@ -152,9 +152,7 @@ STAGES = [
 
 @pytest.mark.parametrize("error", [Planted, KeyboardInterrupt])
 @pytest.mark.parametrize(("way", "stage"), STAGES, ids=str)
-def test_failure_at_any_stage_leaves_the_parameters_and_a_checkpoint(
-    tmp_path, way, stage, error
-):
+def test_failure_at_any_stage_leaves_the_parameters_and_a_checkpoint(tmp_path, way, stage, error):
     module = seeded(lambda: Faulty(stage, fail_with(error("own words"))))
     rows = Rows(*make_rows(32, seed=7))
     rows.on_access = lambda: module.at("draw")

@@ -209,9 +209,7 @@ def test_state_holds_what_torch_loads_without_running_code(tmp_path, settings, d
 
 def test_other_settings_warn_by_name():
     state = saved_state(**GRADIENT, temperature=1.5, seed=5)
-    callback = SAflexCallback(
-        make_loader(40, 16), **GRADIENT, temperature=3.0, params=["net.3.*"]
-    )
+    callback = SAflexCallback(make_loader(40, 16), **GRADIENT, temperature=3.0, params=["net.3.*"])
     with pytest.warns(SAflexWarning) as caught:
         callback.load_state_dict(state)
     assert messages(caught) == [

@@ -111,10 +111,11 @@ def _strategy_problems(strategy: Strategy, settings: Settings) -> Iterator[str]:
     if whole and not isinstance(strategy, DeepSpeedStrategy):  # which derives from `DDPStrategy`
         return
     if not isinstance(strategy, ModelParallelStrategy):
+        engine = " and pass engine='head'" if settings.solves else ""
         yield (
             "Expected a single device, `strategy='ddp'` or `ModelParallelStrategy`, but got "
             f"`{type(strategy).__name__}`. Choose `ddp`, or shard the model with `fully_shard` in "
-            "`configure_model` under `ModelParallelStrategy`."
+            f"`configure_model` under `ModelParallelStrategy`{engine}."
         )
         return
     if settings.solves and settings.engine != "head":

@@ -1,4 +1,4 @@
-"""Sharded parameters: evidence and the head engine equal the unsharded run; what else is refused, and how."""
+"""Sharded runs with evidence or the head engine equal unsharded ones; what else is refused."""
 
 import pytest
 import torch

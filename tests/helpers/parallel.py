@@ -122,12 +122,12 @@ def plain(inputs, target, place):
 
 def union(inputs, target, place):
     """Clean and augmented rows by turns."""
-    return augmented_where(place % 2 == 1, inputs, target)
+    return augmented_where(place % 2 == 1, inputs, target, place)
 
 
 def clean_first_half(inputs, target, place):
     """Augmented rows in the second half of the batch alone: the first ranks have none."""
-    return augmented_where(place >= BATCH // 2, inputs, target)
+    return augmented_where(place >= BATCH // 2, inputs, target, place)
 
 
 def wrong(inputs, target, place):
@@ -145,19 +145,17 @@ def grouped(inputs, target, place, *, wrong):
     """Clean and augmented rows by turns; two groups; the clean or the augmented labels wrong."""
     augmented = place % 2 == 1
     moved = augmented == (wrong == "augmented")
-    batch = augmented_where(augmented, inputs, torch.where(moved, target + 1, target) % NUM_CLASSES)
+    target = torch.where(moved, target + 1, target) % NUM_CLASSES
+    batch = augmented_where(augmented, inputs, target, place)
     group = torch.where(augmented, 1 + (place % 4 == 3).long(), 0)
-    return replace(batch, group=group, source=torch.where(augmented, batch.index - 1, -1))
+    source = torch.where(augmented, torch.arange(len(target)) - 1, -1)
+    return replace(batch, group=group, source=source)
 
 
-def indexed(inputs, target, place):
-    """The union with an identity for every row."""
-    return replace(union(inputs, target, place), index=place)
-
-
-def augmented_where(mask, inputs, target):
+def augmented_where(mask, inputs, target, place):
+    """A batch whose rows are told apart by their place in the whole one."""
     none = torch.full_like(target, -1)
-    return AugmentedBatch(inputs, target, mask, mask.long(), torch.arange(len(target)), none)
+    return AugmentedBatch(inputs, target, mask, mask.long(), place, none)
 
 
 @dataclass(frozen=True)
@@ -220,8 +218,8 @@ SCENARIOS = {
     "NaN on one rank, gradient": Scenario(
         GRADIENT, module=Surviving, batch=partial(grouped, wrong="clean")
     ),
-    "row evidence": Scenario({"gates": False}, batch=indexed),
-    "everything": Scenario({**GRADIENT, "gates": True, "row_evidence": True}, batch=indexed),
+    "row evidence": Scenario({"gates": False}, batch=union),
+    "everything": Scenario({**GRADIENT, "gates": True, "row_evidence": True}, batch=union),
     # Features gathered over ranks; steered by pairs (gathered too) or by classification.
     **{
         f"{engine}, {steering}": Scenario(
@@ -236,7 +234,9 @@ SCENARIOS = {
 
 # Draws of its own on every rank: several processes do not equal one.
 OWN_DRAWS = {
-    "gates that reject": Scenario(batch=partial(grouped, wrong="augmented")),
+    "gates that reject": Scenario(
+        {"row_evidence": False}, batch=partial(grouped, wrong="augmented")
+    ),
 }
 
 

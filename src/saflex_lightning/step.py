@@ -20,7 +20,9 @@ from .functional.contrastive import contrastive_target
 from .functional.losses import (
     LossOptions,
     Scores,
+    as_tuple,
     check_target,
+    check_tasks,
     dense_target,
     mean_cross_entropy,
     weighted_cross_entropy,
@@ -132,7 +134,7 @@ class Step:
         assert self._open is not None
         (finish, recording), self._open = self._open, None
         features = None if recording is None else widen(recording.take(scores))
-        self.calls.append(Call(_tasks(scores), _tasks(finish.of(scores)), features))
+        self.calls.append(Call(as_tuple(scores), as_tuple(finish.of(scores)), features))
 
     def close(self) -> None:
         """Give up a forward that failed."""
@@ -158,7 +160,9 @@ class Step:
         """
         started = time.perf_counter()
         self.options = options
-        given = _tasks(logits)
+        given = as_tuple(logits)
+        if target is not None:
+            check_tasks(given)
         call = self._call_of(given)
         if self.fit.val_probabilities:
             self.fit.report.say_probabilities(given)
@@ -279,7 +283,3 @@ class Step:
                 f"like the validation batch, but got {classes}. Use one head for both."
             )
         return call
-
-
-def _tasks(scores: Scores) -> tuple[Tensor, ...]:
-    return (scores,) if isinstance(scores, Tensor) else tuple(scores)

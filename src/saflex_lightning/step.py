@@ -46,6 +46,17 @@ class Call:
     features: Tensor | None
     is_used: bool = False
 
+    def __post_init__(self) -> None:
+        self._versions = [scores._version for scores in self.scores]
+
+    def made(self, logits: Sequence[Tensor]) -> bool:
+        """Say whether logits are these scores, or copies, as they were."""
+        return (
+            len(logits) == len(self.scores)
+            and all(map(same_values, logits, self.scores))
+            and [scores._version for scores in self.scores] == self._versions
+        )
+
 
 @dataclass(frozen=True)
 class SolvedTask:
@@ -258,7 +269,7 @@ class Step:
                 "`training_step`, but it did not. Compute the logits with `saflex_forward`."
             )
         for call in self.calls:
-            if len(logits) == len(call.scores) and all(map(same_values, logits, call.scores)):
+            if call.made(logits):
                 call.is_used = True
                 break
         else:

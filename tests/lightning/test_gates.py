@@ -300,6 +300,17 @@ class TestRefusals:
         with pytest.raises(MisconfigurationException, match=message):
             self.fit(train=self.changed(**fields))
 
+    def test_a_later_batch_whose_source_is_an_augmented_row(self):
+        def batch(*columns):
+            made.append(union_batch(*columns))
+            if len(made) == 3:
+                made[-1].source[20] = 20
+            return made[-1]
+
+        made = []
+        with pytest.raises(MisconfigurationException, match="or an augmented one"):
+            self.fit(train=gated_loader(make_batch=batch))
+
     def test_plain_batches_without_groups(self):
         with pytest.raises(MisconfigurationException, match="does not tell which group made its"):
             self.fit(train=plain_batches())

@@ -63,7 +63,8 @@ def union_batch(
     if is_mixing(augment):
         made = mix_rows(augment, inputs, target)
     elif getattr(augment, "changes_label", False):
-        made = MadeRows(*augment(inputs, target), torch.ones_like(rows))
+        images, labels = augment(inputs, target)
+        made = MadeRows(images, labels, torch.ones_like(rows))
     elif can_be_tagged(augment):
         tagged = TagOperations(augment)(inputs)
         made = MadeRows(tagged.image, target, torch.full_like(rows, tagged.group))

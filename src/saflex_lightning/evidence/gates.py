@@ -240,6 +240,6 @@ class Gates:
                 f"{int(group[row])} in row {row}. Tell which operation made each row in "
                 f"`AugmentedBatch.group`. {_WITHOUT}"
             )
-        if batch is not None and not self._is_checked:
+        if batch is not None:
             check_replaceable(batch, _WITHOUT)
         self._is_checked = True

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from saflex_lightning.batch import AugmentedBatch
 
+from .checks import check
 from .mixing import check_mixing, is_mixing
 from .operations import TagOperations, can_be_tagged
 from .union import MadeRows, check_shape, join_rows, mix_rows
@@ -50,14 +52,36 @@ def union_batch(
         Twice as many rows, the clean ones first.
 
     Raises:
-        TypeError: If the inputs are something else.
-        ValueError: If the augmented inputs are of other shapes, or mixed by kornia.
+        TypeError: If an argument is of another type.
+        ValueError: If a length does not fit, the augmented inputs are of other shapes, or kornia
+            mixes them.
 
     Example:
         >>> batch = union_batch(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), torch.fliplr)
         >>> batch.inputs.shape, batch.target, batch.source
         (torch.Size([4, 3, 8, 8]), tensor([0, 1, 0, 1]), tensor([-1, -1,  0,  1]))
     """
+    check("a function", augment=augment)
+    check("a tensor of integers, (rows,)", optional=True, index=index)
+    labels: Any = target
+    if not isinstance(labels, Tensor) or labels.ndim == 0:
+        raise TypeError(
+            "Expected `target` to be a tensor with a label per row, but got "
+            f"{type(labels).__name__}. Pass torch.tensor(labels)."
+        )
+    parts: list[Any] = []
+    apply_to_collection(inputs, object, parts.append, wrong_dtype=(dict, list, tuple))
+    if not parts or not all(isinstance(part, Tensor) and _has_rows(part, target) for part in parts):
+        found = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
+        raise ValueError(
+            f"Expected `inputs` to be tensors with a row for each of {len(target)} labels, but got "
+            f"{found}. Leave what is not a row out."
+        )
+    if index is not None and not _has_rows(index, target):
+        raise ValueError(
+            f"Expected `index` to have a number for each of {len(target)} rows, but got "
+            f"{len(index)}. Pass that of every clean row."
+        )
     check_mixing(augment)
     rows = torch.arange(len(target), device=target.device)
     if is_mixing(augment):
@@ -74,3 +98,7 @@ def union_batch(
     batch = join_rows(inputs, target, rows, made, num_rows=len(rows))
     batch.index = None if index is None else torch.cat([index, -1 - index])
     return batch
+
+
+def _has_rows(part: Tensor, target: Tensor) -> bool:
+    return part.ndim > 0 and len(part) == len(target)

@@ -204,8 +204,20 @@ class UnionDataset(Dataset[UnionRow]):
         return inputs, target.long().reshape(-1)  # of any integer type, also as a column
 
 
-def group_names_of(augment: Any) -> tuple[str, ...]:
-    """Return the name of every group that an augmentation can give, that of clean rows first."""
+def group_names_of(augment: Callable[..., Any] | None) -> tuple[str, ...]:
+    """Return the name of every group that an augmentation can give, that of clean rows first.
+
+    Args:
+        augment: As for `UnionDataset`.
+
+    Raises:
+        TypeError: If it is no function.
+
+    Example:
+        >>> group_names_of(torch.fliplr)
+        ('clean', 'fliplr')
+    """
+    check("a function", optional=True, augment=augment)
     if augment is None:
         return ("clean",)
     if is_mixing(augment):

@@ -287,6 +287,8 @@ def _state_problems(found: Any, expected: Any, name: str) -> Iterator[str]:
             yield f"`{name}` has {len(found)} entries, not {len(expected)}"
         for place, (entry, part) in enumerate(zip(found, expected, strict=False)):
             yield from _state_problems(entry, part, f"{name}[{place}]")
+    elif isinstance(expected, tuple) and not all(isinstance(part, (int, str)) for part in found):
+        yield f"`{name}` holds something else than numbers or names"
 
 
 def _dict_problems(

@@ -140,10 +140,10 @@ class SAflexMixin:
 
         Args:
             logits: What `saflex_forward` returned: ``(batch, classes)``, or a tuple of them.
-            target: Upstream labels, ``(batch,)`` integers or ``(batch, classes)`` float; None takes
-                the target of the `AugmentedBatch` that ``training_step`` was given. Where there is
-                none, scores are contrastive and their target is the diagonal (of the columns of
-                this rank, where features were gathered).
+            target: Upstream labels, ``(batch,)`` integers or ``(batch, classes)`` float. None takes
+                the target of the `AugmentedBatch` that ``training_step`` was given; without one,
+                and for a tuple of scores, these are contrastive and their target is the diagonal
+                (of the columns of this rank, where features were gathered).
             augmented: True where a row is refined, ``(batch,)`` bool; None refines every row. An
                 `AugmentedBatch` brings its own mask, and then this must be None.
             group: What made each row, ``(batch,)`` int64, 0 for clean rows; read with
@@ -170,7 +170,7 @@ class SAflexMixin:
         batch = self._saflex_batch
         if batch is None and step is not None:  # `training_step` is that of a class without us
             batch = step.batch
-        if target is None and isinstance(batch, AugmentedBatch):
+        if target is None and isinstance(logits, Tensor) and isinstance(batch, AugmentedBatch):
             target = batch.target
         if step is None or not torch.is_grad_enabled():
             self.__dict__.pop("saflex_solution", None)

@@ -145,7 +145,7 @@ class Step:
         assert self._open is not None
         (finish, recording), self._open = self._open, None
         features = None if recording is None else widen(recording.take(scores))
-        self.calls.append(Call(as_tuple(scores), as_tuple(finish.of(scores)), features))
+        self.calls.append(Call(_tasks(scores), _tasks(finish.of(scores)), features))
 
     def close(self) -> None:
         """Give up a forward that failed."""
@@ -171,8 +171,8 @@ class Step:
         """
         started = time.perf_counter()
         self.options = options
-        given = as_tuple(logits)
-        if target is not None:
+        given = _tasks(logits)
+        if target is not None and len(given) > 1:
             check_tasks(given)
         call = self._call_of(given)
         if self.fit.val_probabilities:
@@ -294,3 +294,7 @@ class Step:
                 f"like the validation batch, but got {classes}. Use one head for both."
             )
         return call
+
+
+def _tasks(scores: Scores) -> tuple[Tensor, ...]:
+    return (scores,) if isinstance(scores, Tensor) else as_tuple(scores)

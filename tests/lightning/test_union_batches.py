@@ -135,6 +135,18 @@ def test_pairs_keep_the_diagonal_where_the_batch_has_no_target():
     torch.testing.assert_close(module.training_step(batch, 0), expected)
 
 
+def test_a_tuple_of_scores_keeps_the_diagonal_beside_labels():
+    class Pairs(Short):
+        def training_step(self, batch, batch_idx):
+            scores = self.saflex_forward(batch.inputs)
+            return self.saflex_loss((scores @ scores.T, scores @ scores.T))
+
+    batch, module = next(iter(loader())), seeded(lambda: Pairs(plain=True))
+    scores = module(batch.inputs)
+    expected = cross_entropy(scores @ scores.T, torch.arange(16))
+    torch.testing.assert_close(module.training_step(batch, 0), expected)
+
+
 @pytest.mark.filterwarnings(
     "ignore:.*to_torchscript. has been deprecated", "ignore:This property will be removed"
 )

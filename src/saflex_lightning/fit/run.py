@@ -203,7 +203,7 @@ class Fit:
             scores = module.saflex_scores(**inputs)
         else:
             scores = module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-        tasks = as_tuple(scores)
+        tasks = (scores,) if isinstance(scores, Tensor) else as_tuple(scores)
         if not self.val_classes:  # looking at values waits for the device
             self.val_probabilities = all(map(is_probabilities, tasks))
         self.val_classes = tuple(task.shape[-1] for task in tasks)

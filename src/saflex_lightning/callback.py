@@ -16,6 +16,7 @@ from .fit.checks import (
     check_model,
     check_state,
     count_batches,
+    damaged_state,
     find_group_names,
 )
 from .fit.report import Report, log_metrics, read_step
@@ -85,8 +86,6 @@ class SAflexCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, and find rows other than the Trainer's own."""
         check_model(pl_module, self.settings)
-        if self.settings.gathers:
-            find_group_names(trainer, pl_module)
         self._loader = self._given_loader
         if self._loader is None:
             self._loader = ask_hook(trainer, pl_module, "saflex_dataloader")
@@ -223,7 +222,12 @@ class SAflexCallback(pl.Callback):
         expected = self.state_dict()
         check_state(state_dict, expected)
         changed = self._report.say_changed(state_dict["settings"], expected["settings"])
-        self._fit.load_state_dict(state_dict, changed)
+        fit = Fit(self.settings, self._report)
+        try:
+            fit.load_state_dict(state_dict, changed)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise damaged_state(f"reading it failed with {error!r}") from error
+        self._fit = fit
         self._report.skipped_before = state_dict["skipped_steps"]
 
     # The end

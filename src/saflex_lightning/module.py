@@ -1,13 +1,14 @@
 """What a LightningModule needs so that a training step can be refined."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .batch import read_batch
-from .functional.losses import LossOptions, Scores, mean_cross_entropy
+from .batch import AugmentedBatch, read_batch
+from .functional.losses import LossOptions, Scores, as_tuple, mean_cross_entropy
 from .functional.solve import SAflexSolution
 from .step import Step
 
@@ -28,9 +29,11 @@ class SAflexMixin:
     if TYPE_CHECKING:  # TorchScript compiles the types of annotated attributes
         saflex_solution: SAflexSolution | tuple[SAflexSolution, ...] | None
         _saflex_step: Step | None
+        _saflex_batch: Any
     else:
         saflex_solution = None
         _saflex_step = None
+        _saflex_batch = None  # of the `training_step` that runs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,11 +43,14 @@ class SAflexMixin:
                 "it derives from the twin package `pytorch_lightning`. Write "
                 "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
             )
+        if "training_step" in vars(cls):
+            cls.training_step = _with_batch_at_hand(vars(cls)["training_step"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the step at hand, whose graph no copy can hold."""
+        """Leave out the step and the batch at hand; no copy can hold the graph of a step."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
-        return {name: value for name, value in state.items() if name != "_saflex_step"}
+        at_hand = {"_saflex_step", "_saflex_batch"}
+        return {name: value for name, value in state.items() if name not in at_hand}
 
     # Hooks to override
 
@@ -134,9 +140,10 @@ class SAflexMixin:
 
         Args:
             logits: What `saflex_forward` returned: ``(batch, classes)``, or a tuple of them.
-            target: Upstream labels, ``(batch,)`` integers or ``(batch, classes)`` float; None for
-                contrastive scores, whose target is the diagonal (of the columns of this rank, where
-                features were gathered).
+            target: Upstream labels, ``(batch,)`` integers or ``(batch, classes)`` float. None takes
+                the target of the `AugmentedBatch` that ``training_step`` was given; without one,
+                and for a tuple of scores, these are contrastive and their target is the diagonal
+                (of the columns of this rank, where features were gathered).
             augmented: True where a row is refined, ``(batch,)`` bool; None refines every row. An
                 `AugmentedBatch` brings its own mask, and then this must be None.
             group: What made each row, ``(batch,)`` int64, 0 for clean rows; read with
@@ -160,14 +167,34 @@ class SAflexMixin:
         if unsupported:
             raise TypeError(_unsupported_message(unsupported))
         step, options = self._saflex_step, LossOptions(class_weight, label_smoothing)
+        batch = self._saflex_batch
+        if batch is None and step is not None:  # `training_step` is that of a class without us
+            batch = step.batch
+        if target is None and isinstance(logits, Tensor) and isinstance(batch, AugmentedBatch):
+            target = batch.target
         if step is None or not torch.is_grad_enabled():
             self.__dict__.pop("saflex_solution", None)
-            return mean_cross_entropy(logits, target, options)
+            return mean_cross_entropy(as_tuple(logits), target, options, check="shapes")
         loss = step.loss(logits, target, options, augmented, group, index)
         solutions = tuple(task.solution for task in step.tasks)
         one = isinstance(logits, Tensor) and bool(solutions)
         self.saflex_solution = solutions[0] if one else solutions or None
         return loss
+
+
+def _with_batch_at_hand(training_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `training_step` whose module knows the batch while it runs."""
+
+    @wraps(training_step)
+    def step(self: SAflexMixin, *args: Any, **kwargs: Any) -> Any:
+        before = self._saflex_batch
+        self._saflex_batch = args[0] if args else kwargs.get("batch")
+        try:
+            return training_step(self, *args, **kwargs)
+        finally:
+            self._saflex_batch = before
+
+    return step
 
 
 def _unsupported_message(options: dict[str, Any]) -> str:

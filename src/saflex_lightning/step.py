@@ -19,7 +19,9 @@ from .functional.contrastive import contrastive_target
 from .functional.losses import (
     LossOptions,
     Scores,
+    as_tuple,
     check_target,
+    check_tasks,
     dense_target,
     mean_cross_entropy,
     weighted_cross_entropy,
@@ -40,6 +42,17 @@ class Call:
 
     scores: tuple[Tensor, ...]
     jvp: tuple[Tensor | None, ...]
+
+    def __post_init__(self) -> None:
+        self._versions = [scores._version for scores in self.scores]
+
+    def made(self, logits: Sequence[Tensor]) -> bool:
+        """Say whether logits are these scores, or copies, as they were."""
+        return (
+            len(logits) == len(self.scores)
+            and all(map(same_values, logits, self.scores))
+            and [scores._version for scores in self.scores] == self._versions
+        )
 
 
 @dataclass(frozen=True)
@@ -147,6 +160,8 @@ class Step:
         started = time.perf_counter()
         self.options = options
         given = _tasks(logits)
+        if target is not None and len(given) > 1:
+            check_tasks(given)
         call = self._call_of(given)
         if self.fit.val_probabilities:
             self.fit.report.say_probabilities(given)
@@ -247,7 +262,7 @@ class Step:
                 "`training_step`, but it did not. Compute the logits with `saflex_forward`."
             )
         for call in self.calls:
-            if len(logits) == len(call.scores) and all(map(same_values, logits, call.scores)):
+            if call.made(logits):
                 break
         else:
             shapes = [tuple(scores.shape) for scores in self.calls[0].scores]
@@ -302,4 +317,4 @@ def contrastive_message() -> str:
 
 
 def _tasks(scores: Scores) -> tuple[Tensor, ...]:
-    return (scores,) if isinstance(scores, Tensor) else tuple(scores)
+    return (scores,) if isinstance(scores, Tensor) else as_tuple(scores)

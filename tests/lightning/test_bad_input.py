@@ -234,11 +234,11 @@ def test_augmented_batch_inside_another_batch(nest):
 def test_batch_whose_rows_cannot_be_counted():
     class Rows:
         def __init__(self, inputs, target):
-            self.inputs, self.target = inputs, target
+            self.pixels, self.classes = inputs, target
 
     class Objects(Classifier):
         def training_step(self, batch, batch_idx):
-            return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
+            return self.saflex_loss(self.saflex_forward(batch.pixels), batch.classes)
 
         def saflex_dataloader(self):
             return make_loader(40, 8)
@@ -348,7 +348,7 @@ def test_unsupported_loss_options(option, match):
 @pytest.mark.parametrize(
     ("shape", "target", "match"),
     [
-        ((64, 1), torch.rand(64), "Binary cross-entropy targets are not supported"),
+        ((64, 1), torch.rand(64), "a binary head with one logit. Give the model two logits"),
         ((64, 4), (torch.rand(64, 4) > 0.5).float(), "Multi-label"),
         ((64, 4, 2), torch.zeros(64, 2).long(), "dense targets"),
         ((64, 4), torch.zeros(63).long(), r"shape \(64,\) or \(64, 4\).*got \(63,\)"),

@@ -76,8 +76,12 @@ def test_the_order_of_the_calls_changes_no_bit():
     assert_same_state(state_of(first), state_of(second))
 
 
-@pytest.mark.parametrize("change", ["permuted", "sliced", "of another forward", "scaled"])
-def test_logits_that_no_forward_returned_are_refused(change):
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "change",
+    ["permuted", "sliced", "of another forward", "scaled", "scaled in place", "detached"],
+)
+def test_logits_that_no_forward_returned_are_refused(change, engine):
     class Changing(Classifier):
         def training_step(self, batch, batch_idx):
             inputs, target = batch
@@ -90,10 +94,14 @@ def test_logits_that_no_forward_returned_are_refused(change):
                 logits = self.net(inputs)
             if change == "scaled":
                 logits = 1.0 * logits
+            if change == "scaled in place":
+                logits.mul_(2.0)
+            if change == "detached":
+                logits = logits.detach()
             return self.saflex_loss(logits, target)
 
     with pytest.raises(ValueError, match=r"one of the 1 calls of `saflex_forward`.*unchanged\."):
-        fit(seeded(lambda: Changing(plain=True)), callback())
+        fit(seeded(lambda: Changing(plain=True)), callback(engine=engine))
 
 
 def test_a_copy_of_logits_is_that_of_its_own_forward():

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -31,6 +32,7 @@ __all__ = [
     "check_saved_gradient",
     "check_state",
     "count_batches",
+    "damaged_state",
     "find_group_names",
     "launch_problems",
 ]
@@ -72,6 +74,12 @@ def check_model(module: pl.LightningModule, settings: Settings) -> None:
         problems.append(
             f"Expected `saflex_head()` to return an `nn.Linear`, but got {type(head).__name__}. "
             "Return the layer whose output is the scores, or None to have it found."
+        )
+    asks_forward = type(module).saflex_scores is SAflexMixin.saflex_scores
+    if asks_forward and not is_overridden("forward", module, nn.Module):
+        problems.append(
+            f"Expected {type(module).__name__} to have a `forward` that returns the logits, but it "
+            "has none. Write one, or override `saflex_scores` to return them."
         )
     try:
         select_parameters(module, settings.params)
@@ -192,7 +200,7 @@ def launch_problems(environment: Mapping[str, str], devices: int, num_nodes: int
 
 
 def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[str]:
-    """Return the name of every group of training rows, from a hook or else the training loader.
+    """Return the name of every group of training rows: of a hook, or of what loads them.
 
     There are none where nobody names them.
 
@@ -201,7 +209,7 @@ def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequenc
     """
     names = ask_hook(trainer, module, "saflex_group_names")
     if names is None:
-        names = getattr(trainer.train_dataloader, "group_names", None)
+        names = next(_names_of(trainer.train_dataloader), None)
     if names is None:
         return ()
     if isinstance(names, str) or not names or len(set(names)) < len(names):
@@ -209,9 +217,18 @@ def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequenc
             "Expected `saflex_group_names()` of the datamodule or module, or `group_names` of the "
             "training loader, to name the groups of `AugmentedBatch.group`, the clean rows first, "
             f"each once, but got {names if isinstance(names, str) else list(names)!r}. Return "
-            "names such as ('clean', 'Rotate', 'Invert'), or None."
+            "names such as ('clean', 'Rotate', 'Invert'), `group_names_of(augment)`, or None."
         )
     return names
+
+
+def _names_of(loaders: Any) -> Iterator[Any]:
+    """Yield the names that loaders, or their datasets, have for the groups of their rows."""
+    parts = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    for loader in parts if isinstance(parts, (list, tuple)) else [parts]:
+        for owner in (loader, getattr(loader, "dataset", None)):
+            if (names := getattr(owner, "group_names", None)) is not None:
+                yield names
 
 
 def count_batches(trainer: pl.Trainer) -> float:
@@ -235,41 +252,67 @@ def check_state(state: Any, expected: Mapping[str, Any]) -> None:
             f"version {version!r}. Resume with the library version that wrote it, or start a new "
             "run."
         )
-    problems = list(_part_problems(state, expected, ""))
-    problems += [] if problems else _gradient_problems(state["gradient"])
-    if problems:
-        raise MisconfigurationException(
-            "Expected the whole state of `SAflexCallback` in the checkpoint, but "
-            + ", ".join(problems)
-            + ". The file is damaged or was edited; resume from another checkpoint."
-        )
+    # Settings that differ are said by name.
+    if problems := list(_state_problems(state, {**expected, "settings": {}}, "")):
+        raise damaged_state(", ".join(problems))
 
 
-def _part_problems(
-    state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str
+def damaged_state(problem: str) -> MisconfigurationException:
+    """Return the error for a checkpoint whose state cannot be taken."""
+    return MisconfigurationException(
+        f"Expected the whole state of `SAflexCallback` in the checkpoint, but {problem}. The file "
+        "is damaged or was edited; resume from another checkpoint."
+    )
+
+
+def _state_problems(found: Any, expected: Any, name: str) -> Iterator[str]:
+    """Compare a state with that of a callback that has not run, where None may become anything."""
+    if expected is None or found is None:  # what a setting has switched on or off since
+        if expected is None and not _is_plain(found):
+            yield f"`{name}` holds something else than tensors, numbers and names"
+    elif _kind_of(found) != _kind_of(expected):
+        yield f"`{name}` is {_kind_of(found)}, not {_kind_of(expected)}"
+    elif isinstance(expected, Mapping):
+        yield from _dict_problems(found, expected, f"{name}." if name else "")
+    elif isinstance(expected, tuple) and expected:
+        if len(found) != len(expected):
+            yield f"`{name}` has {len(found)} entries, not {len(expected)}"
+        for place, (entry, part) in enumerate(zip(found, expected, strict=False)):
+            yield from _state_problems(entry, part, f"{name}[{place}]")
+    elif isinstance(expected, tuple) and not all(isinstance(part, (int, str)) for part in found):
+        yield f"`{name}` holds something else than numbers or names"
+
+
+def _dict_problems(
+    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str
 ) -> Iterator[str]:
-    """Compare a state with that of a callback that has not run: None may stand for anything."""
-    for name, part in expected.items():
-        if name not in state:
-            yield f"`{prefix}{name}` is missing"
-        elif part is not None and state[name] is not None:
-            if not isinstance(state[name], type(part)):
-                found, wanted = type(state[name]).__name__, type(part).__name__
-                yield f"`{prefix}{name}` is a {found}, not a {wanted}"
-            elif isinstance(part, dict):
-                yield from _part_problems(state[name], part, f"{prefix}{name}.")
+    for key, part in expected.items():
+        if key in found:
+            yield from _state_problems(found[key], part, f"{prefix}{key}")
+        else:
+            yield f"`{prefix}{key}` is missing"
+    absent = [key for key in expected if found.get(key) is None]
+    begins_together = all(part is None for part in expected.values())
+    if begins_together and 0 < len(absent) < len(expected):
+        yield f"of `{prefix[:-1]}` only {absent} are None"
 
 
-def _gradient_problems(gradient: Mapping[str, Any]) -> list[str]:
-    """Say what is wrong between entries that are right by themselves."""
-    problems: list[str] = []
-    absent = [name for name, entry in gradient.items() if entry is None]
-    if absent and len(absent) < len(gradient):
-        problems.append(f"of `gradient` only {absent} are None")
-    for name in ("average", "direction"):
-        if not all(isinstance(part, Tensor) for part in gradient[name] or ()):
-            problems.append(f"`gradient.{name}` holds something else than tensors")
-    return problems
+def _kind_of(value: Any) -> str:
+    """Return what a part of a state is, in words."""
+    if isinstance(value, Tensor):
+        kind = "float" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+        return f"a {kind} tensor of {value.ndim} dimensions"
+    kinds = {list: tuple, int: float} if not isinstance(value, bool) else {}
+    names = {dict: "a dict", tuple: "a sequence", float: "a number"}
+    kind = kinds.get(type(value), type(value))
+    return names.get(kind, f"a {kind.__name__}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Say whether a value is a number, a name, a tensor or a sequence of tensors."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(part, Tensor) for part in value)
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))
 
 
 def check_saved_gradient(
@@ -281,7 +324,7 @@ def check_saved_gradient(
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     problems: list[str] = []
     for kind in ("average", "direction"):
-        parts = gradient[kind]
+        parts = [part for part in gradient[kind] if isinstance(part, Tensor)]
         if len(parts) != len(names):
             problems.append(f"`{kind}` has {len(parts)} parts for {len(names)} parameters")
             continue

@@ -1,7 +1,9 @@
 """What one fit holds: the engine, the direction, the evidence, and how a step is made of them."""
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from saflex_lightning.batch import AugmentedBatch, check_rows
+from saflex_lightning.batch import AugmentedBatch, check_rows, read_batch
 from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
 from saflex_lightning.engines.untouched import extra_pass
@@ -22,6 +24,7 @@ from saflex_lightning.functional.losses import (
     NO_OPTIONS,
     LossOptions,
     Scores,
+    as_tuple,
     dense_target,
     is_probabilities,
     mean_cross_entropy,
@@ -106,7 +109,7 @@ class Fit:
         ):  # elsewhere a look waits for the device
             check_rows(batch)
         if self._stream is None:
-            self._stream = self._open_stream(trainer, batch)
+            self._stream = self._open_stream(trainer, module, batch)
             if not settings.solves:
                 rank_zero_info(describe_fit(settings, ""))
             if self.matching.names and not self.matching.fits(module, _held(trainer)):
@@ -188,7 +191,7 @@ class Fit:
             scores = module.saflex_scores(**inputs)
         else:
             scores = module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-        tasks = (scores,) if isinstance(scores, Tensor) else scores
+        tasks = (scores,) if isinstance(scores, Tensor) else as_tuple(scores)
         if not self.val_classes:  # looking at values waits for the device
             self.val_probabilities = all(map(is_probabilities, tasks))
         self.val_classes = tuple(task.shape[-1] for task in tasks)
@@ -270,7 +273,9 @@ class Fit:
         if self.evidence is not None and state["evidence"] is not None:
             self.evidence.load_state_dict(state["evidence"])
 
-    def _open_stream(self, trainer: pl.Trainer, batch: Any) -> ValidationStream:
+    def _open_stream(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any
+    ) -> ValidationStream:
         if self._seed is None:
             self._seed = int(trainer.strategy.broadcast(torch.initial_seed() % 2**63))
         if self._batch_size is None and is_plain(self._loader):
@@ -278,7 +283,7 @@ class Fit:
             if self._keep_batch_size:
                 wanted = self._loader.batch_size
             else:
-                share = self.settings.val_batch_ratio * _largest_batch(trainer, batch)
+                share = self.settings.val_batch_ratio * _largest_batch(trainer, module, batch)
                 wanted = max(1, round(share))
             self._batch_size = min(wanted, rows // trainer.world_size)
         return ValidationStream(
@@ -300,17 +305,31 @@ def _held(trainer: pl.Trainer) -> list[Tensor]:
     ]
 
 
-def _largest_batch(trainer: pl.Trainer, batch: Any) -> float:
+def _largest_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float:
     """Return the rows of this training batch on the rank that has the most; every rank must ask."""
+    size = torch.tensor(float(_rows_of(module, batch)), device=trainer.strategy.root_device)
+    largest = trainer.strategy.reduce(size, reduce_op="max")
+    assert isinstance(largest, Tensor)
+    return largest.item()
+
+
+def _rows_of(module: pl.LightningModule, batch: Any) -> int:
+    """Return the labels of a batch, or the rows of its first tensor where it is read otherwise.
+
+    The tensors of a batch of graphs have a row for each node.
+    """
+    for read in (read_batch, getattr(module, "saflex_val_batch", read_batch)):
+        with suppress(Exception):  # the hook is for validation batches, of maybe another layout
+            _, target = read(batch)
+            if isinstance(target, Tensor):
+                return len(target)
     try:
-        rows = float(extract_batch_size(batch))
+        with warnings.catch_warnings():  # of several sizes that it finds
+            warnings.simplefilter("ignore")
+            return extract_batch_size(batch)
     except MisconfigurationException as error:
         raise MisconfigurationException(
             "Expected a training batch whose rows can be counted, to draw a share of as many "
             f"validation rows, but got {type(batch).__name__}. Pass "
             "`SAflexCallback(val_batch_size=...)`."
         ) from error
-    size = torch.tensor(rows, device=trainer.strategy.root_device)
-    largest = trainer.strategy.reduce(size, reduce_op="max")
-    assert isinstance(largest, Tensor)
-    return largest.item()

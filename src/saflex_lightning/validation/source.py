@@ -125,16 +125,20 @@ def other_roles(trainer: pl.Trainer, loader: Any) -> list[str]:
             if other is not None
         )
 
-    monitors = any(
-        getattr(callback, "monitor", None) is not None
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
     roles = []
-    if monitors and shared(trainer.val_dataloaders):
+    if _monitors_validation(trainer) and shared(trainer.val_dataloaders):
         roles.append("select checkpoints")
     if shared(trainer.test_dataloaders):
         roles.append("test")
     return roles
+
+
+def _monitors_validation(trainer: pl.Trainer) -> bool:
+    """Say whether a callback or a schedule looks at a metric that is none of training's by name."""
+    watchers: list[Any] = [*trainer.callbacks]  # type: ignore[attr-defined]
+    watchers += [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    names = [getattr(watcher, "monitor", None) for watcher in watchers]
+    return any(name is not None and not name.startswith("train") for name in names)
 
 
 def count_rows(loader: object) -> int | None:

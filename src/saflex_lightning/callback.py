@@ -21,7 +21,6 @@ from .fit.checks import (
 from .fit.report import Report, log_metrics, read_step
 from .fit.run import Fit
 from .functional.settings import PresetName, SettingsKwargs, make_settings
-from .module import SAflexMixin
 from .step import Step
 from .validation.source import ask_hook, check_is_loader, check_loader, other_roles, trainer_loader
 
@@ -120,8 +119,8 @@ class SAflexCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Refresh the validation gradient where it is due, and arm the module."""
-        assert isinstance(pl_module, SAflexMixin)
-        self._step = pl_module._saflex_step = self._fit.arm(trainer, pl_module, batch)
+        self._step = self._fit.arm(trainer, pl_module, batch)
+        self._fit.served.arm(self._step)
 
     def on_train_batch_end(
         self,
@@ -132,10 +131,9 @@ class SAflexCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Disarm the module, take in what was learned, and log it where a logger would read it."""
-        assert isinstance(pl_module, SAflexMixin)
         step, self._step = self._step, None
         self._newest, self._metrics = None, {}
-        pl_module._saflex_step = None
+        self._fit.served.disarm()
         if step is None:
             return
         met_trouble = self._fit.end(step)
@@ -228,22 +226,21 @@ class SAflexCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the validation stream."""
-        self._close(pl_module)
+        self._close()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Close the validation stream; its worker processes end."""
-        self._close(pl_module)
+        self._close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the validation stream."""
-        self._close(pl_module)
+        self._close()
 
-    def _close(self, pl_module: pl.LightningModule) -> None:
+    def _close(self) -> None:
         self._fit.close()
         if self._step is not None:
             self._step.close()
+            self._fit.served.disarm()
             self._step = None
-        if isinstance(pl_module, SAflexMixin):
-            pl_module._saflex_step = None

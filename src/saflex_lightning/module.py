@@ -32,15 +32,6 @@ class SAflexMixin:
         saflex_solution = None
         _saflex_step = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if any(base.__module__.split(".")[0] == "pytorch_lightning" for base in cls.__mro__):
-            raise TypeError(
-                f"Expected {cls.__name__} to derive from `lightning.pytorch.LightningModule`, but "
-                "it derives from the twin package `pytorch_lightning`. Write "
-                "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
-            )
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the step at hand, whose graph no copy can hold."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]

@@ -101,23 +101,21 @@ class Step:
 
     def forward(self, score: Callable[..., Scores], inputs: Any, kwargs: Any) -> Scores:
         """Return the scores of the training forward; what is extra comes before it."""
-        started = time.perf_counter()
-        if self._places is not None:
-            inputs, kwargs = replace_rows((inputs, kwargs), self._places)
-        run = partial(score, *inputs, **kwargs)
-        if self.fit.matching.engine.repeats_forward:
-            run = unwritten(run, (inputs, kwargs))
-        self.begin(run)
-        self.seconds += time.perf_counter() - started
+        inputs, kwargs = self.replaced((inputs, kwargs))
+        self.begin(partial(score, *inputs, **kwargs), (inputs, kwargs))
         scores = score(*inputs, **kwargs)
-        started = time.perf_counter()
         self.end(scores)
-        self.seconds += time.perf_counter() - started
         return scores
 
-    def begin(self, run: Callable[[], Scores]) -> None:
+    def replaced(self, values: Any) -> Any:
+        """Return values of the batch's rows, with rejected rows as those they were made from."""
+        return values if self._places is None else replace_rows(values, self._places)
+
+    def begin(self, run: Callable[[], Scores], inputs: Any) -> None:
         """Do what must come before the training forward; ``run`` is for passes beside it."""
-        fit = self.fit
+        started, fit = time.perf_counter(), self.fit
+        if fit.matching.engine.repeats_forward:
+            run = unwritten(run, inputs)
         if fit.memory is not None and not all(call.is_used for call in self.calls):
             raise MisconfigurationException(
                 f"Expected `saflex_loss` to follow each `saflex_forward` with {fit.memory_for}, "
@@ -126,13 +124,16 @@ class Step:
             )
         finish = fit.matching.engine.jvp(run, fit.gradient.direction)
         self._open = finish, fit.last_layer and fit.last_layer.record()
+        self.seconds += time.perf_counter() - started
 
     def end(self, scores: Scores) -> None:
         """Keep the scores of the training forward with their derivative."""
+        started = time.perf_counter()
         assert self._open is not None
         (finish, recording), self._open = self._open, None
         features = None if recording is None else widen(recording.take(scores))
         self.calls.append(Call(_tasks(scores), _tasks(finish.of(scores)), features))
+        self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
         """Give up a forward that failed."""

@@ -61,7 +61,7 @@ class ValidationMemory:
         self,
         run: Callable[[], Scores],
         loss: Callable[[Scores], Tensor],
-        target: Tensor,
+        target: Callable[[], Tensor | None],  # of the pass that ran
         last: LastLayer,
         ranks: Ranks,
     ) -> Callable[[], Scores]:
@@ -78,7 +78,9 @@ class ValidationMemory:
             logits = widen(scores.detach()).requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(loss(logits), logits)
-            labels = dense_target(target, logits.shape[-1], logits.dtype)
+            labels_of_rows = target()
+            assert labels_of_rows is not None
+            labels = dense_target(labels_of_rows, logits.shape[-1], logits.dtype)
             self.add(features, len(logits) * gradient, labels, ranks)
             return scores
 

@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from saflex_lightning.adopt import Adopted, Edited, Reading, serve
 from saflex_lightning.batch import AugmentedBatch, check_rows
 from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
@@ -32,7 +32,6 @@ from saflex_lightning.functional.losses import (
 )
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.settings import Settings
-from saflex_lightning.module import SAflexMixin
 from saflex_lightning.step import Step
 from saflex_lightning.validation.gradient import ValidationGradient
 from saflex_lightning.validation.source import count_rows, is_plain
@@ -53,6 +52,7 @@ class Fit:
         self.settings = settings
         self.report = report
         self.ranks = Ranks()
+        self.served: Adopted | Edited  # from `start` on
         self.matching = Matching(settings)
         self.gradient = ValidationGradient(settings)
         self.options = NO_OPTIONS
@@ -87,6 +87,7 @@ class Fit:
         """
         self.ranks = Ranks(trainer.global_rank, trainer.world_size)
         self._loader, self._keep_batch_size = loader, keep_batch_size
+        self.served = serve(module)
         check_initialised(module)
         check_saved_gradient(self.gradient.state_dict(), self.matching.names, module)
         self.matching.start(module)
@@ -165,25 +166,23 @@ class Fit:
         is_due: bool,
     ) -> None:
         """Draw a validation batch; refresh the gradient where due, remember its features."""
-        assert isinstance(module, SAflexMixin)
         with evaluation(trainer, module, stream) as batch:
-            inputs, target = module.saflex_val_batch(batch)
-            run = partial(self._score, module, inputs)
+            reading = self.served.read(batch)
+            run = partial(self._score, reading)
 
             # Looking at values waits for the device, so on others than the CPU it is done once.
             look = module.device.type == "cpu" or not self.val_classes
 
-            options: Any = {"check": "values" if look else "shapes", "options": self.options}
-            loss = partial(mean_cross_entropy, target=target, **options)
+            def loss(scores: Scores) -> Tensor:
+                check = "values" if look else "shapes"
+                return mean_cross_entropy(scores, reading.target, self.options, check=check)
+
             held = _held(trainer)
             if is_due and not self.matching.fits(module, held):
-                # A forward may write in its inputs, and these are read again.
-                inputs = apply_to_collection(inputs, Tensor, torch.clone)
-                self._choose_engine(module, partial(self._score, module, inputs), held)
+                self._choose_engine(module, partial(self._score, reading.copied()), held)
             if self.memory is not None:
-                last = self._watched_layer(module, run, target)
-                assert target is not None
-                run = self.memory.watching(run, loss, target, last, self.ranks)
+                last = self._watched_layer(module, reading)
+                run = self.memory.watching(run, loss, lambda: reading.target, last, self.ranks)
             if not is_due:
                 with torch.no_grad(), extra_pass(module):
                     run()
@@ -194,12 +193,9 @@ class Fit:
             moments = adam_second_moments(self.matching.engine.params, trainer.optimizers)
         self.gradient.update(number, self.ranks.mean(gradient), moments)
 
-    def _score(self, module: SAflexMixin, inputs: Any) -> Scores:
-        """Return the scores of the inputs of a validation batch."""
-        if isinstance(inputs, dict):
-            scores = module.saflex_scores(**inputs)
-        else:
-            scores = module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+    def _score(self, reading: Reading) -> Scores:
+        """Return the scores of a validation batch."""
+        scores = reading.run()
         tasks = (scores,) if isinstance(scores, Tensor) else scores
         if not self.val_classes:  # looking at values waits for the device
             self.val_probabilities = all(map(is_probabilities, tasks))
@@ -207,28 +203,24 @@ class Fit:
         return scores
 
     def _choose_engine(
-        self, module: SAflexMixin, run: Callable[[], Scores], held: Sequence[Tensor]
+        self, module: pl.LightningModule, run: Callable[[], Scores], held: Sequence[Tensor]
     ) -> None:
         """Choose an engine for what is trained now; an average over others is given up."""
-        assert isinstance(module, pl.LightningModule)
         is_first = not self.matching.names
-        if self.matching.choose(module, run, module.saflex_head(), held):
+        if self.matching.choose(module, run, self.served.head(), held):
             self.gradient = ValidationGradient(self.settings)
         if is_first:
             rank_zero_info(describe_fit(self.settings, self.matching.describe()))
 
-    def _watched_layer(
-        self, module: SAflexMixin, run: Callable[[], Scores], target: Tensor | None
-    ) -> LastLayer:
+    def _watched_layer(self, module: pl.LightningModule, reading: Reading) -> LastLayer:
         """Return the layer whose features are remembered, found at the first validation batch."""
-        if target is None:
+        if reading.is_contrastive:
             raise MisconfigurationException(
                 f"Expected validation batches with class labels for {self.memory_for}, but the "
                 "target is None, as for contrastive scores. Leave that setting out."
             )
         if self.last_layer is None:
-            assert isinstance(module, pl.LightningModule)
-            head = module.saflex_head()
+            run, head = partial(self._score, reading), self.served.head()
             self.last_layer = find_last_layer(module, run, head, wanted_by=self.memory_for)
         return self.last_layer
 
@@ -316,7 +308,8 @@ def _held(trainer: pl.Trainer) -> list[Tensor]:
 def _largest_batch(trainer: pl.Trainer, batch: Any) -> float:
     """Return the rows of this training batch on the rank that has the most; every rank must ask."""
     try:
-        rows = float(extract_batch_size(batch))
+        graphs = getattr(batch, "num_graphs", None)  # of torch_geometric, whose rows are nodes
+        rows = float(extract_batch_size(batch) if graphs is None else graphs)
     except MisconfigurationException as error:
         raise MisconfigurationException(
             "Expected a training batch whose rows can be counted, to draw a share of as many "

@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -23,6 +22,7 @@ from saflex_lightning.engines.direction import whole_tensor
 from saflex_lightning.engines.errors import UnsupportedModelError
 from saflex_lightning.engines.untouched import untouched, untouched_generators
 from saflex_lightning.functional.ranks import Ranks
+from saflex_lightning.twins import overrides
 
 from .source import is_plain
 
@@ -192,7 +192,7 @@ def evaluation(
             try:
                 yield move_batch(trainer, module, batch)
             finally:
-                if is_overridden("on_validation_model_train", module):
+                if overrides(module, "on_validation_model_train"):
                     module.on_validation_model_train()
                 for part, name, value in changed:
                     vars(part)[name] = value
@@ -235,6 +235,6 @@ def move_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> A
     """Return a batch on the device, after the transfer hooks."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     hook = "on_before_batch_transfer"
-    owner = datamodule if datamodule and is_overridden(hook, datamodule) else module
+    owner = datamodule if datamodule and overrides(datamodule, hook) else module
     batch = owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

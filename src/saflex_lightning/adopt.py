@@ -1,8 +1,7 @@
-"""How a fit meets a module: by the methods of `SAflexMixin`, or by watching what nobody edited.
+"""How a fit meets a module that nobody edited: by watching its own steps.
 
-A module without the mixin is served while its own steps run: the one cross-entropy that
-``training_step`` computes is answered with the refined loss, and validation rows go through
-``validation_step`` up to the same call.
+The one cross-entropy that ``training_step`` computes is answered with the refined loss, and
+validation rows go through ``validation_step`` up to the same call.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,87 +14,24 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .batch import AugmentedBatch
 from .engines.untouched import untouched_generators
-from .functional.losses import LossOptions, Scores, check_target
-from .module import SAflexMixin
+from .functional.losses import LossOptions, check_target
+from .module import Edited, Reading, SAflexMixin
 from .step import Step
-from .twins import overrides
+from .validation.stream import overrides
 
-__all__ = ["Adopted", "Edited", "Reading", "serve"]
+__all__ = ["Adopted", "serve"]
 
 _BINARY = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy)
 
 
-class Reading:
-    """A validation batch as its module reads it.
-
-    Args:
-        score: Returns the scores of the inputs, and their target.
-        inputs: What of the batch the module looks at.
-        is_contrastive: Whether there is no target, since the scores are of pairs.
-    """
-
-    def __init__(
-        self,
-        score: Callable[[Any], tuple[Scores, Tensor | None]],
-        inputs: Any,
-        *,
-        is_contrastive: bool = False,
-    ) -> None:
-        self._score, self._inputs = score, inputs
-        self.is_contrastive = is_contrastive
-        self.target: Tensor | None = None  # of the last run
-
-    def run(self) -> Scores:
-        """Return the scores of the rows."""
-        scores, self.target = self._score(self._inputs)
-        return scores
-
-    def copied(self) -> "Reading":
-        """Return a reading of copies, for a forward that may write in its inputs."""
-        inputs = apply_to_collection(self._inputs, Tensor, torch.clone)
-        return Reading(self._score, inputs, is_contrastive=self.is_contrastive)
-
-
-def serve(module: Any) -> "Edited | Adopted":
+def serve(module: Any) -> "Adopted | Edited":
     """Return what a fit needs of a module."""
     return Edited(module) if isinstance(module, SAflexMixin) else Adopted(module)
-
-
-class Edited:
-    """A module that derives from `SAflexMixin`."""
-
-    def __init__(self, module: SAflexMixin) -> None:
-        self._module = module
-
-    def head(self) -> nn.Linear | None:
-        """Return the layer that the module names as the one that makes its scores."""
-        return self._module.saflex_head()
-
-    def read(self, batch: Any) -> Reading:
-        """Return a validation batch as the module reads it."""
-        inputs, target = self._module.saflex_val_batch(batch)
-
-        def score(inputs: Any) -> tuple[Scores, Tensor | None]:
-            if isinstance(inputs, dict):
-                return self._module.saflex_scores(**inputs), target
-            args = inputs if isinstance(inputs, tuple) else (inputs,)
-            return self._module.saflex_scores(*args), target
-
-        return Reading(score, inputs, is_contrastive=target is None)
-
-    def arm(self, step: Step | None) -> None:
-        """Hand a step to the module, or none."""
-        self._module._saflex_step = step
-
-    def disarm(self) -> None:
-        """Take back the step."""
-        self._module._saflex_step = None
 
 
 class LossCall(NamedTuple):

@@ -1,9 +1,10 @@
-"""What a LightningModule needs so that a training step can be refined."""
+"""What a LightningModule needs so that a training step can be refined, and how a fit meets it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from .batch import read_batch
@@ -11,7 +12,7 @@ from .functional.losses import LossOptions, Scores, mean_cross_entropy
 from .functional.solve import SAflexSolution
 from .step import Step
 
-__all__ = ["SAflexMixin"]
+__all__ = ["Edited", "Reading", "SAflexMixin"]
 
 
 class SAflexMixin:
@@ -159,6 +160,68 @@ class SAflexMixin:
         one = isinstance(logits, Tensor) and bool(solutions)
         self.saflex_solution = solutions[0] if one else solutions or None
         return loss
+
+
+class Reading:
+    """A validation batch as its module reads it.
+
+    Args:
+        score: Returns the scores of the inputs, and their target.
+        inputs: What of the batch the module looks at.
+        is_contrastive: Whether there is no target, since the scores are of pairs.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[Any], tuple[Scores, Tensor | None]],
+        inputs: Any,
+        *,
+        is_contrastive: bool = False,
+    ) -> None:
+        self._score, self._inputs = score, inputs
+        self.is_contrastive = is_contrastive
+        self.target: Tensor | None = None  # of the last run
+
+    def run(self) -> Scores:
+        """Return the scores of the rows."""
+        scores, self.target = self._score(self._inputs)
+        return scores
+
+    def copied(self) -> "Reading":
+        """Return a reading of copies, for a forward that may write in its inputs."""
+        inputs = apply_to_collection(self._inputs, Tensor, torch.clone)
+        return Reading(self._score, inputs, is_contrastive=self.is_contrastive)
+
+
+class Edited:
+    """What a fit does with a module that derives from `SAflexMixin`."""
+
+    def __init__(self, module: SAflexMixin) -> None:
+        self._module = module
+
+    def head(self) -> nn.Linear | None:
+        """Return the layer that the module names as the one that makes its scores."""
+        return self._module.saflex_head()
+
+    def read(self, batch: Any) -> Reading:
+        """Return a validation batch as the module reads it."""
+        inputs, target = self._module.saflex_val_batch(batch)
+
+        def score(inputs: Any) -> tuple[Scores, Tensor | None]:
+            if isinstance(inputs, dict):
+                return self._module.saflex_scores(**inputs), target
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+            return self._module.saflex_scores(*args), target
+
+        return Reading(score, inputs, is_contrastive=target is None)
+
+    def arm(self, step: Step | None) -> None:
+        """Hand a step to the module, or none."""
+        self._module._saflex_step = step
+
+    def disarm(self) -> None:
+        """Take back the step."""
+        self._module._saflex_step = None
 
 
 def _unsupported_message(options: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from helpers.training import (
 from torchmetrics.classification import MulticlassAccuracy
 
 from saflex_lightning import SAflexCallback, SAflexMixin
-from saflex_lightning.twins import overrides
+from saflex_lightning.validation.stream import overrides
 
 METHODS = ("forward", "training_step", "validation_step", "configure_optimizers")
 

@@ -18,7 +18,6 @@ LAYERS = {
     "functional": 0,
     "engines": 1,
     "batch": 2,
-    "twins": 2,
     "validation": 3,
     "evidence": 3,
     "step": 4,
@@ -122,7 +121,7 @@ def test_recipes_use_only_the_public_api():
 
 @pytest.mark.parametrize(
     ("settings", "files", "changes"),
-    [({}, 14, 100), ({"gates": True, "row_evidence": True}, 18, 180)],
+    [({}, 14, 104), ({"gates": True, "row_evidence": True}, 18, 190)],
 )
 def test_a_step_is_read_in_few_files(settings, files, changes):
     command = [sys.executable, "-W", "ignore", str(TRACE), json.dumps(settings)]

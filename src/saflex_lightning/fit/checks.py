@@ -13,8 +13,7 @@ from saflex_lightning.adopt import serve
 from saflex_lightning.engines.parameters import select_parameters
 from saflex_lightning.functional.settings import Settings
 from saflex_lightning.module import SAflexMixin
-from saflex_lightning.twins import is_a
-from saflex_lightning.validation.source import ask_hook
+from saflex_lightning.validation.source import ask_hook, is_a
 
 __all__ = [
     "check_fit",

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from saflex_lightning.adopt import Adopted, Edited, Reading, serve
+from saflex_lightning.adopt import Adopted, serve
 from saflex_lightning.batch import AugmentedBatch, check_rows
 from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
@@ -32,6 +32,7 @@ from saflex_lightning.functional.losses import (
 )
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.settings import Settings
+from saflex_lightning.module import Edited, Reading
 from saflex_lightning.step import Step
 from saflex_lightning.validation.gradient import ValidationGradient
 from saflex_lightning.validation.source import count_rows, is_plain

@@ -16,13 +16,12 @@ from torch.utils.data import (
     Subset,
 )
 
-from saflex_lightning.twins import is_a
-
 __all__ = [
     "ask_hook",
     "check_is_loader",
     "check_loader",
     "count_rows",
+    "is_a",
     "is_plain",
     "other_roles",
     "same_rows",
@@ -182,3 +181,12 @@ def _holds_loaders(loader: object) -> bool:
     if isinstance(loader, (list, tuple)):
         return any(isinstance(part, DataLoader) for part in loader)
     return isinstance(loader, Mapping) or is_a(loader, "CombinedLoader")
+
+
+def is_a(instance: object, *names: str) -> bool:
+    """Say whether a class of one of the names is among those of an object.
+
+    Lightning is published twice, also as ``pytorch_lightning``, with classes of the same names that
+    know nothing of one another.
+    """
+    return any(cls.__name__ in names for cls in type(instance).__mro__)

@@ -22,12 +22,12 @@ from saflex_lightning.engines.direction import whole_tensor
 from saflex_lightning.engines.errors import UnsupportedModelError
 from saflex_lightning.engines.untouched import untouched, untouched_generators
 from saflex_lightning.functional.ranks import Ranks
-from saflex_lightning.twins import overrides
 
 from .source import is_plain
 
-__all__ = ["EndlessBatchSampler", "ValidationStream", "evaluation", "mix_seed"]
+__all__ = ["EndlessBatchSampler", "ValidationStream", "evaluation", "mix_seed", "overrides"]
 
+_CORE = ("lightning.pytorch.core", "pytorch_lightning.core")  # the package is published twice
 _EVALUATION = 1  # keeps what an evaluation draws apart from what the loader draws
 
 
@@ -238,3 +238,12 @@ def move_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> A
     owner = datamodule if datamodule and overrides(datamodule, hook) else module
     batch = owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def overrides(instance: object, name: str) -> bool:
+    """Say whether a module or datamodule brings a method of its own in place of Lightning's."""
+    if name in vars(instance):
+        return True
+    owners = (cls for cls in type(instance).__mro__ if name in vars(cls))
+    owner = next(owners, None)
+    return owner is not None and not owner.__module__.startswith(_CORE)

@@ -112,24 +112,29 @@ class Adopted:
         Raises:
             MisconfigurationException: If it computes no cross-entropy.
         """
-        is_binary = False
-        for name in [self._evaluates_by] if self._evaluates_by else self._evaluations():
-            step = getattr(self._module, name)
-            args = [batch]
-            if is_param_in_hook_signature(step, "batch_idx", min_args=2):
-                args.append(0)
-            if is_param_in_hook_signature(step, "dataloader_idx", explicit=True, min_args=3):
-                args.append(0)
-            if self._evaluates_by:
-                call, is_binary = self._loss_call(step, args)
-            else:
-                with untouched_generators():
-                    call, was_binary = self._loss_call(step, args)
-                is_binary = is_binary or was_binary
+        if self._evaluates_by:
+            call, _ = self._evaluate_by(self._evaluates_by, batch)
             if call is not None:
+                return call.input, call.target
+        is_binary = False
+        for name in self._evaluations():
+            with untouched_generators(), torch.enable_grad():
+                call, was_binary = self._evaluate_by(name, batch)
+            is_binary = is_binary or was_binary
+            if call is not None and call.input.requires_grad:  # not behind a `no_grad` of its own
                 self._evaluates_by = name
                 return call.input, call.target
         raise self._refusal(" or ".join(f"`{name}`" for name in self._evaluations()), is_binary)
+
+    def _evaluate_by(self, name: str, batch: Any) -> tuple[LossCall | None, bool]:
+        """Run a step by the arguments that Lightning gives it."""
+        step = getattr(self._module, name)
+        args = [batch]
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            args.append(0)
+        if is_param_in_hook_signature(step, "dataloader_idx", explicit=True, min_args=3):
+            args.append(0)
+        return self._loss_call(step, args)
 
     def _evaluations(self) -> list[str]:
         return ["validation_step"] * overrides(self._module, "validation_step") + ["training_step"]

@@ -20,8 +20,11 @@ _COPIES = (
     "AliasBackward0",
     "CloneBackward0",
     "ReshapeAliasBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
     "ToCopyBackward0",
     "UnsafeViewBackward0",
+    "UnsqueezeBackward0",
     "ViewBackward0",
 )
 

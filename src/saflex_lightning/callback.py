@@ -18,7 +18,7 @@ from .fit.checks import (
     count_batches,
     find_group_names,
 )
-from .fit.report import Report, log_metrics, read_step
+from .fit.report import Report, log_metrics, log_settings, read_step
 from .fit.run import Fit
 from .functional.settings import PresetName, SettingsKwargs, make_settings
 from .step import Step
@@ -79,6 +79,7 @@ class SAflexCallback(pl.Callback):
         if stage == "fit":
             check_fit(trainer, pl_module, self.settings)
             self._begin()  # a checkpoint's state is loaded after this hook
+            log_settings(trainer, pl_module, {"preset": self.preset, **asdict(self.settings)})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, and find rows other than the Trainer's own."""

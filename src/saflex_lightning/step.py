@@ -85,6 +85,7 @@ class Step:
         self.calls: list[Call] = []
         self.tasks: Sequence[SolvedTask] = ()
         self.options: LossOptions | None = None  # of the loss, once it was asked for
+        self.is_contrastive = False
         self.finite: Tensor | None = None  # whether every task was solved without a NaN
         self._open: tuple[Finish, Recording | None] | None = None
         # Rows that give way to the clean rows they were made from, and the row in each place.
@@ -158,7 +159,7 @@ class Step:
         It is plain cross-entropy where the validation gradient was made with other options.
         """
         started = time.perf_counter()
-        self.options = options
+        self.options, self.is_contrastive = options, target is None
         given = _tasks(logits)
         call = self._call_of(given)
         if self.fit.val_probabilities:

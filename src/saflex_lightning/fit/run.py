@@ -139,6 +139,8 @@ class Fit:
         if step.options is None:
             return False
         started = time.perf_counter()
+        if step.tasks and step.tasks[0].augmented is None and not step.is_contrastive:
+            self.report.tell_of_unions()
         if self.gates is not None:
             for task in step.tasks:
                 assert task.features is not None

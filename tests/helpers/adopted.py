@@ -35,6 +35,8 @@ class Unedited(pl.LightningModule):
         self.log("val/accuracy", self.accuracy)
         self.log("val/loss", F.cross_entropy(logits, target))
 
+    test_step = validation_step
+
 
 class UneditedWeighted(Unedited):
     """Label smoothing and class weights, in a criterion that is a module."""

@@ -7,7 +7,7 @@ validation rows go through ``validation_step`` up to the same call.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import update_wrapper
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,8 @@ class _Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.cross_entropy:
             return self._answer(LossCall(*args, **kwargs))
-        self.is_binary = self.is_binary or func in _BINARY
+        if func in _BINARY:
+            self.is_binary = True
         return func(*args, **kwargs)
 
 
@@ -81,6 +82,21 @@ class _Known(BaseException):  # no step catches it by accident
 
     def __init__(self, call: LossCall) -> None:
         self.call = call
+
+
+class _OneCall:
+    """Takes the place of a module's ``training_step`` for one call; a copy has the module's own."""
+
+    def __init__(self, module: Any, function: Callable[..., Any]) -> None:
+        self._module, self._function = module, function
+        own = module.training_step
+        update_wrapper(self, getattr(own, "__wrapped__", own))  # Lightning looks at its arguments
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._module, "training_step")
 
 
 class Adopted:
@@ -94,6 +110,7 @@ class Adopted:
         self._evaluates_by = ""  # name of the step that computes the loss of validation rows
         self._own_step: Any = None  # `training_step` of the instance, while it is replaced
         self._is_armed = False
+        self._has_looked = False  # at the values of a target, which waits for the device
 
     def head(self) -> nn.Linear | None:
         """Return the layer that the module names by ``saflex_head``, if it has that method."""
@@ -160,13 +177,12 @@ class Adopted:
             return
         original = self._module.training_step
 
-        @wraps(getattr(original, "__wrapped__", original))
-        def training_step(batch: Any, *args: Any) -> Any:
+        def train(batch: Any, *args: Any) -> Any:
             self.disarm()
             return self._train(original, step, batch, args)
 
         self._own_step = vars(self._module).get("training_step")
-        vars(self._module)["training_step"] = training_step
+        vars(self._module)["training_step"] = _OneCall(self._module, train)
         self._is_armed = True
 
     def disarm(self) -> None:
@@ -206,7 +222,9 @@ class Adopted:
                     "computes several, and which one to refine cannot be told. Derive the module "
                     "from `SAflexMixin` and name it by `saflex_forward` and `saflex_loss`."
                 )
-            _check_call(call, batch)
+            look = not self._has_looked or call.target.device.type == "cpu"
+            _check_call(call, batch, look=look)
+            self._has_looked = True
             step.end(call.input)
             return step.loss(
                 call.input, call.target, LossOptions(call.weight, call.label_smoothing)
@@ -235,7 +253,7 @@ class Adopted:
         )
 
 
-def _check_call(call: LossCall, batch: Any) -> None:
+def _check_call(call: LossCall, batch: Any, *, look: bool) -> None:
     """Refuse a loss that is no mean over the rows of the batch, in their order.
 
     Raises:
@@ -247,7 +265,7 @@ def _check_call(call: LossCall, batch: Any) -> None:
             f"reduction={call.reduction!r} and ignore_index={call.ignore_index}. Use the mean "
             "without `ignore_index`, or derive the module from `SAflexMixin`."
         )
-    check_target(call.target, call.input, values=call.target.device.type == "cpu")
+    check_target(call.target, call.input, values=look)
     if isinstance(batch, AugmentedBatch) and call.target is not batch.target:
         expected = batch.target
         same = expected is not None and expected.shape == call.target.shape

@@ -30,8 +30,10 @@ __all__ = ["SAflexCallback"]
 class SAflexCallback(pl.Callback):
     """Learn sample weights and soft labels for each training batch from validation data.
 
-    The module derives from `SAflexMixin` and uses its two methods in ``training_step``; nothing
-    else changes. ``SAflexCallback(preset="paper")`` is Algorithm 1 of the paper to the letter.
+    A module that trains on one cross-entropy stays as it is: the callback answers that call with
+    the refined loss. A module that derives from `SAflexMixin` says itself what is refined, and
+    trains by the same numbers. ``SAflexCallback(preset="paper")`` is Algorithm 1 of the paper to
+    the letter.
 
     Args:
         val_dataloader: Validation rows that steer; keeps its batch size. None asks the hook

@@ -54,6 +54,11 @@ def test_an_unedited_module_trains_as_the_edited_one(settings):
     )
 
 
+@pytest.mark.parametrize("engine", ["head", "forward_mode"])
+def test_under_autocast_too(engine):
+    assert_same_runs(Classifier, Unedited, lambda: callback(engine=engine), precision="bf16-mixed")
+
+
 @pytest.mark.parametrize("preset", ["robust", "paper"])
 def test_class_weights_and_label_smoothing_are_those_of_the_loss(preset):
     assert_same_runs(EditedWeighted, UneditedWeighted, lambda: callback(preset=preset))
@@ -207,8 +212,19 @@ class WithoutValidationLoss(Accumulating):
         self.calls += 1
 
 
+class WithoutValidationGraph(Accumulating):
+    """Its validation step switches gradients off, so that the training step is differentiated."""
+
+    def validation_step(self, batch, batch_idx):
+        with torch.no_grad():
+            super().validation_step(batch, batch_idx)
+
+
+KINDS = [Accumulating, WithoutValidationStep, WithoutValidationLoss, WithoutValidationGraph]
+
+
 @pytest.mark.parametrize("engine", ["head", "forward_mode", "finite_difference"])
-@pytest.mark.parametrize("kind", [Accumulating, WithoutValidationStep, WithoutValidationLoss])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no")
 def test_evaluation_and_extra_passes_leave_no_trace(kind, engine):
     runs = []
@@ -226,7 +242,7 @@ def test_evaluation_and_extra_passes_leave_no_trace(kind, engine):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("kind", [WithoutValidationStep, WithoutValidationLoss])
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_without_a_validation_loss_the_training_step_evaluates(kind):
     class Watching(kind):
         def training_step(self, batch, batch_idx):
@@ -240,12 +256,10 @@ def test_without_a_validation_loss_the_training_step_evaluates(kind):
 
 
 def test_the_module_is_as_before_after_each_step_and_after_a_failure():
-    class Copying(pl.Callback):
+    class Looking(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             assert "training_step" not in vars(pl_module)
             assert "log" not in vars(pl_module)
-            copied = copy.deepcopy(pl_module.net)
-            assert_same_state(copied.state_dict(), pickle.loads(pickle.dumps(copied)).state_dict())
 
     class Failing(Unedited):
         def training_step(self, batch, batch_idx):
@@ -255,8 +269,35 @@ def test_the_module_is_as_before_after_each_step_and_after_a_failure():
 
     module = seeded(Failing)
     with pytest.raises(KeyError, match="planted"):
-        fit(module, callback(), Copying())
+        fit(module, callback(), Looking())
     assert "training_step" not in vars(module)
+
+
+class Copied(Unedited):
+    """One that pickle finds by its name."""
+
+
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
+)
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
+def test_a_copy_within_a_step_is_a_plain_module(hook, make_copy):
+    copies = []
+    copying = pl.Callback()
+    setattr(copying, hook, lambda trainer, module, *args: copies.append(make_copy(module)))
+    module = seeded(Copied)
+    fit(module, callback(), copying, max_epochs=1)
+    first, *_, last = copies
+    assert last.training_step.__func__ is Copied.training_step
+    assert last.training_step.__self__ is last
+    trained = state_of(module)
+    fit(last, callback(), max_epochs=1)
+    assert_same_state(trained, state_of(module))
+    plain = seeded(Copied)
+    if hook == "on_train_batch_start":
+        fit(first, callback(), max_epochs=1)
+        fit(plain, callback(), max_epochs=1)
+        assert_same_state(state_of(plain), state_of(first))
 
 
 def test_a_training_step_that_the_instance_brought_is_given_back():

@@ -19,8 +19,19 @@ from helpers.training import (
     state_of,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from saflex_lightning import AugmentedBatch, SAflexCallback, UnsupportedModelError
+
+
+def loss_of(function):
+    class Other(Unedited):
+        def training_step(self, batch, batch_idx):
+            inputs, target = batch
+            return function(self(inputs), target)
+
+    return Other
 
 
 def assert_same_runs(edited, unedited, make_callback, **settings):
@@ -327,6 +338,20 @@ def test_a_step_without_an_index_and_one_behind_a_decorator():
     assert_same_runs(Classifier, Short, callback)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        cross_entropy,
+        lambda z, y: cross_entropy(input=z, target=y),
+        lambda z, y: nn.CrossEntropyLoss()(z.view(-1, z.shape[-1]), y.view(-1)),
+        lambda z, y: F.cross_entropy(z, F.one_hot(y, z.shape[-1]).float()),
+        lambda z, y: F.cross_entropy(z, y, None, None, -1),
+    ],
+)
+def test_spellings_of_the_loss(loss):
+    assert_same_runs(Classifier, loss_of(loss), callback)
+
+
 def test_a_loss_without_a_gradient_is_only_measured():
     class Measuring(Unedited):
         def training_step(self, batch, batch_idx):
@@ -355,15 +380,6 @@ def test_batches_that_the_module_skips():
 
 
 # What is refused
-
-
-def loss_of(function):
-    class Other(Unedited):
-        def training_step(self, batch, batch_idx):
-            inputs, target = batch
-            return function(self(inputs), target)
-
-    return Other
 
 
 def one_logit(logits, target):

@@ -84,8 +84,8 @@ class _Known(BaseException):  # no step catches it by accident
         self.call = call
 
 
-class _OneCall:
-    """Takes the place of a module's ``training_step`` for one call; a copy has the module's own."""
+class _Refined:
+    """Takes the place of a module's ``training_step``; a copy of the module has its own."""
 
     def __init__(self, module: Any, function: Callable[..., Any]) -> None:
         self._module, self._function = module, function
@@ -102,7 +102,7 @@ class _OneCall:
 class Adopted:
     """A module that nobody edited.
 
-    Its ``training_step`` is replaced on the instance for one call at a time.
+    Its ``training_step`` is replaced on the instance for one training batch at a time.
     """
 
     def __init__(self, module: Any) -> None:
@@ -172,21 +172,20 @@ class Adopted:
     # Training batches
 
     def arm(self, step: Step | None) -> None:
-        """Replace the module's ``training_step`` for the next call."""
+        """Replace the module's ``training_step``, which some optimizers call several times."""
         if step is None:
             return
         original = self._module.training_step
 
         def train(batch: Any, *args: Any) -> Any:
-            self.disarm()
             return self._train(original, step, batch, args)
 
         self._own_step = vars(self._module).get("training_step")
-        vars(self._module)["training_step"] = _OneCall(self._module, train)
+        vars(self._module)["training_step"] = _Refined(self._module, train)
         self._is_armed = True
 
     def disarm(self) -> None:
-        """Give the module its ``training_step`` back, where that was not called."""
+        """Give the module its ``training_step`` back."""
         if self._is_armed:
             self._is_armed = False
             del vars(self._module)["training_step"]
@@ -202,7 +201,7 @@ class Adopted:
         Raises:
             MisconfigurationException: If it computes no cross-entropy, or more than one.
         """
-        name = type(self._module).__name__
+        name, before = type(self._module).__name__, len(step.calls)
         if isinstance(batch, AugmentedBatch):
             inputs, target = step.replaced((batch.inputs, batch.target))
             batch = replace(batch, inputs=inputs, target=target)
@@ -216,7 +215,7 @@ class Adopted:
         def refine(call: LossCall) -> Tensor:
             if not call.is_trained:
                 return F.cross_entropy(*call)
-            if step.calls:
+            if len(step.calls) > before:
                 raise MisconfigurationException(
                     f"Expected one cross-entropy in a training step, but `training_step` of {name} "
                     "computes several, and which one to refine cannot be told. Derive the module "
@@ -233,7 +232,7 @@ class Adopted:
         step.begin(run, (batch, args))
         with _Interception(refine) as seen:
             output = training_step(batch, *args)
-        if not step.calls:
+        if len(step.calls) == before:
             step.close()
             if output is not None:  # else the module skips this batch
                 raise self._refusal("`training_step`", seen.is_binary)

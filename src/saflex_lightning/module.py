@@ -1,10 +1,11 @@
-"""What a LightningModule needs so that a training step can be refined."""
+"""What a LightningModule needs so that a training step can be refined, and how a fit meets it."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from .batch import AugmentedBatch, read_batch
@@ -12,7 +13,7 @@ from .functional.losses import LossOptions, Scores, as_tuple, mean_cross_entropy
 from .functional.solve import SAflexSolution
 from .step import Step
 
-__all__ = ["SAflexMixin"]
+__all__ = ["Edited", "Reading", "SAflexMixin"]
 
 
 class SAflexMixin:
@@ -37,12 +38,6 @@ class SAflexMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if any(base.__module__.split(".")[0] == "pytorch_lightning" for base in cls.__mro__):
-            raise TypeError(
-                f"Expected {cls.__name__} to derive from `lightning.pytorch.LightningModule`, but "
-                "it derives from the twin package `pytorch_lightning`. Write "
-                "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
-            )
         if "training_step" in vars(cls):
             cls.training_step = _with_batch_at_hand(vars(cls)["training_step"])
 
@@ -195,6 +190,68 @@ def _with_batch_at_hand(training_step: Callable[..., Any]) -> Callable[..., Any]
             self._saflex_batch = before
 
     return step
+
+
+class Reading:
+    """A validation batch as its module reads it.
+
+    Args:
+        score: Returns the scores of the inputs, and their target.
+        inputs: What of the batch the module looks at.
+        is_contrastive: Whether there is no target, since the scores are of pairs.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[Any], tuple[Scores, Tensor | None]],
+        inputs: Any,
+        *,
+        is_contrastive: bool = False,
+    ) -> None:
+        self._score, self._inputs = score, inputs
+        self.is_contrastive = is_contrastive
+        self.target: Tensor | None = None  # of the last run
+
+    def run(self) -> Scores:
+        """Return the scores of the rows."""
+        scores, self.target = self._score(self._inputs)
+        return scores
+
+    def copied(self) -> "Reading":
+        """Return a reading of copies, for a forward that may write in its inputs."""
+        inputs = apply_to_collection(self._inputs, Tensor, torch.clone)
+        return Reading(self._score, inputs, is_contrastive=self.is_contrastive)
+
+
+class Edited:
+    """What a fit does with a module that derives from `SAflexMixin`."""
+
+    def __init__(self, module: SAflexMixin) -> None:
+        self._module = module
+
+    def head(self) -> nn.Linear | None:
+        """Return the layer that the module names as the one that makes its scores."""
+        return self._module.saflex_head()
+
+    def read(self, batch: Any) -> Reading:
+        """Return a validation batch as the module reads it."""
+        inputs, target = self._module.saflex_val_batch(batch)
+
+        def score(inputs: Any) -> tuple[Scores, Tensor | None]:
+            if isinstance(inputs, dict):
+                return self._module.saflex_scores(**inputs), target
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+            return self._module.saflex_scores(*args), target
+
+        return Reading(score, inputs, is_contrastive=target is None)
+
+    def arm(self, step: Step | None) -> None:
+        """Hand a step to the module, or none."""
+        self._module._saflex_step = step
+
+    def disarm(self) -> None:
+        """Take back the step."""
+        self._module._saflex_step = None
 
 
 def _unsupported_message(options: dict[str, Any]) -> str:

@@ -93,6 +93,8 @@ class Step:
         self.calls: list[Call] = []
         self.tasks: Sequence[SolvedTask] = ()
         self.options: LossOptions | None = None  # of the loss, once it was asked for
+        self.is_contrastive = False
+        self.is_masked = True  # whether something tells augmented rows from clean ones
         self.finite: Tensor | None = None  # whether every task was solved without a NaN
         self._open: Finish | None = None
         # Rows that give way to the clean rows they were made from, and the row in each place.
@@ -113,30 +115,32 @@ class Step:
 
     def forward(self, score: Callable[..., Scores], inputs: Any, kwargs: Any) -> Scores:
         """Return the scores of the training forward; what is extra comes before it."""
-        started = time.perf_counter()
-        if self._places is not None:
-            inputs, kwargs = replace_rows((inputs, kwargs), self._places)
-        run = partial(score, *inputs, **kwargs)
-        if self.fit.settings.solves and self.fit.matching.engine.repeats_forward:
-            run = unwritten(run, (inputs, kwargs))
-        self.begin(run)
-        self.seconds += time.perf_counter() - started
+        inputs, kwargs = self.replaced((inputs, kwargs))
+        self.begin(partial(score, *inputs, **kwargs), (inputs, kwargs))
         scores = score(*inputs, **kwargs)
-        started = time.perf_counter()
         self.end(scores)
-        self.seconds += time.perf_counter() - started
         return scores
 
-    def begin(self, run: Callable[[], Scores]) -> None:
+    def replaced(self, values: Any) -> Any:
+        """Return values of the batch's rows, with rejected rows as those they were made from."""
+        return values if self._places is None else replace_rows(values, self._places)
+
+    def begin(self, run: Callable[[], Scores], inputs: Any) -> None:
         """Do what must come before the training forward; ``run`` is for passes beside it."""
-        if self.fit.settings.solves:
-            self._open = self.fit.matching.engine.jvp(run, self.fit.gradient.direction)
+        started, fit = time.perf_counter(), self.fit
+        if fit.settings.solves:
+            if fit.matching.engine.repeats_forward:
+                run = unwritten(run, inputs)
+            self._open = fit.matching.engine.jvp(run, fit.gradient.direction)
+        self.seconds += time.perf_counter() - started
 
     def end(self, scores: Scores) -> None:
         """Keep the scores of the training forward with their derivative."""
+        started = time.perf_counter()
         finish, self._open = self._open, None
         jvp = (None,) * len(_tasks(scores)) if finish is None else _tasks(finish.of(scores))
         self.calls.append(Call(_tasks(scores), jvp))
+        self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
         """Give up a forward that failed."""
@@ -158,7 +162,7 @@ class Step:
         It is plain cross-entropy where the validation gradient was made with other options.
         """
         started = time.perf_counter()
-        self.options = options
+        self.options, self.is_contrastive = options, target is None
         given = _tasks(logits)
         if target is not None and len(given) > 1:
             check_tasks(given)
@@ -196,6 +200,7 @@ class Step:
         # Where each process scores its own pairs alone, a column means something else on each.
         ranks = Ranks() if contrastive and scores.shape[0] == scores.shape[1] else fit.ranks
         mask = row_field(self.batch, "augmented", augmented, size)
+        self.is_masked = mask is not None
         mask = torch.ones(size, dtype=torch.bool, device=scores.device) if mask is None else mask
         left, passed, dropped = mask, None, None
         if fit.evidence is not None:

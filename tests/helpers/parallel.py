@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from helpers.adopted import Unedited
 from helpers.pairs import TwoTowers
 from helpers.training import (
     NUM_CLASSES,
     Classifier,
     fit,
     make_loader,
+    make_net,
     make_rows,
     seeded,
     state_of,
@@ -88,6 +90,23 @@ class Manual(Watched):
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         optimizer.step()
+
+
+class Normalized(Watched):
+    """Has running statistics, and dropout that is drawn on every rank."""
+
+    def __init__(self, *, dtype):
+        super().__init__(dtype=dtype)
+        self.net = make_net(dtype=dtype)
+
+
+class Bare(Unedited):
+    """What `Watched` and `Normalized` are before anybody edits them."""
+
+    def __init__(self, *, plain, dtype):
+        super().__init__(plain=plain, dtype=dtype, optimizer="sgd", lr=0.1)
+        if not plain:
+            self.net = make_net(dtype=dtype)  # a second one, as there
 
 
 class Surviving(Watched):
@@ -197,6 +216,7 @@ SCENARIOS = {
     "accumulation": Scenario(trainer={"accumulate_grad_batches": 2}),
     "manual optimization": Scenario(module=Manual),
     "union batch": Scenario(batch=union),
+    "union batch, unedited": Scenario(module=partial(Bare, plain=True), batch=union),
     "union batch, finite_difference": Scenario({"engine": "finite_difference"}, batch=union),
     "no augmented row on a rank": Scenario(batch=clean_first_half),
     "all rows dropped": Scenario(HARD, batch=wrong, batch_size=4),
@@ -222,6 +242,14 @@ SCENARIOS = {
 # Draws of its own on every rank: several processes do not equal one.
 OWN_DRAWS = {
     "gates that reject": Scenario({"gates": True}, batch=partial(grouped, wrong="augmented")),
+    **{
+        f"{name}, {engine}": Scenario({"engine": engine}, module=module, batch=union)
+        for engine in ENGINES
+        for name, module in (
+            ("statistics", Normalized),
+            ("statistics, unedited", partial(Bare, plain=False)),
+        )
+    },
 }
 
 

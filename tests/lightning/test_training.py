@@ -5,6 +5,8 @@ import csv
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.adopted import Unedited
+from helpers.gated import gated_loader
 from helpers.interrupted import Batches
 from helpers.training import (
     Classifier,
@@ -215,15 +217,25 @@ def test_what_a_preset_makes_constant_is_not_shown_in_the_progress_bar():
     assert "saflex/effective_fraction" in trainer.progress_bar_metrics
 
 
-def test_fit_says_once_what_is_learned(caplog):
+LEARNS = (
+    "SAFLEX learns sample weights and soft labels with engine 'head' over `net.4` and a validation "
+    "gradient every 4 training batches. Algorithm 1 to the letter: SAflexCallback(preset='paper')."
+)
+UNIONS = (
+    "SAFLEX refines every row, since no mask tells the augmented ones from clean ones; union "
+    "batches of both measured better, and this makes them: "
+    "saflex_lightning.data.union_loader(dataset, augment, transform)."
+)
+
+
+@pytest.mark.parametrize("make", [Classifier, Unedited])
+@pytest.mark.parametrize(
+    ("train", "told"), [(make_loader, [LEARNS, UNIONS]), (gated_loader, [LEARNS])]
+)
+def test_fit_says_once_what_is_learned_and_what_measured_better(make, train, told, caplog):
     with caplog.at_level("INFO"):
-        fit(seeded(Classifier), SAflexCallback(make_loader()))
-    lines = [record.message for record in caplog.records if "SAFLEX" in record.message]
-    assert lines == [
-        "SAFLEX learns sample weights and soft labels with engine 'head' over `net.4` and a "
-        "validation gradient every 4 training batches. Algorithm 1 to the letter: "
-        "SAflexCallback(preset='paper')."
-    ]
+        fit(seeded(make), SAflexCallback(make_loader()), train=train())
+    assert [record.message for record in caplog.records if "SAFLEX" in record.message] == told
 
 
 def test_same_seed_same_run_and_other_seed_other_rows():

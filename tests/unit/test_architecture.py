@@ -22,6 +22,7 @@ LAYERS = {
     "evidence": 3,
     "step": 4,
     "module": 5,
+    "adopt": 5,
     "fit": 6,
     "callback": 7,
     "__init__": 8,
@@ -127,7 +128,7 @@ def test_recipes_use_only_the_public_api():
 
 @pytest.mark.parametrize(
     ("settings", "files", "changes"),
-    [({}, 14, 100), ({"gates": True, "row_evidence": True}, 18, 182)],
+    [({}, 14, 104), ({"gates": True, "row_evidence": True}, 18, 190)],
 )
 def test_a_step_is_read_in_few_files(settings, files, changes):
     command = [sys.executable, "-W", "ignore", str(TRACE), json.dumps(settings)]

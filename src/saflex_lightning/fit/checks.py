@@ -5,24 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from saflex_lightning.adopt import serve
 from saflex_lightning.engines.parameters import select_parameters
 from saflex_lightning.functional.settings import Settings
 from saflex_lightning.module import SAflexMixin
-from saflex_lightning.validation.source import ask_hook
+from saflex_lightning.validation.source import ask_hook, is_a
+from saflex_lightning.validation.stream import overrides
 
 __all__ = [
     "check_fit",
@@ -43,14 +35,7 @@ _INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning
 
 def check_fit(trainer: Any, module: Any, settings: Settings) -> None:
     """Collect every incompatibility of Trainer, module and settings, and raise once."""
-    if not isinstance(trainer, pl.Trainer):
-        raise MisconfigurationException(
-            "Expected `SAflexCallback` in a `lightning.pytorch.Trainer`, but found "
-            f"`{type(trainer).__module__}.{type(trainer).__name__}`. Write "
-            "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
-        )
     problems = [
-        *_module_problems(module),
         *_strategy_problems(trainer.strategy, settings),
         *_launch_problems_of(trainer),
         *_precision_problems(trainer, settings),
@@ -62,21 +47,20 @@ def check_fit(trainer: Any, module: Any, settings: Settings) -> None:
 
 def check_model(module: pl.LightningModule, settings: Settings) -> None:
     """Refuse patterns and heads that do not fit a model, once it was set up."""
-    assert isinstance(module, SAflexMixin)
     problems: list[str] = []
     if settings.engine == "head" and settings.params is not None:
         problems.append(
             f"Expected `params` to be None with engine='head', but got {settings.params!r}. The "
             "head engine matches the last linear layer only; remove `params`."
         )
-    head: Any = module.saflex_head()
+    head: Any = serve(module).head()
     if not isinstance(head, (nn.Linear, type(None))):
         problems.append(
             f"Expected `saflex_head()` to return an `nn.Linear`, but got {type(head).__name__}. "
             "Return the layer whose output is the scores, or None to have it found."
         )
-    asks_forward = type(module).saflex_scores is SAflexMixin.saflex_scores
-    if asks_forward and not is_overridden("forward", module, nn.Module):
+    scores = getattr(type(module), "saflex_scores", None)  # of a module that nobody edited: none
+    if scores is SAflexMixin.saflex_scores and not overrides(module, "forward"):
         problems.append(
             f"Expected {type(module).__name__} to have a `forward` that returns the logits, but it "
             "has none. Write one, or override `saflex_scores` to return them."
@@ -105,20 +89,11 @@ def check_initialised(module: nn.Module) -> None:
             )
 
 
-def _module_problems(module: Any) -> Iterator[str]:
-    if not isinstance(module, SAflexMixin):
-        yield (
-            f"Expected the module to derive from `SAflexMixin`, but {type(module).__name__} does "
-            f"not. Write `class {type(module).__name__}(SAflexMixin, LightningModule)` and use "
-            "`self.saflex_forward` and `self.saflex_loss` in `training_step`."
-        )
-
-
-def _strategy_problems(strategy: Strategy, settings: Settings) -> Iterator[str]:
-    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-    if whole and not isinstance(strategy, DeepSpeedStrategy):  # which derives from `DDPStrategy`
+def _strategy_problems(strategy: Any, settings: Settings) -> Iterator[str]:
+    whole = is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
+    if whole and not is_a(strategy, "DeepSpeedStrategy"):  # which derives from `DDPStrategy`
         return
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not is_a(strategy, "ModelParallelStrategy"):
         yield (
             "Expected a single device, `strategy='ddp'` or `ModelParallelStrategy`, but got "
             f"`{type(strategy).__name__}`. Choose `ddp`, or shard the model with `fully_shard` in "
@@ -153,7 +128,13 @@ def _precision_problems(trainer: pl.Trainer, settings: Settings) -> Iterator[str
 def _compile_problems(module: Any, settings: Settings) -> Iterator[str]:
     # Lightning puts this on a module that was compiled as a whole, training step included.
     whole = getattr(module, "_compiler_ctx", None) is not None
-    if whole and settings.engine != "finite_difference":
+    if whole and not isinstance(module, SAflexMixin):
+        yield (
+            f"Expected {type(module).__name__} to derive from `SAflexMixin` where `torch.compile` "
+            "takes the whole module, but it does not, and compiled code hides its loss. Compile "
+            "the inner network without its last layer instead."
+        )
+    elif whole and settings.engine != "finite_difference":
         yield (
             "Expected engine='finite_difference' where `torch.compile` takes the whole module, but "
             f"got engine={settings.engine!r}, for which compiled code hides what it needs. Compile "
@@ -174,7 +155,7 @@ def check_launch(trainer: pl.Trainer) -> None:
 
 def _launch_problems_of(trainer: pl.Trainer) -> Iterator[str]:
     cluster = getattr(trainer.strategy, "cluster_environment", None)
-    if cluster is None or isinstance(cluster, (SLURMEnvironment, TorchElasticEnvironment)):
+    if cluster is None or is_a(cluster, "SLURMEnvironment", "TorchElasticEnvironment"):
         yield from launch_problems(os.environ, trainer.num_devices, trainer.num_nodes)
 
 

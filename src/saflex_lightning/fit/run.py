@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from saflex_lightning.adopt import Adopted, serve
 from saflex_lightning.batch import AugmentedBatch, check_rows, read_batch
 from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
@@ -32,7 +32,7 @@ from saflex_lightning.functional.losses import (
 )
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.settings import Settings
-from saflex_lightning.module import SAflexMixin
+from saflex_lightning.module import Edited, Reading
 from saflex_lightning.step import Step, contrastive_message
 from saflex_lightning.validation.gradient import ValidationGradient
 from saflex_lightning.validation.source import count_rows, is_plain
@@ -53,6 +53,7 @@ class Fit:
         self.settings = settings
         self.report = report
         self.ranks = Ranks()
+        self.served: Adopted | Edited  # from `start` on
         self.matching = Matching(settings)
         self.gradient = ValidationGradient(settings)
         self.options = NO_OPTIONS
@@ -86,6 +87,7 @@ class Fit:
         """
         self.ranks = Ranks(trainer.global_rank, trainer.world_size)
         self._loader, self._keep_batch_size = loader, keep_batch_size
+        self.served = serve(module)
         check_initialised(module)
         check_saved_gradient(self.gradient.state_dict(), self.matching.names, module)
         self.matching.start(module)
@@ -137,6 +139,8 @@ class Fit:
         if step.options is None:
             return False
         started = time.perf_counter()
+        if step.tasks and not step.is_masked and not step.is_contrastive:
+            self.report.tell_of_unions()
         if step.finite is not None:
             self.skipped += ~step.finite
         else:  # the gradient was made with other options than the loss has
@@ -158,23 +162,22 @@ class Fit:
         is_due: bool,
     ) -> None:
         """Draw a validation batch; refresh the gradient where due, remember its scores."""
-        assert isinstance(module, SAflexMixin)
         with evaluation(trainer, module, stream) as batch:
-            inputs, target = module.saflex_val_batch(batch)
-            run = partial(self._score, module, inputs)
+            reading = self.served.read(batch)
+            run = partial(self._score, reading)
 
             # Looking at values waits for the device, so on others than the CPU it is done once.
             look = module.device.type == "cpu" or not self.val_classes
 
-            options: Any = {"check": "values" if look else "shapes", "options": self.options}
-            loss = partial(mean_cross_entropy, target=target, **options)
+            def loss(scores: Scores) -> Tensor:
+                check = "values" if look else "shapes"
+                return mean_cross_entropy(scores, reading.target, self.options, check=check)
+
             held = _held(trainer)
             if is_due and not self.matching.fits(module, held):
-                # A forward may write in its inputs, and these are read again.
-                inputs = apply_to_collection(inputs, Tensor, torch.clone)
-                self._choose_engine(module, partial(self._score, module, inputs), held)
+                self._choose_engine(module, partial(self._score, reading.copied()), held)
             if self.evidence is not None:
-                run = partial(self._remember, number, run, target, loss)
+                run = partial(self._remember, number, run, reading, loss)
             if not is_due:
                 with torch.no_grad(), extra_pass(module):
                     run()
@@ -185,12 +188,9 @@ class Fit:
             moments = adam_second_moments(self.matching.engine.params, trainer.optimizers)
         self.gradient.update(number, self.ranks.mean(gradient), moments)
 
-    def _score(self, module: SAflexMixin, inputs: Any) -> Scores:
-        """Return the scores of the inputs of a validation batch."""
-        if isinstance(inputs, dict):
-            scores = module.saflex_scores(**inputs)
-        else:
-            scores = module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+    def _score(self, reading: Reading) -> Scores:
+        """Return the scores of a validation batch."""
+        scores = reading.run()
         tasks = (scores,) if isinstance(scores, Tensor) else as_tuple(scores)
         if not self.val_classes:  # looking at values waits for the device
             self.val_probabilities = all(map(is_probabilities, tasks))
@@ -198,12 +198,11 @@ class Fit:
         return scores
 
     def _choose_engine(
-        self, module: SAflexMixin, run: Callable[[], Scores], held: Sequence[Tensor]
+        self, module: pl.LightningModule, run: Callable[[], Scores], held: Sequence[Tensor]
     ) -> None:
         """Choose an engine for what is trained now; an average over others is given up."""
-        assert isinstance(module, pl.LightningModule)
         is_first = not self.matching.names
-        if self.matching.choose(module, run, module.saflex_head(), held):
+        if self.matching.choose(module, run, self.served.head(), held):
             self.gradient = ValidationGradient(self.settings)
         if is_first:
             rank_zero_info(describe_fit(self.settings, self.matching.describe()))
@@ -212,18 +211,18 @@ class Fit:
         self,
         number: int,
         run: Callable[[], Scores],
-        target: Tensor | None,
+        reading: Reading,
         loss: Callable[[Scores], Tensor],
     ) -> Scores:
         """Return the scores of a pass over validation rows, having remembered them."""
         assert self.evidence is not None
         scores = run()
-        if target is None or not isinstance(scores, Tensor):
+        if reading.target is None or not isinstance(scores, Tensor):
             raise MisconfigurationException(contrastive_message())
         logits = widen(scores.detach()).requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(logits), logits)
-        labels = dense_target(target, logits.shape[-1], logits.dtype)
+        labels = dense_target(reading.target, logits.shape[-1], logits.dtype)
         rows = (logits.detach(), len(logits) * gradient, labels)
         self.evidence.remember(number, *rows, self.ranks)
         return scores
@@ -324,6 +323,9 @@ def _rows_of(module: pl.LightningModule, batch: Any) -> int:
             if isinstance(target, Tensor):
                 return len(target)
     try:
+        graphs = getattr(batch, "num_graphs", None)  # of torch_geometric, whose rows are nodes
+        if graphs is not None:
+            return int(graphs)
         with warnings.catch_warnings():  # of several sizes that it finds
             warnings.simplefilter("ignore")
             return extract_batch_size(batch)

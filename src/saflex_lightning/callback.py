@@ -16,12 +16,12 @@ from .fit.checks import (
     check_model,
     check_state,
     count_batches,
+    damaged_state,
     find_group_names,
 )
-from .fit.report import Report, log_metrics, read_step
+from .fit.report import Report, log_metrics, log_settings, read_step
 from .fit.run import Fit
 from .functional.settings import PresetName, SettingsKwargs, make_settings
-from .module import SAflexMixin
 from .step import Step
 from .validation.source import ask_hook, check_is_loader, check_loader, other_roles, trainer_loader
 
@@ -31,8 +31,10 @@ __all__ = ["SAflexCallback"]
 class SAflexCallback(pl.Callback):
     """Learn sample weights and soft labels for each training batch from validation data.
 
-    The module derives from `SAflexMixin` and uses its two methods in ``training_step``; nothing
-    else changes. ``SAflexCallback(preset="paper")`` is Algorithm 1 of the paper to the letter.
+    A module that trains on one cross-entropy stays as it is: the callback answers that call with
+    the refined loss. A module that derives from `SAflexMixin` says itself what is refined, and
+    trains by the same numbers. ``SAflexCallback(preset="paper")`` is Algorithm 1 of the paper to
+    the letter.
 
     Args:
         val_dataloader: Validation rows that steer; keeps its batch size. None asks the hook
@@ -81,12 +83,11 @@ class SAflexCallback(pl.Callback):
         if stage == "fit":
             check_fit(trainer, pl_module, self.settings)
             self._begin()  # a checkpoint's state is loaded after this hook
+            log_settings(trainer, pl_module, {"preset": self.preset, **asdict(self.settings)})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, and find rows other than the Trainer's own."""
         check_model(pl_module, self.settings)
-        if self.settings.gathers:
-            find_group_names(trainer, pl_module)
         self._loader = self._given_loader
         if self._loader is None:
             self._loader = ask_hook(trainer, pl_module, "saflex_dataloader")
@@ -121,8 +122,8 @@ class SAflexCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Refresh the validation gradient where it is due, and arm the module."""
-        assert isinstance(pl_module, SAflexMixin)
-        self._step = pl_module._saflex_step = self._fit.arm(trainer, pl_module, batch)
+        self._step = self._fit.arm(trainer, pl_module, batch)
+        self._fit.served.arm(self._step)
 
     def on_train_batch_end(
         self,
@@ -133,10 +134,9 @@ class SAflexCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Disarm the module, take in what was learned, and log it where a logger would read it."""
-        assert isinstance(pl_module, SAflexMixin)
         step, self._step = self._step, None
         self._newest, self._metrics = None, {}
-        pl_module._saflex_step = None
+        self._fit.served.disarm()
         if step is None:
             return
         met_trouble = self._fit.end(step)
@@ -223,29 +223,33 @@ class SAflexCallback(pl.Callback):
         expected = self.state_dict()
         check_state(state_dict, expected)
         changed = self._report.say_changed(state_dict["settings"], expected["settings"])
-        self._fit.load_state_dict(state_dict, changed)
+        fit = Fit(self.settings, self._report)
+        try:
+            fit.load_state_dict(state_dict, changed)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise damaged_state(f"reading it failed with {error!r}") from error
+        self._fit = fit
         self._report.skipped_before = state_dict["skipped_steps"]
 
     # The end
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the validation stream."""
-        self._close(pl_module)
+        self._close()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Close the validation stream; its worker processes end."""
-        self._close(pl_module)
+        self._close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the validation stream."""
-        self._close(pl_module)
+        self._close()
 
-    def _close(self, pl_module: pl.LightningModule) -> None:
+    def _close(self) -> None:
         self._fit.close()
         if self._step is not None:
             self._step.close()
+            self._fit.served.disarm()
             self._step = None
-        if isinstance(pl_module, SAflexMixin):
-            pl_module._saflex_step = None

@@ -1,17 +1,19 @@
-"""What a LightningModule needs so that a training step can be refined."""
+"""What a LightningModule needs so that a training step can be refined, and how a fit meets it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from .batch import read_batch
-from .functional.losses import LossOptions, Scores, mean_cross_entropy
+from .batch import AugmentedBatch, read_batch
+from .functional.losses import LossOptions, Scores, as_tuple, mean_cross_entropy
 from .functional.solve import SAflexSolution
 from .step import Step
 
-__all__ = ["SAflexMixin"]
+__all__ = ["Edited", "Reading", "SAflexMixin"]
 
 
 class SAflexMixin:
@@ -28,23 +30,22 @@ class SAflexMixin:
     if TYPE_CHECKING:  # TorchScript compiles the types of annotated attributes
         saflex_solution: SAflexSolution | tuple[SAflexSolution, ...] | None
         _saflex_step: Step | None
+        _saflex_batch: Any
     else:
         saflex_solution = None
         _saflex_step = None
+        _saflex_batch = None  # of the `training_step` that runs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if any(base.__module__.split(".")[0] == "pytorch_lightning" for base in cls.__mro__):
-            raise TypeError(
-                f"Expected {cls.__name__} to derive from `lightning.pytorch.LightningModule`, but "
-                "it derives from the twin package `pytorch_lightning`. Write "
-                "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
-            )
+        if "training_step" in vars(cls):
+            cls.training_step = _with_batch_at_hand(vars(cls)["training_step"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the step at hand, whose graph no copy can hold."""
+        """Leave out the step and the batch at hand; no copy can hold the graph of a step."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
-        return {name: value for name, value in state.items() if name != "_saflex_step"}
+        at_hand = {"_saflex_step", "_saflex_batch"}
+        return {name: value for name, value in state.items() if name not in at_hand}
 
     # Hooks to override
 
@@ -134,9 +135,10 @@ class SAflexMixin:
 
         Args:
             logits: What `saflex_forward` returned: ``(batch, classes)``, or a tuple of them.
-            target: Upstream labels, ``(batch,)`` integers or ``(batch, classes)`` float; None for
-                contrastive scores, whose target is the diagonal (of the columns of this rank, where
-                features were gathered).
+            target: Upstream labels, ``(batch,)`` integers or ``(batch, classes)`` float. None takes
+                the target of the `AugmentedBatch` that ``training_step`` was given; without one,
+                and for a tuple of scores, these are contrastive and their target is the diagonal
+                (of the columns of this rank, where features were gathered).
             augmented: True where a row is refined, ``(batch,)`` bool; None refines every row. An
                 `AugmentedBatch` brings its own mask, and then this must be None.
             group: What made each row, ``(batch,)`` int64, 0 for clean rows; read with
@@ -160,14 +162,96 @@ class SAflexMixin:
         if unsupported:
             raise TypeError(_unsupported_message(unsupported))
         step, options = self._saflex_step, LossOptions(class_weight, label_smoothing)
+        batch = self._saflex_batch
+        if batch is None and step is not None:  # `training_step` is that of a class without us
+            batch = step.batch
+        if target is None and isinstance(logits, Tensor) and isinstance(batch, AugmentedBatch):
+            target = batch.target
         if step is None or not torch.is_grad_enabled():
             self.__dict__.pop("saflex_solution", None)
-            return mean_cross_entropy(logits, target, options)
+            return mean_cross_entropy(as_tuple(logits), target, options, check="shapes")
         loss = step.loss(logits, target, options, augmented, group, index)
         solutions = tuple(task.solution for task in step.tasks)
         one = isinstance(logits, Tensor) and bool(solutions)
         self.saflex_solution = solutions[0] if one else solutions or None
         return loss
+
+
+def _with_batch_at_hand(training_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `training_step` whose module knows the batch while it runs."""
+
+    @wraps(training_step)
+    def step(self: SAflexMixin, *args: Any, **kwargs: Any) -> Any:
+        before = self._saflex_batch
+        self._saflex_batch = args[0] if args else kwargs.get("batch")
+        try:
+            return training_step(self, *args, **kwargs)
+        finally:
+            self._saflex_batch = before
+
+    return step
+
+
+class Reading:
+    """A validation batch as its module reads it.
+
+    Args:
+        score: Returns the scores of the inputs, and their target.
+        inputs: What of the batch the module looks at.
+        is_contrastive: Whether there is no target, since the scores are of pairs.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[Any], tuple[Scores, Tensor | None]],
+        inputs: Any,
+        *,
+        is_contrastive: bool = False,
+    ) -> None:
+        self._score, self._inputs = score, inputs
+        self.is_contrastive = is_contrastive
+        self.target: Tensor | None = None  # of the last run
+
+    def run(self) -> Scores:
+        """Return the scores of the rows."""
+        scores, self.target = self._score(self._inputs)
+        return scores
+
+    def copied(self) -> "Reading":
+        """Return a reading of copies, for a forward that may write in its inputs."""
+        inputs = apply_to_collection(self._inputs, Tensor, torch.clone)
+        return Reading(self._score, inputs, is_contrastive=self.is_contrastive)
+
+
+class Edited:
+    """What a fit does with a module that derives from `SAflexMixin`."""
+
+    def __init__(self, module: SAflexMixin) -> None:
+        self._module = module
+
+    def head(self) -> nn.Linear | None:
+        """Return the layer that the module names as the one that makes its scores."""
+        return self._module.saflex_head()
+
+    def read(self, batch: Any) -> Reading:
+        """Return a validation batch as the module reads it."""
+        inputs, target = self._module.saflex_val_batch(batch)
+
+        def score(inputs: Any) -> tuple[Scores, Tensor | None]:
+            if isinstance(inputs, dict):
+                return self._module.saflex_scores(**inputs), target
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+            return self._module.saflex_scores(*args), target
+
+        return Reading(score, inputs, is_contrastive=target is None)
+
+    def arm(self, step: Step | None) -> None:
+        """Hand a step to the module, or none."""
+        self._module._saflex_step = step
+
+    def disarm(self) -> None:
+        """Take back the step."""
+        self._module._saflex_step = None
 
 
 def _unsupported_message(options: dict[str, Any]) -> str:

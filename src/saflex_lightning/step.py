@@ -19,7 +19,9 @@ from .functional.contrastive import contrastive_target
 from .functional.losses import (
     LossOptions,
     Scores,
+    as_tuple,
     check_target,
+    check_tasks,
     dense_target,
     mean_cross_entropy,
     weighted_cross_entropy,
@@ -40,6 +42,17 @@ class Call:
 
     scores: tuple[Tensor, ...]
     jvp: tuple[Tensor | None, ...]
+
+    def __post_init__(self) -> None:
+        self._versions = [scores._version for scores in self.scores]
+
+    def made(self, logits: Sequence[Tensor]) -> bool:
+        """Say whether logits are these scores, or copies, as they were."""
+        return (
+            len(logits) == len(self.scores)
+            and all(map(same_values, logits, self.scores))
+            and [scores._version for scores in self.scores] == self._versions
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,8 @@ class Step:
         self.calls: list[Call] = []
         self.tasks: Sequence[SolvedTask] = ()
         self.options: LossOptions | None = None  # of the loss, once it was asked for
+        self.is_contrastive = False
+        self.is_masked = True  # whether something tells augmented rows from clean ones
         self.finite: Tensor | None = None  # whether every task was solved without a NaN
         self._open: Finish | None = None
         # Rows that give way to the clean rows they were made from, and the row in each place.
@@ -100,30 +115,32 @@ class Step:
 
     def forward(self, score: Callable[..., Scores], inputs: Any, kwargs: Any) -> Scores:
         """Return the scores of the training forward; what is extra comes before it."""
-        started = time.perf_counter()
-        if self._places is not None:
-            inputs, kwargs = replace_rows((inputs, kwargs), self._places)
-        run = partial(score, *inputs, **kwargs)
-        if self.fit.solves and self.fit.matching.engine.repeats_forward:
-            run = unwritten(run, (inputs, kwargs))
-        self.begin(run)
-        self.seconds += time.perf_counter() - started
+        inputs, kwargs = self.replaced((inputs, kwargs))
+        self.begin(partial(score, *inputs, **kwargs), (inputs, kwargs))
         scores = score(*inputs, **kwargs)
-        started = time.perf_counter()
         self.end(scores)
-        self.seconds += time.perf_counter() - started
         return scores
 
-    def begin(self, run: Callable[[], Scores]) -> None:
+    def replaced(self, values: Any) -> Any:
+        """Return values of the batch's rows, with rejected rows as those they were made from."""
+        return values if self._places is None else replace_rows(values, self._places)
+
+    def begin(self, run: Callable[[], Scores], inputs: Any) -> None:
         """Do what must come before the training forward; ``run`` is for passes beside it."""
-        if self.fit.solves:
-            self._open = self.fit.matching.engine.jvp(run, self.fit.gradient.direction)
+        started, fit = time.perf_counter(), self.fit
+        if fit.solves:
+            if fit.matching.engine.repeats_forward:
+                run = unwritten(run, inputs)
+            self._open = fit.matching.engine.jvp(run, fit.gradient.direction)
+        self.seconds += time.perf_counter() - started
 
     def end(self, scores: Scores) -> None:
         """Keep the scores of the training forward with their derivative."""
+        started = time.perf_counter()
         finish, self._open = self._open, None
         jvp = (None,) * len(_tasks(scores)) if finish is None else _tasks(finish.of(scores))
         self.calls.append(Call(_tasks(scores), jvp))
+        self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
         """Give up a forward that failed."""
@@ -145,8 +162,10 @@ class Step:
         It is plain cross-entropy where the validation gradient was made with other options.
         """
         started = time.perf_counter()
-        self.options = options
+        self.options, self.is_contrastive = options, target is None
         given = _tasks(logits)
+        if target is not None and len(given) > 1:
+            check_tasks(given)
         call = self._call_of(given)
         if self.fit.val_probabilities:
             self.fit.report.say_probabilities(given)
@@ -181,6 +200,7 @@ class Step:
         # Where each process scores its own pairs alone, a column means something else on each.
         ranks = Ranks() if contrastive and scores.shape[0] == scores.shape[1] else fit.ranks
         mask = row_field(self.batch, "augmented", augmented, size)
+        self.is_masked = mask is not None
         mask = torch.ones(size, dtype=torch.bool, device=scores.device) if mask is None else mask
         left, passed, dropped = mask, None, None
         if fit.evidence is not None:
@@ -247,7 +267,7 @@ class Step:
                 "`training_step`, but it did not. Compute the logits with `saflex_forward`."
             )
         for call in self.calls:
-            if len(logits) == len(call.scores) and all(map(same_values, logits, call.scores)):
+            if call.made(logits):
                 break
         else:
             shapes = [tuple(scores.shape) for scores in self.calls[0].scores]
@@ -302,4 +322,4 @@ def contrastive_message() -> str:
 
 
 def _tasks(scores: Scores) -> tuple[Tensor, ...]:
-    return (scores,) if isinstance(scores, Tensor) else tuple(scores)
+    return (scores,) if isinstance(scores, Tensor) else as_tuple(scores)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.parallel import (
     BATCH,
+    ENGINES,
     SCENARIOS,
     STEPS,
     differentiate_gathered_rows,
@@ -57,6 +58,19 @@ def test_processes_together_equal_one_process(name, dtype, ranks):
         assert error < 1e-5
     else:
         print(f"{len(ranks)} processes, {name} in float32: {error:.1e}")
+
+
+@pytest.mark.parametrize(
+    ("edited", "unedited"),
+    [
+        ("union batch", "union batch, unedited"),
+        *((f"statistics, {name}", f"statistics, unedited, {name}") for name in ENGINES),
+    ],
+)
+def test_an_unedited_module_trains_as_the_edited_one(edited, unedited, ranks):
+    for rank in ranks:
+        one, other = (rank[name, torch.float64].parameters for name in (edited, unedited))
+        assert largest_difference(one, other) == 0
 
 
 def test_scenarios_are_what_their_names_say(ranks):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from helpers.adopted import Unedited
 from helpers.pairs import TwoTowers
 from helpers.training import (
     GRADIENT,
@@ -14,6 +15,7 @@ from helpers.training import (
     Classifier,
     fit,
     make_loader,
+    make_net,
     make_rows,
     seeded,
     state_of,
@@ -89,6 +91,23 @@ class Manual(Watched):
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         optimizer.step()
+
+
+class Normalized(Watched):
+    """Has running statistics, and dropout that is drawn on every rank."""
+
+    def __init__(self, *, dtype):
+        super().__init__(dtype=dtype)
+        self.net = make_net(dtype=dtype)
+
+
+class Bare(Unedited):
+    """What `Watched` and `Normalized` are before anybody edits them."""
+
+    def __init__(self, *, plain, dtype):
+        super().__init__(plain=plain, dtype=dtype, optimizer="sgd", lr=0.1)
+        if not plain:
+            self.net = make_net(dtype=dtype)  # a second one, as there
 
 
 class Surviving(Watched):
@@ -204,6 +223,7 @@ SCENARIOS = {
             "accumulation": {"trainer": {"accumulate_grad_batches": 2}},
             "manual optimization": {"module": Manual},
             "union batch": {"batch": union},
+            "union batch, unedited": {"module": partial(Bare, plain=True), "batch": union},
             "no augmented row on a rank": {"batch": clean_first_half},
             "soft labels": {"batch": mixed},
         }.items()
@@ -237,6 +257,14 @@ OWN_DRAWS = {
     "gates that reject": Scenario(
         {"row_evidence": False}, batch=partial(grouped, wrong="augmented")
     ),
+    **{
+        f"{name}, {engine}": Scenario({**GRADIENT, "engine": engine}, module=module, batch=union)
+        for engine in ENGINES
+        for name, module in (
+            ("statistics", Normalized),
+            ("statistics, unedited", partial(Bare, plain=False)),
+        )
+    },
 }
 
 

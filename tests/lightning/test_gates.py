@@ -354,6 +354,19 @@ class TestRefusals:
         with pytest.raises((MisconfigurationException, ValueError), match=message):
             self.fit(train=self.changed(**fields))
 
+    def test_a_later_batch_whose_source_is_an_augmented_row(self):
+        def batch(*columns):
+            made.append(union_batch(*columns))
+            if len(made) == 3:
+                made[-1].source[20] = 20
+            return made[-1]
+
+        made = []
+        with pytest.raises(
+            ValueError, match="to be a clean row of the batch, or -1, but got 20 in"
+        ):
+            self.fit(train=gated_loader(make_batch=batch))
+
     def test_a_second_group_beside_that_of_the_batch(self):
         class Second(Gated):
             def training_step(self, batch, batch_idx):

@@ -44,7 +44,7 @@ def precision_settings(precision, accelerator):
 
 
 class Recording(Classifier):
-    """Keeps the first solution that tells rows apart; its forward makes tensors of default dtype."""
+    """Keeps the first solution that tells rows apart; makes tensors of default dtype."""
 
     def __init__(self):
         super().__init__(plain=True, optimizer="sgd")

@@ -1,5 +1,6 @@
 """A killed and resumed run equals the uninterrupted one, bit for bit; other states are refused."""
 
+import copy
 import signal
 
 import lightning.pytorch as pl
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.folders import make_image_folders, make_pool
+from helpers.gated import Gated, gated_loader
 from helpers.interrupted import train, train_as
 from helpers.processes import exit_codes, run_in_processes
 from helpers.training import (
@@ -293,8 +295,8 @@ def with_value(value, *keys):
         (with_value(99, "version"), "version 4, but the checkpoint holds version 99"),
         (without("draws"), "`draws` is missing"),
         (without("looked"), "`looked` is missing"),
-        (with_value("4", "batches"), "`batches` is a str, not a int"),
-        (with_value([], "gradient"), "`gradient` is a list, not a dict"),
+        (with_value("4", "batches"), "`batches` is a str, not a number"),
+        (with_value([], "gradient"), "`gradient` is a sequence, not a dict"),
         (with_value(None, "gradient", "norm"), r"of `gradient` only \['norm'\] are None"),
         (with_value((1, 2), "gradient", "average"), "`gradient.average` holds something else"),
         (lambda state: state["gradient"].pop("started"), "`gradient.started` is missing"),
@@ -311,12 +313,12 @@ def test_damaged_state_is_refused_by_name(damage, message):
     ("damage", "message"),
     [
         (without("evidence"), "`evidence` is missing"),
-        (with_value([], "evidence"), "`evidence` is a list, not a dict"),
+        (with_value([], "evidence"), "`evidence` is a sequence, not a dict"),
         (lambda state: state["evidence"].pop("alone"), "`evidence.alone` is missing"),
-        (with_value((), "evidence", "seen"), "`evidence.seen` is a tuple, not a Tensor"),
+        (with_value((), "evidence", "seen"), "`evidence.seen` is a sequence, not a float tensor"),
         (with_value("4", "evidence", "memory", "added"), "`evidence.memory.added` is a str, not"),
         (lambda state: state["evidence"]["rule"].pop("powers"), "`evidence.rule.powers` is missi"),
-        (with_value(1, "evidence", "gates"), "`evidence.gates` is a int, not a dict"),
+        (with_value(1, "evidence", "gates"), "`evidence.gates` is a number, not a dict"),
     ],
 )
 def test_damaged_evidence_is_refused_by_name(damage, message):
@@ -324,6 +326,37 @@ def test_damaged_evidence_is_refused_by_name(damage, message):
     damage(state)
     with pytest.raises(MisconfigurationException, match=message):
         SAflexCallback(make_loader(40, 8)).load_state_dict(state)
+
+
+def paths_of(state, prefix=()):
+    """Every place of a nested dictionary, inner ones too."""
+    for key, value in state.items():
+        yield (*prefix, key)
+        if isinstance(value, dict) and key != "settings":
+            yield from paths_of(value, (*prefix, key))
+
+
+def test_damage_anywhere_is_refused_and_leaves_the_callback_as_it_was():
+    settings = {"gates": True, "row_evidence": True}
+    callback = SAflexCallback(make_loader(40, 8, seed=7), **settings)
+    fit(seeded(lambda: Gated(plain=True)), callback, train=gated_loader(), max_epochs=1)
+    state = callback.state_dict()
+    places = list(paths_of(state))
+    assert len(places) > 25
+    for place in places:
+        for damage in ("gone", object(), [object()]):
+            damaged = copy.deepcopy(state)
+            part = damaged
+            for key in place[:-1]:
+                part = part[key]
+            part.pop(place[-1])
+            if damage != "gone":
+                part[place[-1]] = damage
+            fresh = SAflexCallback(make_loader(40, 8, seed=7), **settings)
+            before = repr(fresh.state_dict())
+            with pytest.raises(MisconfigurationException, match=r"Expected .*checkpoint"):
+                fresh.load_state_dict(damaged)
+            assert repr(fresh.state_dict()) == before, (place, damage)
 
 
 def test_gradient_of_other_shapes_is_refused_by_name_before_a_step(tmp_path):

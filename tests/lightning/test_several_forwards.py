@@ -85,8 +85,11 @@ def test_the_order_of_the_calls_changes_no_bit(settings):
     assert_same_state(state_of(first), state_of(second))
 
 
-@pytest.mark.parametrize("settings", [{}, GRADIENT], ids=str)
-@pytest.mark.parametrize("change", ["permuted", "sliced", "of another forward", "scaled"])
+@pytest.mark.parametrize("settings", EVERY_WAY, ids=str)
+@pytest.mark.parametrize(
+    "change",
+    ["permuted", "sliced", "of another forward", "scaled", "scaled in place", "detached"],
+)
 def test_logits_that_no_forward_returned_are_refused(change, settings):
     class Changing(Classifier):
         def training_step(self, batch, batch_idx):
@@ -100,6 +103,10 @@ def test_logits_that_no_forward_returned_are_refused(change, settings):
                 logits = self.net(inputs)
             if change == "scaled":
                 logits = 1.0 * logits
+            if change == "scaled in place":
+                logits.mul_(2.0)
+            if change == "detached":
+                logits = logits.detach()
             return self.saflex_loss(logits, target)
 
     with pytest.raises(ValueError, match=r"one of the 1 calls of `saflex_forward`.*unchanged\."):

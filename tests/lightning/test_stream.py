@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
@@ -17,7 +18,7 @@ from helpers.training import (
     state_of,
 )
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.nn.functional import cross_entropy
 from torch.utils.data import (
     DataLoader,
@@ -240,6 +241,46 @@ def test_falling_back_on_the_trainers_rows_warns_once_where_they_select(tmp_path
             seeded(Classifier), Data(hook=False)
         )
     assert len([w for w in caught if w.category is SAflexWarning]) == 1
+
+
+class Plateau(Classifier):
+    """Lowers its rate by a metric.
+
+    Args:
+        monitor: Which.
+    """
+
+    def __init__(self, monitor):
+        super().__init__()
+        self.monitor = monitor
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "monitor": self.monitor},
+        }
+
+
+@pytest.mark.parametrize(
+    ("watcher", "says"),
+    [
+        (EarlyStopping("val/loss"), True),
+        (EarlyStopping("train/loss"), False),
+        ("val/loss", True),
+        ("train/loss", False),
+    ],
+)
+def test_rows_select_where_something_monitors_a_metric_of_validation(watcher, says):
+    """Warnings are errors here."""
+    rows = make_loader(24, seed=4)
+    by_schedule = isinstance(watcher, str)
+    module = seeded(lambda: Plateau(watcher) if by_schedule else Classifier())
+    callbacks = [SAflexCallback(rows), *([] if by_schedule else [watcher])]
+    expected = pytest.warns(SAflexWarning, match="also select checkpoints")
+    with expected if says else nullcontext():
+        fit(module, *callbacks, val_dataloaders=rows)
 
 
 def test_steering_rows_that_select_or_test_warn(tmp_path):

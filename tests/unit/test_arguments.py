@@ -163,6 +163,12 @@ CASES = {
         {"dataset": ROWS, "augment": torch.fliplr, "num_workers": 0},
         lambda loader: next(iter(loader)),
     ),
+    "union_batch": (
+        data.union_batch,
+        {"inputs": torch.ones(2, 3), "target": torch.tensor([0, 1]), "augment": torch.neg},
+        None,
+    ),
+    "group_names_of": (data.group_names_of, {"augment": torch.fliplr}, None),
     "ResumableLoader": (
         data.ResumableLoader,
         {"dataset": ROWS, "batch_size": 2, "sampler": EpochSampler(ROWS)},

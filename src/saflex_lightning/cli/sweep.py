@@ -61,11 +61,14 @@ def read_results(directory: Path, *, since: float = 0.0) -> list[dict[str, Any]]
     return results
 
 
-def make_sweep_table(results: Iterable[dict[str, Any]]) -> Table:
+def make_sweep_table(
+    results: Iterable[dict[str, Any]], title: str = "mean ± std over seeds"
+) -> Table:
     """Return one row per method (and per further setting that differs between jobs).
 
     Args:
         results: What `read_results` returns, at least one.
+        title: Of the table.
     """
     results = list(results)
     common = set.intersection(*(set(result["overrides"]) for result in results))
@@ -74,10 +77,12 @@ def make_sweep_table(results: Iterable[dict[str, Any]]) -> Table:
         own = [item for item in result["overrides"] if item not in common]
         groups.setdefault(" ".join([str(result["name"]), *own]), []).append(result)
 
-    table = Table("method", "test accuracy", "test AUROC", "seeds", title="mean ± std over seeds")
+    columns = ("method", "test accuracy", "test AUROC", "test loss", "seeds")
+    table = Table(*columns, title=Text(title))
     for label, group in groups.items():
         accuracy = _spread_of(group, "test_accuracy", 2, scale=100.0)
-        table.add_row(Text(label), accuracy, _spread_of(group, "test_auroc", 4), str(len(group)))
+        auroc, loss = _spread_of(group, "test_auroc", 4), _spread_of(group, "test_loss", 3)
+        table.add_row(Text(label), accuracy, auroc, loss, str(len(group)))
     return table
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning as L
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -17,19 +19,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.text import Text
 
 from saflex_lightning.cli.quiet import silence_hints
 from saflex_lightning.cli.report import RunReport, make_run_table, read_report
+from saflex_lightning.cli.sweep import make_sweep_table, read_results
 from saflex_lightning.fit.checks import check_launch
 
-__all__ = ["main", "train"]
+__all__ = ["compare", "main", "train"]
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
     """Fit, test, print the table and write ``result.json`` into ``cfg.output_dir``.
 
     Args:
         cfg: A composition of the groups in ``saflex_lightning/configs``.
+        table: Whether to print it.
 
     Returns:
         What ``result.json`` holds: method, seed, steps, processes, every test metric (``test/f1``
@@ -91,7 +96,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         directory = Path(cfg.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        Console().print(make_run_table(result))
+        if table:
+            Console().print(make_run_table(result))
     return result
 
 
@@ -127,10 +133,40 @@ def _check_directories(trainer: L.Trainer) -> None:
         )
 
 
+def compare(cfg: DictConfig) -> None:
+    """Run the method and its rivals with the same settings and seed, and print one table.
+
+    Args:
+        cfg: As for `train`; ``cfg.rivals`` names choices of the group ``method``.
+    """
+    console = Console()
+    home = Path(cfg.output_dir)
+    given = list(HydraConfig.get().overrides.task)
+    start = time.time()
+    for number, rival in enumerate(cfg.rivals, 1):
+        console.print(Text(f"Rival {number} of {len(cfg.rivals)}: {rival}"))
+        own = [f"method={rival}", f"output_dir={home / 'rivals' / rival}"]
+        train(compose("train", overrides=[*given, *own]), table=False)
+    console.print(Text(f"SAFLEX: {cfg.name}"))
+    result = train(cfg)
+    results = read_results(home, since=start)
+    console.print(make_sweep_table(results, title=f"the same rows, seed {result['seed']}"))
+    console.print(Text(f"Results of all runs: {home}"))
+
+
 @hydra.main(version_base="1.3", config_path="pkg://saflex_lightning.configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    """Run `train` with the configuration that Hydra composed."""
-    train(cfg)
+    """Run `train` with the configuration that Hydra composed, and its rivals beside it.
+
+    Rivals are run where the command line chose neither a method nor several devices.
+    """
+    settings = HydraConfig.get()
+    chosen = any(item.startswith(("method=", "debug=")) for item in settings.overrides.task)
+    alone = settings.mode == RunMode.MULTIRUN or cfg.trainer.get("devices", 1) != 1
+    if cfg.rivals and not chosen and not alone:
+        compare(cfg)
+    else:
+        train(cfg)
 
 
 if __name__ == "__main__":

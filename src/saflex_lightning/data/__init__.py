@@ -1,7 +1,15 @@
 """Union batches for a pipeline of your own: any dataset, any augmentation, one line."""
 
+from .batch import union_batch
 from .operations import TagOperations
 from .resumable import ResumableLoader
-from .union import UnionDataset, union_loader
+from .union import UnionDataset, group_names_of, union_loader
 
-__all__ = ["ResumableLoader", "TagOperations", "UnionDataset", "union_loader"]
+__all__ = [
+    "ResumableLoader",
+    "TagOperations",
+    "UnionDataset",
+    "group_names_of",
+    "union_batch",
+    "union_loader",
+]

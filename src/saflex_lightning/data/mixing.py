@@ -3,12 +3,14 @@
 from itertools import pairwise
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from .checks import check
 
-__all__ = ["group_of_mixed", "is_mixing", "mixing_group", "mixing_group_names"]
+__all__ = ["check_mixing", "group_of_mixed", "is_mixing", "mixing_group", "mixing_group_names"]
+
+_KORNIA_MIXING = ("RandomCutMixV2", "RandomMixUpV2", "RandomMosaic", "RandomTransplantation")
 
 
 def mixing_group(kept_share: Tensor, num_bins: int = 4) -> Tensor:
@@ -69,8 +71,24 @@ def is_mixing(augment: object) -> bool:
     return f"{type(augment).__module__}.{type(augment).__name__}" == "timm.data.mixup.Mixup"
 
 
-def group_of_mixed(mixed: Tensor, target: Tensor) -> Tensor:
-    """Return the group of rows whose labels ``target`` became ``mixed``, ``(batch, classes)``."""
-    own = F.one_hot(target, mixed.shape[-1]) if target.ndim == 1 else target
-    # One share is drawn for the whole batch; it shows wherever two classes were mixed.
-    return mixing_group((mixed * own).sum(-1).min().expand(len(target)))
+def check_mixing(augment: object) -> None:
+    """Refuse augmentations of kornia that mix rows, whose labels have another form."""
+    parts = augment.modules() if isinstance(augment, nn.Module) else ()
+    for name in (type(part).__name__ for part in parts):
+        if name in _KORNIA_MIXING:
+            raise ValueError(
+                f"Expected `augment` to leave labels alone, or to return class probabilities, but "
+                f"{name} of kornia mixes rows and gives the labels apart. Pass `MixUp` or `CutMix` "
+                "of torchvision."
+            )
+
+
+def group_of_mixed(mixed: Tensor, target: Tensor, *, per_row: bool = False) -> Tensor:
+    """Return the group of rows whose labels ``target`` became ``mixed``, ``(batch, classes)``.
+
+    A share drawn for the whole batch shows wherever two classes were mixed; one drawn ``per_row``
+    does not where a row was mixed with one of its own class, which is then in group 1.
+    """
+    own = F.one_hot(target.long(), mixed.shape[-1]) if target.ndim == 1 else target
+    kept = (mixed * own).sum(-1)
+    return mixing_group(kept if per_row else kept.min().expand(len(target)))

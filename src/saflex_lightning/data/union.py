@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,11 +14,20 @@ from saflex_lightning.batch import AugmentedBatch
 
 from .checks import check
 from .draws import kept_generators, mix_seeds, seed_draws, seeded_draws
-from .mixing import group_of_mixed, is_mixing, mixing_group_names
+from .mixing import check_mixing, group_of_mixed, is_mixing, mixing_group_names
 from .operations import TaggedImage, TagOperations, can_be_tagged
+from .own_draws import FromGlobalDraws, has_own_draws
 from .resumable import EpochSampler, ResumableLoader, check_dataset, epoch_and_row
 
-__all__ = ["MadeRows", "UnionDataset", "group_names_of", "union_batch", "union_loader"]
+__all__ = [
+    "MadeRows",
+    "UnionDataset",
+    "check_shape",
+    "group_names_of",
+    "join_rows",
+    "mix_rows",
+    "union_loader",
+]
 
 
 class UnionRow(NamedTuple):
@@ -49,10 +59,12 @@ class UnionDataset(Dataset[UnionRow]):
         dataset: Map-style, yields ``(input, label)``; the label is a class or class probabilities.
         augment: From an input to another one of the same shape; None leaves all rows clean.
             RandAugment, TrivialAugment and AutoAugment (torchvision, timm), also inside a
-            ``Compose``, give a group for each operation, see `TagOperations`; MixUp and CutMix mix
-            the rows of the batch and have groups by strength; anything else is one group, named
-            after it. One with an attribute ``changes_label`` that is True is called with input and
-            label and returns both.
+            ``Compose``, give a group for each operation, see `TagOperations`; MixUp and CutMix
+            (torchvision, timm) mix the rows of the batch and have groups by strength; anything else
+            is one group, named after it: AugMix, a function, kornia for tensors, albumentations for
+            pictures and arrays. One with an attribute ``changes_label`` that is
+            True is called with input and label and returns both. What draws from a generator of its
+            own is a function of the seed only if it is given as one of albumentations itself.
         transform: From an input, clean or augmented, to what the model takes.
         seed: Seed of the draws.
         replace: Keep the augmented rows alone.
@@ -84,6 +96,7 @@ class UnionDataset(Dataset[UnionRow]):
         check("a function", optional=True, collate_fn=collate_fn)
         check("a non-negative integer below 2**32", seed=seed)
         check("True or False", replace=replace)
+        check_mixing(augment)
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
@@ -93,6 +106,8 @@ class UnionDataset(Dataset[UnionRow]):
         self._augment: Any = None if is_mixing(augment) else augment
         if can_be_tagged(augment):
             self._augment = TagOperations(cast("Any", augment))
+        elif has_own_draws(augment):
+            self._augment = FromGlobalDraws(augment)
         # A dataset may say by `is_random` that reading a row draws nothing.
         only_reads = self._augment is None and transform is None
         self._is_random = not only_reads or getattr(dataset, "is_random", True)
@@ -133,12 +148,7 @@ class UnionDataset(Dataset[UnionRow]):
             return UnionRow(epoch, row, (clean, label), None, 0)
         made, made_label, group = self._make(value, label)
         made = self._transform(made)
-        shapes = [tuple(getattr(each, "shape", ())) for each in (clean, made)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"Expected `augment` to keep the shape {shapes[0]} of the rows, but of "
-                f"row {row} it made {shapes[1]}. Set `size` to theirs, or resize in `transform`."
-            )
+        check_shape(clean, made, f"row {row}")
         return UnionRow(epoch, row, (clean, label), (made, made_label), group)
 
     def _transform(self, value: Any) -> Any:
@@ -150,6 +160,8 @@ class UnionDataset(Dataset[UnionRow]):
         made = self._augment(value)
         if isinstance(made, TaggedImage):
             return made.image, label, made.group
+        if isinstance(made, Tensor) and made.shape == (1, *getattr(value, "shape", ())):
+            made = made[0]  # kornia's, a batch of one
         return made, label, 1
 
     def collate(self, rows: list[UnionRow]) -> AugmentedBatch:
@@ -164,19 +176,13 @@ class UnionDataset(Dataset[UnionRow]):
         inputs, target = self._collate([row.clean for row in rows])
         made = None
         if self._mix is not None:
-            if not isinstance(inputs, Tensor):
-                raise ValueError(
-                    f"Expected inputs that are one tensor for {type(self._mix).__name__} to mix, "
-                    f"but got {_describe(inputs)}. Make one in `transform`."
-                )
             with seeded_draws(self.seed, rows[0].epoch, rows[0].row):
-                images, mixed = self._mix(inputs.clone(), target)  # timm's writes in its input
-            made = MadeRows(images, mixed, group_of_mixed(mixed, target))
+                made = mix_rows(self._mix, inputs, target)
         elif self._augment is not None:
             group = torch.tensor([row.group for row in rows])
             made = MadeRows(*self._collate([cast("Any", row.made) for row in rows]), group)
         index = torch.tensor([row.row for row in rows])
-        return union_batch(inputs, target, index, made, num_rows=len(self), replace=self.replace)
+        return join_rows(inputs, target, index, made, num_rows=len(self), replace=self.replace)
 
     def _collate(self, pairs: list[tuple[Any, Any]]) -> tuple[Any, Tensor]:
         try:
@@ -187,6 +193,7 @@ class UnionDataset(Dataset[UnionRow]):
                 f"({error}). Pass a `transform` that makes tensors of one size, or a `collate_fn`."
             ) from error
         if isinstance(target, Tensor) and target.is_floating_point():  # class probabilities
+            _check_unmixed(target, [label for _, label in pairs])
             return inputs, target
         if not isinstance(target, Tensor) or target.numel() != len(pairs):
             raise ValueError(
@@ -197,8 +204,20 @@ class UnionDataset(Dataset[UnionRow]):
         return inputs, target.long().reshape(-1)  # of any integer type, also as a column
 
 
-def group_names_of(augment: Any) -> tuple[str, ...]:
-    """Return the name of every group that an augmentation can give, that of clean rows first."""
+def group_names_of(augment: Callable[..., Any] | None) -> tuple[str, ...]:
+    """Return the name of every group that an augmentation can give, that of clean rows first.
+
+    Args:
+        augment: As for `UnionDataset`.
+
+    Raises:
+        TypeError: If it is no function.
+
+    Example:
+        >>> group_names_of(torch.fliplr)
+        ('clean', 'fliplr')
+    """
+    check("a function", optional=True, augment=augment)
     if augment is None:
         return ("clean",)
     if is_mixing(augment):
@@ -275,7 +294,43 @@ def union_loader(
     )
 
 
-def union_batch(
+def mix_rows(mix: Callable[..., Any], inputs: Any, target: Tensor) -> MadeRows:
+    """Return rows mixed with one another by MixUp, CutMix or timm's Mixup."""
+    if not isinstance(inputs, Tensor):
+        raise ValueError(
+            f"Expected inputs that are one tensor for {type(mix).__name__} to mix, "
+            f"but got {_describe(inputs)}. Make one in `transform`."
+        )
+    images, mixed = mix(inputs.clone(), target)  # timm's writes in its input
+    per_row = getattr(mix, "mode", "batch") != "batch"
+    return MadeRows(images, mixed, group_of_mixed(mixed, target, per_row=per_row))
+
+
+def check_shape(clean: Any, made: Any, what: str) -> None:
+    """Refuse an augmentation that changes the shape of inputs."""
+    shapes = [tuple(getattr(each, "shape", ())) for each in (clean, made)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"Expected `augment` to keep the shape {shapes[0]} of the rows, but of "
+            f"{what} it made {shapes[1]}. Set `size` to theirs, or resize in `transform`."
+        )
+
+
+def _check_unmixed(target: Tensor, labels: list[Any]) -> None:
+    """Refuse a collate function that mixes rows, which would no longer be clean."""
+    are_classes = not any(
+        label.is_floating_point() if isinstance(label, Tensor) else not isinstance(label, Integral)
+        for label in labels
+    )
+    if are_classes and target.ndim == 2 and not bool(target.amax(1).gt(1 - 1e-3).all()):
+        raise ValueError(
+            "Expected `collate_fn` to keep the labels of rows, which must stay clean, but it made "
+            "mixtures of classes. Pass MixUp or CutMix as `augment`, and label smoothing to "
+            "`saflex_loss`."
+        )
+
+
+def join_rows(
     inputs: Any,
     target: Tensor,
     index: Tensor,

@@ -15,8 +15,18 @@ from .untouched import extra_pass
 
 __all__ = ["HeadEngine", "LastLayer", "Recording", "linear_jvp"]
 
-# Nodes of a graph that leave every value in its place.
-_COPIES = ("CloneBackward0", "ToCopyBackward0", "AliasBackward0")
+# Nodes of a graph that leave every value in its place; views keep the order of values.
+_COPIES = (
+    "AliasBackward0",
+    "CloneBackward0",
+    "ReshapeAliasBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "ToCopyBackward0",
+    "UnsafeViewBackward0",
+    "UnsqueezeBackward0",
+    "ViewBackward0",
+)
 
 
 def linear_jvp(features: Tensor, direction: Direction) -> Tensor:

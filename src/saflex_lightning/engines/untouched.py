@@ -100,9 +100,10 @@ class _Attributes:
         self._part = part
         self._values = dict(vars(part))
         own = [entry for entry in self._values.items() if entry[0] not in _COMMON]
-        self._contents = [
-            (value, copy(value)) for _, value in own if isinstance(value, (list, dict, set, deque))
-        ]
+        found: dict[int, Any] = {}
+        for _, value in own:
+            _find_containers(value, found)
+        self._contents = [(value, copy(value)) for value in found.values()]
         self._versions = [
             (name, value, value._version)
             for name, value in own
@@ -123,6 +124,16 @@ class _Attributes:
                 fill: Any = getattr(container, "extend", None) or getattr(container, "update", None)
                 fill(content)
         return [(self._part, name) for name, value, v in self._versions if value._version != v]
+
+
+def _find_containers(value: Any, found: dict[int, Any]) -> None:
+    """Add what can be appended to, by its identity: a value, and what it holds."""
+    if not isinstance(value, (list, dict, set, deque, tuple)) or id(value) in found:
+        return
+    if not isinstance(value, tuple):
+        found[id(value)] = value
+    for part in value.values() if isinstance(value, dict) else value:
+        _find_containers(part, found)
 
 
 def _has_same_items(one: Any, other: Any) -> bool:

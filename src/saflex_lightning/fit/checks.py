@@ -5,23 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from saflex_lightning.adopt import serve
 from saflex_lightning.engines.parameters import select_parameters
 from saflex_lightning.functional.settings import Settings
 from saflex_lightning.module import SAflexMixin
-from saflex_lightning.validation.source import ask_hook
+from saflex_lightning.validation.source import ask_hook, is_a
+from saflex_lightning.validation.stream import overrides
 
 __all__ = [
     "check_fit",
@@ -31,6 +24,7 @@ __all__ = [
     "check_saved_gradient",
     "check_state",
     "count_batches",
+    "damaged_state",
     "find_group_names",
     "launch_problems",
 ]
@@ -41,14 +35,7 @@ _INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning
 
 def check_fit(trainer: Any, module: Any, settings: Settings) -> None:
     """Collect every incompatibility of Trainer, module and settings, and raise once."""
-    if not isinstance(trainer, pl.Trainer):
-        raise MisconfigurationException(
-            "Expected `SAflexCallback` in a `lightning.pytorch.Trainer`, but found "
-            f"`{type(trainer).__module__}.{type(trainer).__name__}`. Write "
-            "`import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`."
-        )
     problems = [
-        *_module_problems(module),
         *_strategy_problems(trainer.strategy, settings),
         *_launch_problems_of(trainer),
         *_precision_problems(trainer, settings),
@@ -60,18 +47,23 @@ def check_fit(trainer: Any, module: Any, settings: Settings) -> None:
 
 def check_model(module: pl.LightningModule, settings: Settings) -> None:
     """Refuse patterns and heads that do not fit a model, once it was set up."""
-    assert isinstance(module, SAflexMixin)
     problems: list[str] = []
     if settings.engine == "head" and settings.params is not None:
         problems.append(
             f"Expected `params` to be None with engine='head', but got {settings.params!r}. The "
             "head engine matches the last linear layer only; remove `params`."
         )
-    head: Any = module.saflex_head()
+    head: Any = serve(module).head()
     if not isinstance(head, (nn.Linear, type(None))):
         problems.append(
             f"Expected `saflex_head()` to return an `nn.Linear`, but got {type(head).__name__}. "
             "Return the layer whose output is the scores, or None to have it found."
+        )
+    scores = getattr(type(module), "saflex_scores", None)  # of a module that nobody edited: none
+    if scores is SAflexMixin.saflex_scores and not overrides(module, "forward"):
+        problems.append(
+            f"Expected {type(module).__name__} to have a `forward` that returns the logits, but it "
+            "has none. Write one, or override `saflex_scores` to return them."
         )
     try:
         select_parameters(module, settings.params)
@@ -97,20 +89,11 @@ def check_initialised(module: nn.Module) -> None:
             )
 
 
-def _module_problems(module: Any) -> Iterator[str]:
-    if not isinstance(module, SAflexMixin):
-        yield (
-            f"Expected the module to derive from `SAflexMixin`, but {type(module).__name__} does "
-            f"not. Write `class {type(module).__name__}(SAflexMixin, LightningModule)` and use "
-            "`self.saflex_forward` and `self.saflex_loss` in `training_step`."
-        )
-
-
-def _strategy_problems(strategy: Strategy, settings: Settings) -> Iterator[str]:
-    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-    if whole and not isinstance(strategy, DeepSpeedStrategy):  # which derives from `DDPStrategy`
+def _strategy_problems(strategy: Any, settings: Settings) -> Iterator[str]:
+    whole = is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
+    if whole and not is_a(strategy, "DeepSpeedStrategy"):  # which derives from `DDPStrategy`
         return
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not is_a(strategy, "ModelParallelStrategy"):
         engine = " and pass engine='head'" if settings.solves else ""
         yield (
             "Expected a single device, `strategy='ddp'` or `ModelParallelStrategy`, but got "
@@ -146,7 +129,13 @@ def _precision_problems(trainer: pl.Trainer, settings: Settings) -> Iterator[str
 def _compile_problems(module: Any, settings: Settings) -> Iterator[str]:
     # Lightning puts this on a module that was compiled as a whole, training step included.
     whole = getattr(module, "_compiler_ctx", None) is not None
-    if whole and settings.solves and settings.engine != "finite_difference":
+    if whole and not isinstance(module, SAflexMixin):
+        yield (
+            f"Expected {type(module).__name__} to derive from `SAflexMixin` where `torch.compile` "
+            "takes the whole module, but it does not, and compiled code hides its loss. Compile "
+            "the inner network without its last layer instead."
+        )
+    elif whole and settings.solves and settings.engine != "finite_difference":
         yield (
             "Expected engine='finite_difference' where `torch.compile` takes the whole module, but "
             f"got engine={settings.engine!r}, for which compiled code hides what it needs. Compile "
@@ -167,7 +156,7 @@ def check_launch(trainer: pl.Trainer) -> None:
 
 def _launch_problems_of(trainer: pl.Trainer) -> Iterator[str]:
     cluster = getattr(trainer.strategy, "cluster_environment", None)
-    if cluster is None or isinstance(cluster, (SLURMEnvironment, TorchElasticEnvironment)):
+    if cluster is None or is_a(cluster, "SLURMEnvironment", "TorchElasticEnvironment"):
         yield from launch_problems(os.environ, trainer.num_devices, trainer.num_nodes)
 
 
@@ -193,7 +182,7 @@ def launch_problems(environment: Mapping[str, str], devices: int, num_nodes: int
 
 
 def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[str]:
-    """Return the name of every group of training rows, from a hook or else the training loader.
+    """Return the name of every group of training rows: of a hook, or of what loads them.
 
     There are none where nobody names them.
 
@@ -202,7 +191,7 @@ def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequenc
     """
     names = ask_hook(trainer, module, "saflex_group_names")
     if names is None:
-        names = getattr(trainer.train_dataloader, "group_names", None)
+        names = next(_names_of(trainer.train_dataloader), None)
     if names is None:
         return ()
     if isinstance(names, str) or not names or len(set(names)) < len(names):
@@ -210,9 +199,18 @@ def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequenc
             "Expected `saflex_group_names()` of the datamodule or module, or `group_names` of the "
             "training loader, to name the groups of `AugmentedBatch.group`, the clean rows first, "
             f"each once, but got {names if isinstance(names, str) else list(names)!r}. Return "
-            "names such as ('clean', 'Rotate', 'Invert'), or None."
+            "names such as ('clean', 'Rotate', 'Invert'), `group_names_of(augment)`, or None."
         )
     return names
+
+
+def _names_of(loaders: Any) -> Iterator[Any]:
+    """Yield the names that loaders, or their datasets, have for the groups of their rows."""
+    parts = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    for loader in parts if isinstance(parts, (list, tuple)) else [parts]:
+        for owner in (loader, getattr(loader, "dataset", None)):
+            if (names := getattr(owner, "group_names", None)) is not None:
+                yield names
 
 
 def count_batches(trainer: pl.Trainer) -> float:
@@ -236,41 +234,67 @@ def check_state(state: Any, expected: Mapping[str, Any]) -> None:
             f"version {version!r}. Resume with the library version that wrote it, or start a new "
             "run."
         )
-    problems = list(_part_problems(state, expected, ""))
-    problems += [] if problems else _gradient_problems(state["gradient"])
-    if problems:
-        raise MisconfigurationException(
-            "Expected the whole state of `SAflexCallback` in the checkpoint, but "
-            + ", ".join(problems)
-            + ". The file is damaged or was edited; resume from another checkpoint."
-        )
+    # Settings that differ are said by name.
+    if problems := list(_state_problems(state, {**expected, "settings": {}}, "")):
+        raise damaged_state(", ".join(problems))
 
 
-def _part_problems(
-    state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str
+def damaged_state(problem: str) -> MisconfigurationException:
+    """Return the error for a checkpoint whose state cannot be taken."""
+    return MisconfigurationException(
+        f"Expected the whole state of `SAflexCallback` in the checkpoint, but {problem}. The file "
+        "is damaged or was edited; resume from another checkpoint."
+    )
+
+
+def _state_problems(found: Any, expected: Any, name: str) -> Iterator[str]:
+    """Compare a state with that of a callback that has not run, where None may become anything."""
+    if expected is None or found is None:  # what a setting has switched on or off since
+        if expected is None and not _is_plain(found):
+            yield f"`{name}` holds something else than tensors, numbers and names"
+    elif _kind_of(found) != _kind_of(expected):
+        yield f"`{name}` is {_kind_of(found)}, not {_kind_of(expected)}"
+    elif isinstance(expected, Mapping):
+        yield from _dict_problems(found, expected, f"{name}." if name else "")
+    elif isinstance(expected, tuple) and expected:
+        if len(found) != len(expected):
+            yield f"`{name}` has {len(found)} entries, not {len(expected)}"
+        for place, (entry, part) in enumerate(zip(found, expected, strict=False)):
+            yield from _state_problems(entry, part, f"{name}[{place}]")
+    elif isinstance(expected, tuple) and not all(isinstance(part, (int, str)) for part in found):
+        yield f"`{name}` holds something else than numbers or names"
+
+
+def _dict_problems(
+    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str
 ) -> Iterator[str]:
-    """Compare a state with that of a callback that has not run: None may stand for anything."""
-    for name, part in expected.items():
-        if name not in state:
-            yield f"`{prefix}{name}` is missing"
-        elif part is not None and state[name] is not None:
-            if not isinstance(state[name], type(part)):
-                found, wanted = type(state[name]).__name__, type(part).__name__
-                yield f"`{prefix}{name}` is a {found}, not a {wanted}"
-            elif isinstance(part, dict):
-                yield from _part_problems(state[name], part, f"{prefix}{name}.")
+    for key, part in expected.items():
+        if key in found:
+            yield from _state_problems(found[key], part, f"{prefix}{key}")
+        else:
+            yield f"`{prefix}{key}` is missing"
+    absent = [key for key in expected if found.get(key) is None]
+    begins_together = all(part is None for part in expected.values())
+    if begins_together and 0 < len(absent) < len(expected):
+        yield f"of `{prefix[:-1]}` only {absent} are None"
 
 
-def _gradient_problems(gradient: Mapping[str, Any]) -> list[str]:
-    """Say what is wrong between entries that are right by themselves."""
-    problems: list[str] = []
-    absent = [name for name, entry in gradient.items() if entry is None]
-    if absent and len(absent) < len(gradient):
-        problems.append(f"of `gradient` only {absent} are None")
-    for name in ("average", "direction"):
-        if not all(isinstance(part, Tensor) for part in gradient[name] or ()):
-            problems.append(f"`gradient.{name}` holds something else than tensors")
-    return problems
+def _kind_of(value: Any) -> str:
+    """Return what a part of a state is, in words."""
+    if isinstance(value, Tensor):
+        kind = "float" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+        return f"a {kind} tensor of {value.ndim} dimensions"
+    kinds = {list: tuple, int: float} if not isinstance(value, bool) else {}
+    names = {dict: "a dict", tuple: "a sequence", float: "a number"}
+    kind = kinds.get(type(value), type(value))
+    return names.get(kind, f"a {kind.__name__}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Say whether a value is a number, a name, a tensor or a sequence of tensors."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(part, Tensor) for part in value)
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))
 
 
 def check_saved_gradient(
@@ -282,7 +306,7 @@ def check_saved_gradient(
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     problems: list[str] = []
     for kind in ("average", "direction"):
-        parts = gradient[kind]
+        parts = [part for part in gradient[kind] if isinstance(part, Tensor)]
         if len(parts) != len(names):
             problems.append(f"`{kind}` has {len(parts)} parts for {len(names)} parameters")
             continue

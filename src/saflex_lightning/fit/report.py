@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from saflex_lightning.functional.losses import is_probabilities
@@ -18,6 +18,7 @@ __all__ = [
     "SAflexWarning",
     "describe_fit",
     "log_metrics",
+    "log_settings",
     "read_step",
     "solution_metrics",
 ]
@@ -121,6 +122,21 @@ def log_metrics(module: pl.LightningModule, step: Step, values: Mapping[str, Ten
         )
 
 
+def log_settings(trainer: pl.Trainer, module: Any, settings: Mapping[str, Any]) -> None:
+    """Give the settings to the loggers, beside the hyperparameters that Lightning gives them.
+
+    Of several calls a board reads the first, so the others are in it too.
+    """
+    owners = (trainer.datamodule, module)  # type: ignore[attr-defined]
+    known: dict[str, Any] = {}
+    for owner in owners:
+        if owner is not None and owner._log_hyperparams:
+            known.update(owner.hparams_initial)
+    known.pop("_instantiator", None)  # as Lightning does
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**known, "saflex": dict(settings)})
+
+
 class Report:
     """Warn on rank zero, of each subject once."""
 
@@ -182,6 +198,16 @@ class Report:
             "but it returned a loss without it, which is trained as it is. Return the loss that "
             "`saflex_loss` computes from the logits of `saflex_forward`."
         )
+
+    def tell_of_unions(self) -> None:
+        """Tell, once, what measured better than batches of augmented rows alone."""
+        if "unions" not in self._said:
+            self._said.add("unions")
+            rank_zero_info(
+                "SAFLEX refines every row, since no mask tells the augmented ones from clean ones; "
+                "union batches of both measured better, and this makes them: "
+                "saflex_lightning.data.union_loader(dataset, augment, transform)."
+            )
 
     def say_changed(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Return the settings that differ from those of a checkpoint, and warn of them."""

@@ -1,7 +1,9 @@
 """What one fit holds: the engine, the direction, the evidence, and how a step is made of them."""
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -9,11 +11,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from saflex_lightning.batch import AugmentedBatch, check_rows
+from saflex_lightning.adopt import Adopted, serve
+from saflex_lightning.batch import AugmentedBatch, check_rows, read_batch
 from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
 from saflex_lightning.engines.untouched import extra_pass
@@ -22,6 +24,7 @@ from saflex_lightning.functional.losses import (
     NO_OPTIONS,
     LossOptions,
     Scores,
+    as_tuple,
     dense_target,
     is_probabilities,
     mean_cross_entropy,
@@ -29,7 +32,7 @@ from saflex_lightning.functional.losses import (
 )
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.settings import Settings
-from saflex_lightning.module import SAflexMixin
+from saflex_lightning.module import Edited, Reading
 from saflex_lightning.step import Step, contrastive_message
 from saflex_lightning.validation.gradient import ValidationGradient
 from saflex_lightning.validation.source import count_rows, is_plain
@@ -51,6 +54,7 @@ class Fit:
         self.solves = settings.solves
         self.report = report
         self.ranks = Ranks()
+        self.served: Adopted | Edited  # from `start` on
         self.matching = Matching(settings)
         self.gradient = ValidationGradient(settings)
         self.options = NO_OPTIONS
@@ -84,6 +88,7 @@ class Fit:
         """
         self.ranks = Ranks(trainer.global_rank, trainer.world_size)
         self._loader, self._keep_batch_size = loader, keep_batch_size
+        self.served = serve(module)
         check_initialised(module)
         check_saved_gradient(self.gradient.state_dict(), self.matching.names, module)
         self.matching.start(module)
@@ -107,7 +112,7 @@ class Fit:
         ):  # elsewhere a look waits for the device
             check_rows(batch)
         if self._stream is None:
-            self._stream = self._open_stream(trainer, batch)
+            self._stream = self._open_stream(trainer, module, batch)
             if not self.solves:
                 rank_zero_info(describe_fit(settings, ""))
             if self.matching.names and not self.matching.fits(module, _held(trainer)):
@@ -135,6 +140,8 @@ class Fit:
         if step.options is None:
             return False
         started = time.perf_counter()
+        if step.tasks and not step.is_masked and not step.is_contrastive:
+            self.report.tell_of_unions()
         if step.finite is not None:
             self.skipped += ~step.finite
         else:  # the gradient was made with other options than the loss has
@@ -156,23 +163,22 @@ class Fit:
         is_due: bool,
     ) -> None:
         """Draw a validation batch; refresh the gradient where due, remember its scores."""
-        assert isinstance(module, SAflexMixin)
         with evaluation(trainer, module, stream) as batch:
-            inputs, target = module.saflex_val_batch(batch)
-            run = partial(self._score, module, inputs)
+            reading = self.served.read(batch)
+            run = partial(self._score, reading)
 
             # Looking at values waits for the device, so on others than the CPU it is done once.
             look = module.device.type == "cpu" or not self.val_classes
 
-            options: Any = {"check": "values" if look else "shapes", "options": self.options}
-            loss = partial(mean_cross_entropy, target=target, **options)
+            def loss(scores: Scores) -> Tensor:
+                check = "values" if look else "shapes"
+                return mean_cross_entropy(scores, reading.target, self.options, check=check)
+
             held = _held(trainer)
             if is_due and not self.matching.fits(module, held):
-                # A forward may write in its inputs, and these are read again.
-                inputs = apply_to_collection(inputs, Tensor, torch.clone)
-                self._choose_engine(module, partial(self._score, module, inputs), held)
+                self._choose_engine(module, partial(self._score, reading.copied()), held)
             if self.evidence is not None:
-                run = partial(self._remember, number, run, target, loss)
+                run = partial(self._remember, number, run, reading, loss)
             if not is_due:
                 with torch.no_grad(), extra_pass(module):
                     run()
@@ -183,25 +189,21 @@ class Fit:
             moments = adam_second_moments(self.matching.engine.params, trainer.optimizers)
         self.gradient.update(number, self.ranks.mean(gradient), moments)
 
-    def _score(self, module: SAflexMixin, inputs: Any) -> Scores:
-        """Return the scores of the inputs of a validation batch."""
-        if isinstance(inputs, dict):
-            scores = module.saflex_scores(**inputs)
-        else:
-            scores = module.saflex_scores(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-        tasks = (scores,) if isinstance(scores, Tensor) else scores
+    def _score(self, reading: Reading) -> Scores:
+        """Return the scores of a validation batch."""
+        scores = reading.run()
+        tasks = (scores,) if isinstance(scores, Tensor) else as_tuple(scores)
         if not self.val_classes:  # looking at values waits for the device
             self.val_probabilities = all(map(is_probabilities, tasks))
         self.val_classes = tuple(task.shape[-1] for task in tasks)
         return scores
 
     def _choose_engine(
-        self, module: SAflexMixin, run: Callable[[], Scores], held: Sequence[Tensor]
+        self, module: pl.LightningModule, run: Callable[[], Scores], held: Sequence[Tensor]
     ) -> None:
         """Choose an engine for what is trained now; an average over others is given up."""
-        assert isinstance(module, pl.LightningModule)
         is_first = not self.matching.names
-        if self.matching.choose(module, run, module.saflex_head(), held):
+        if self.matching.choose(module, run, self.served.head(), held):
             self.gradient = ValidationGradient(self.settings)
         if is_first:
             rank_zero_info(describe_fit(self.settings, self.matching.describe()))
@@ -210,18 +212,18 @@ class Fit:
         self,
         number: int,
         run: Callable[[], Scores],
-        target: Tensor | None,
+        reading: Reading,
         loss: Callable[[Scores], Tensor],
     ) -> Scores:
         """Return the scores of a pass over validation rows, having remembered them."""
         assert self.evidence is not None
         scores = run()
-        if target is None or not isinstance(scores, Tensor):
+        if reading.target is None or not isinstance(scores, Tensor):
             raise MisconfigurationException(contrastive_message())
         logits = widen(scores.detach()).requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(logits), logits)
-        labels = dense_target(target, logits.shape[-1], logits.dtype)
+        labels = dense_target(reading.target, logits.shape[-1], logits.dtype)
         rows = (logits.detach(), len(logits) * gradient, labels)
         self.evidence.remember(number, *rows, self.ranks)
         return scores
@@ -274,7 +276,9 @@ class Fit:
             else:
                 self.evidence.load_state_dict(state["evidence"])
 
-    def _open_stream(self, trainer: pl.Trainer, batch: Any) -> ValidationStream:
+    def _open_stream(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any
+    ) -> ValidationStream:
         if self._seed is None:
             self._seed = int(trainer.strategy.broadcast(torch.initial_seed() % 2**63))
         if self._batch_size is None and is_plain(self._loader):
@@ -282,7 +286,7 @@ class Fit:
             if self._keep_batch_size:
                 wanted = self._loader.batch_size
             else:
-                share = self.settings.val_batch_ratio * _largest_batch(trainer, batch)
+                share = self.settings.val_batch_ratio * _largest_batch(trainer, module, batch)
                 wanted = max(1, round(share))
             self._batch_size = min(wanted, rows // trainer.world_size)
         return ValidationStream(
@@ -304,17 +308,34 @@ def _held(trainer: pl.Trainer) -> list[Tensor]:
     ]
 
 
-def _largest_batch(trainer: pl.Trainer, batch: Any) -> float:
+def _largest_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float:
     """Return the rows of this training batch on the rank that has the most; every rank must ask."""
+    size = torch.tensor(float(_rows_of(module, batch)), device=trainer.strategy.root_device)
+    largest = trainer.strategy.reduce(size, reduce_op="max")
+    assert isinstance(largest, Tensor)
+    return largest.item()
+
+
+def _rows_of(module: pl.LightningModule, batch: Any) -> int:
+    """Return the labels of a batch, or the rows of its first tensor where it is read otherwise.
+
+    The tensors of a batch of graphs have a row for each node.
+    """
+    for read in (read_batch, getattr(module, "saflex_val_batch", read_batch)):
+        with suppress(Exception):  # the hook is for validation batches, of maybe another layout
+            _, target = read(batch)
+            if isinstance(target, Tensor):
+                return len(target)
     try:
-        rows = float(extract_batch_size(batch))
+        graphs = getattr(batch, "num_graphs", None)  # of torch_geometric, whose rows are nodes
+        if graphs is not None:
+            return int(graphs)
+        with warnings.catch_warnings():  # of several sizes that it finds
+            warnings.simplefilter("ignore")
+            return extract_batch_size(batch)
     except MisconfigurationException as error:
         raise MisconfigurationException(
             "Expected a training batch whose rows can be counted, to draw a share of as many "
             f"validation rows, but got {type(batch).__name__}. Pass "
             "`SAflexCallback(val_batch_size=...)`."
         ) from error
-    size = torch.tensor(rows, device=trainer.strategy.root_device)
-    largest = trainer.strategy.reduce(size, reduce_op="max")
-    assert isinstance(largest, Tensor)
-    return largest.item()

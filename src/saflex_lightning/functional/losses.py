@@ -1,7 +1,7 @@
 """Cross-entropy per sample, with labels that may be learned, and the checks of its target."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ __all__ = [
     "Scores",
     "as_tuple",
     "check_target",
+    "check_tasks",
     "dense_target",
     "is_probabilities",
     "map_scores",
@@ -27,9 +28,23 @@ __all__ = [
 Scores = Tensor | tuple[Tensor, ...]
 
 
-def as_tuple(scores: Scores) -> tuple[Tensor, ...]:
-    """Return scores as a tuple of tasks."""
-    return (scores,) if isinstance(scores, Tensor) else tuple(scores)
+def as_tuple(scores: Any) -> tuple[Tensor, ...]:
+    """Return scores as a tuple of tasks.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    tasks = (scores,) if isinstance(scores, Tensor) else scores
+    are_tensors = isinstance(tasks, (tuple, list)) and all(isinstance(t, Tensor) for t in tasks)
+    if not are_tensors or not tasks:
+        kinds = [type(task).__name__ for task in tasks]
+        inside = f" of {kinds}" if isinstance(tasks, (tuple, list)) else ""
+        raise TypeError(
+            "Expected scores that are a tensor of shape (batch, classes), or a tuple of such, but "
+            f"got {type(scores).__name__}{inside}. Override `saflex_scores` to return the logits "
+            "alone."
+        )
+    return tuple(tasks)
 
 
 def map_scores(function: Callable[..., Tensor], *scores: Scores) -> Scores:
@@ -140,12 +155,15 @@ def mean_cross_entropy(
 ) -> Tensor:
     """Return ``F.cross_entropy``, averaged over tasks when the scores are a tuple.
 
-    Without a target it is that of contrastive scores. To ``check`` a target's values waits for the
-    device.
+    Without a target it is that of contrastive scores. Labels may be of any integer type, of which
+    ``F.cross_entropy`` takes two. To ``check`` a target's values waits for the device.
     """
-    tasks = (logits,) if isinstance(logits, Tensor) else logits
-    if target is not None and check != "nothing":
-        check_target(target, tasks[0], values=check == "values")
+    tasks = as_tuple(logits)
+    if target is not None:
+        check_tasks(tasks)
+        for number, scores in enumerate(tasks if check != "nothing" else ()):
+            check_target(target, scores, values=check == "values" and number == 0)
+        target = target if target.is_floating_point() else target.long()
     weight = options.class_weight
     losses = [
         torch.nn.functional.cross_entropy(
@@ -159,16 +177,32 @@ def mean_cross_entropy(
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
+def check_tasks(tasks: Sequence[Tensor]) -> None:
+    """Refuse tasks of one target that are scored over different classes."""
+    if len({scores.shape[-1] for scores in tasks if scores.ndim}) > 1:
+        raise ValueError(
+            "Expected every score tensor to have the classes of the one target, but got shapes "
+            f"{[tuple(scores.shape) for scores in tasks]}, as of heads with label spaces of their "
+            "own, or of logits beside features. Override `saflex_scores` to return the logits that "
+            "SAFLEX refines."
+        )
+
+
 def check_target(target: Tensor, logits: Tensor, *, values: bool = True) -> None:
     """Refuse a target that does not fit classification scores, ``(batch, classes)``.
 
     Looking at ``values`` too, and not at shapes and types alone, waits for the device.
     """
+    if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[-1] == 1 < len(logits)):
+        raise ValueError(
+            f"Expected `logits` with a score for each class, but got shape {tuple(logits.shape)}, "
+            "as of a binary head with one logit. Give the model two logits, and integer labels."
+        )
     if logits.ndim != 2 or logits.shape[-1] < 1:
         raise ValueError(
             f"Expected `logits` of shape (batch, classes), but got {tuple(logits.shape)}. "
-            "SAFLEX serves classification: dense targets and one-logit binary heads are not "
-            "supported; give a binary model two logits."
+            "SAFLEX serves classification, and no dense targets: bring rows to the first dimension "
+            "and classes to the last, or train without SAFLEX."
         )
     batch_size, num_classes = logits.shape
     if target.ndim == 1 and target.is_floating_point():

@@ -2,9 +2,14 @@
 
 from typing import Any, Literal, get_args
 
+import torch
+from torch import Tensor
+
 from saflex_lightning.data.checks import check
+from saflex_lightning.data.draws import mix_seeds
 from saflex_lightning.recipes.datamodule import Splits
 from saflex_lightning.recipes.image_data import ImageDataModule
+from saflex_lightning.recipes.label_noise import plant_wrong_labels
 from saflex_lightning.recipes.medmnist import read_medmnist
 from saflex_lightning.recipes.medmnist_sets import (
     MEDMNIST_SETS,
@@ -13,6 +18,8 @@ from saflex_lightning.recipes.medmnist_sets import (
 )
 
 __all__ = ["MedMNISTDataModule"]
+
+_NOISE = 1  # keeps the draw of wrong labels apart from the others of the same seed
 
 SetName = Literal[
     "blood_subset", "path", "derma", "tissue", "blood", "oct", "organa", "organc", "organs"
@@ -33,6 +40,8 @@ class MedMNISTDataModule(ImageDataModule):
         num_classes: Number of classes that labels must stay below; None takes that of the set, or
             of the file at ``path``.
         in_channels: 1 for grey images, 3 for colour, if the file is to be checked.
+        label_noise: Share of the training images that get a wrong label on purpose, in [0, 1), as
+            of a careless labeller; see `plant_wrong_labels`.
         **shared: As for `ImageDataModule` and `UnionDataModule`.
 
     Raises:
@@ -57,6 +66,7 @@ class MedMNISTDataModule(ImageDataModule):
         check_md5: bool = True,
         num_classes: int | None = None,
         in_channels: int | None = None,
+        label_noise: float = 0.0,
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
@@ -65,6 +75,8 @@ class MedMNISTDataModule(ImageDataModule):
         check("a path", optional=True, path=path)
         check("True or False", download=download, check_md5=check_md5)
         check("a positive integer", optional=True, num_classes=num_classes, in_channels=in_channels)
+        check("a number in [0, 1)", label_noise=label_noise)
+        self.label_noise = label_noise
         self.dataset = dataset
         self.path = path
         self.root = root
@@ -92,7 +104,21 @@ class MedMNISTDataModule(ImageDataModule):
             "num_classes": self.num_classes or largest + 1,
             "in_channels": splits["train"].images.shape[1],
         }
-        return Splits(splits["train"], splits["val"], [splits["test"]])
+        train, truth = splits["train"], splits["train"].target
+        draws = torch.Generator().manual_seed(mix_seeds(self.seed, _NOISE))
+        train = train._replace(
+            target=plant_wrong_labels(truth, self._sizes["num_classes"], self.label_noise, draws)
+        )
+        self._wrong = train.target != truth
+        return Splits(train, splits["val"], [splits["test"]])
+
+    def wrong_rows(self) -> Tensor | None:
+        """Return which values of ``AugmentedBatch.index`` carry a planted label; None without any.
+
+        ``(2 n,)`` bool, as an augmented row is another one than its clean row; needs `setup`.
+        """
+        whole = not self.merge_val and self.steering != "split"
+        return torch.cat([self._wrong, self._wrong]) if self.label_noise and whole else None
 
     def sizes(self) -> dict[str, int]:
         """Return the number of classes and of channels; needs `setup`."""

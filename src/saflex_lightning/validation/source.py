@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,6 +21,7 @@ __all__ = [
     "check_is_loader",
     "check_loader",
     "count_rows",
+    "is_a",
     "is_plain",
     "other_roles",
     "same_rows",
@@ -61,7 +61,7 @@ def trainer_loader(trainer: pl.Trainer) -> Any:
 def check_is_loader(loader: Any) -> None:
     """Refuse what is no loader, several of them, or can be iterated only once."""
     if _holds_loaders(loader):
-        held = loader.flattened if isinstance(loader, CombinedLoader) else loader
+        held = loader.flattened if is_a(loader, "CombinedLoader") else loader
         raise TypeError(
             f"Expected one dataloader of validation rows for SAFLEX, but got a "
             f"{type(loader).__name__} of {len(held)}. Pass one of them as `val_dataloader`, or one "
@@ -125,16 +125,20 @@ def other_roles(trainer: pl.Trainer, loader: Any) -> list[str]:
             if other is not None
         )
 
-    monitors = any(
-        getattr(callback, "monitor", None) is not None
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
     roles = []
-    if monitors and shared(trainer.val_dataloaders):
+    if _monitors_validation(trainer) and shared(trainer.val_dataloaders):
         roles.append("select checkpoints")
     if shared(trainer.test_dataloaders):
         roles.append("test")
     return roles
+
+
+def _monitors_validation(trainer: pl.Trainer) -> bool:
+    """Say whether a callback or a schedule looks at a metric that is none of training's by name."""
+    watchers: list[Any] = [*trainer.callbacks]  # type: ignore[attr-defined]
+    watchers += [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    names = [getattr(watcher, "monitor", None) for watcher in watchers]
+    return any(name is not None and not name.startswith("train") for name in names)
 
 
 def count_rows(loader: object) -> int | None:
@@ -180,4 +184,13 @@ def same_rows(first: object, second: object) -> bool:
 def _holds_loaders(loader: object) -> bool:
     if isinstance(loader, (list, tuple)):
         return any(isinstance(part, DataLoader) for part in loader)
-    return isinstance(loader, (Mapping, CombinedLoader))
+    return isinstance(loader, Mapping) or is_a(loader, "CombinedLoader")
+
+
+def is_a(instance: object, *names: str) -> bool:
+    """Say whether a class of one of the names is among those of an object.
+
+    Lightning is published twice, also as ``pytorch_lightning``, with classes of the same names that
+    know nothing of one another.
+    """
+    return any(cls.__name__ in names for cls in type(instance).__mro__)

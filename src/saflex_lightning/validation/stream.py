@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -26,8 +25,9 @@ from saflex_lightning.functional.ranks import Ranks
 
 from .source import is_plain
 
-__all__ = ["EndlessBatchSampler", "ValidationStream", "evaluation", "mix_seed"]
+__all__ = ["EndlessBatchSampler", "ValidationStream", "evaluation", "mix_seed", "overrides"]
 
+_CORE = ("lightning.pytorch.core", "pytorch_lightning.core")  # the package is published twice
 _EVALUATION = 1  # keeps what an evaluation draws apart from what the loader draws
 
 
@@ -192,7 +192,7 @@ def evaluation(
             try:
                 yield move_batch(trainer, module, batch)
             finally:
-                if is_overridden("on_validation_model_train", module):
+                if overrides(module, "on_validation_model_train"):
                     module.on_validation_model_train()
                 for part, name, value in changed:
                     vars(part)[name] = value
@@ -235,6 +235,15 @@ def move_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> A
     """Return a batch on the device, after the transfer hooks."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     hook = "on_before_batch_transfer"
-    owner = datamodule if datamodule and is_overridden(hook, datamodule) else module
+    owner = datamodule if datamodule and overrides(datamodule, hook) else module
     batch = owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def overrides(instance: object, name: str) -> bool:
+    """Say whether a module or datamodule brings a method of its own in place of Lightning's."""
+    if name in vars(instance):
+        return True
+    owners = (cls for cls in type(instance).__mro__ if name in vars(cls))
+    owner = next(owners, None)
+    return owner is not None and not owner.__module__.startswith(_CORE)

@@ -35,6 +35,11 @@ def timm(name):
     return make[name]()
 
 
+def albumentations():
+    library = pytest.importorskip("albumentations")
+    return library.Compose([library.HorizontalFlip(), library.RandomBrightnessContrast()])
+
+
 def jitter(image):
     """Draws from all three global generators."""
     shift = random.random() + np.random.rand() + float(torch.rand(()))  # noqa: NPY002
@@ -44,6 +49,14 @@ def jitter(image):
 # Augmentation of pictures -> its first group names and their number.
 PICTURE_AUGMENTATIONS = {
     "v2 RandAugment": (v2.RandAugment, OPERATIONS, 15),
+    "v2 TrivialAugment": (v2.TrivialAugmentWide, OPERATIONS, 15),
+    "v2 AutoAugment": (v2.AutoAugment, ("clean", "Identity", "ShearX", "Rotate"), 12),
+    "v2 Compose": (
+        lambda: v2.Compose([v2.RandomHorizontalFlip(), v2.RandAugment()]),
+        OPERATIONS,
+        15,
+    ),
+    "v2 AugMix": (v2.AugMix, ("clean", "AugMix"), 2),
     "v1 RandAugment": (v1.RandAugment, OPERATIONS, 15),
     "v1 TrivialAugment": (v1.TrivialAugmentWide, OPERATIONS, 15),
     "v1 AutoAugment": (v1.AutoAugment, ("clean", "Identity", "ShearX", "Rotate"), 12),
@@ -56,6 +69,7 @@ PICTURE_AUGMENTATIONS = {
     "timm RandAugment": (lambda: timm("rand"), ("clean", "Identity", "AutoContrast"), 17),
     "timm AutoAugment": (lambda: timm("auto"), ("clean", "Identity", "PosterizeOriginal"), 12),
     "timm AugMix": (lambda: timm("mix"), ("clean", "AugMixAugment"), 2),
+    "albumentations": (albumentations, ("clean", "Compose"), 2),
     "function": (lambda: jitter, ("clean", "jitter"), 2),
     "lambda": (lambda: lambda image: image.rotate(90), ("clean", "augmented"), 2),
 }

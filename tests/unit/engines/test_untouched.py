@@ -306,11 +306,13 @@ class Remembering(nn.Module):
         super().__init__()
         self.layer = nn.Linear(5, CLASSES)
         self.calls, self.seen, self.last = 0, [1], {"a": torch.ones(1)}
+        self.nested = {"kept": ([], self.seen)}
         self.register_buffer("grown", torch.zeros(1))
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.calls += 1
         self.seen.append(inputs)
+        self.nested["kept"][0].append(inputs)
         self.last["a"] = self.new = inputs
         self.grown.resize_(len(self.grown) + 1).fill_(self.calls)
         return self.layer(inputs)
@@ -327,6 +329,7 @@ def test_what_a_forward_remembers_is_forgotten():
     assert seen == [1]
     assert model.last is last
     assert last == kept
+    assert model.nested == {"kept": ([], seen)}
     assert not hasattr(model, "new")
     assert model.grown.tolist() == [0]
 

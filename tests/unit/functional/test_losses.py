@@ -224,9 +224,10 @@ def test_empty_batch_passes() -> None:
 @pytest.mark.parametrize(
     ("target", "logits", "error", "message"),
     [
-        (HARD, torch.zeros(6), ValueError, r"`logits` of shape \(batch, classes\).*\(6,\)"),
+        (HARD, torch.zeros(6), ValueError, r"got shape \(6,\), as of a binary .* two logits"),
+        (HARD % 2, torch.zeros(6, 1), ValueError, r"got shape \(6, 1\), as of a binary .* two log"),
         (HARD, torch.zeros(6, 4, 2, 2), ValueError, r"got \(6, 4, 2, 2\).*dense targets"),
-        (HARD, torch.zeros(6, 0), ValueError, r"got \(6, 0\).*two logits"),
+        (HARD, torch.zeros(6, 0), ValueError, r"\(batch, classes\), but got \(6, 0\)"),
         (HARD.float(), torch.zeros(6, 4), TypeError, r"torch.float32.*Binary cross-entropy"),
         (SOFT.round().long(), torch.zeros(6, 4), TypeError, r"hold probabilities.*torch.int64"),
         (HARD[:5], torch.zeros(6, 4), ValueError, r"\(6,\) or \(6, 4\).*got \(5,\)"),

@@ -14,7 +14,7 @@ from saflex_lightning import AugmentedBatch
 from saflex_lightning.data.checks import check
 from saflex_lightning.data.mixing import mixing_group
 from saflex_lightning.data.resumable import epoch_and_row
-from saflex_lightning.data.union import MadeRows, union_batch
+from saflex_lightning.data.union import MadeRows, join_rows
 from saflex_lightning.recipes.tabular.cutmix import (
     MixedRows,
     draw_ratio,
@@ -174,7 +174,7 @@ class TrainingTable(Dataset[AugmentedBatch]):
             generator = torch.Generator().manual_seed(int(draw[0]))
             mixed = self.augmentation.draw(inputs, target, self.num_classes, generator)
             made = MadeRows(mixed.inputs, mixed.target, self.augmentation.group(mixed.changed))
-        return union_batch(inputs, target, index, made, num_rows=len(self), replace=self.replace)
+        return join_rows(inputs, target, index, made, num_rows=len(self), replace=self.replace)
 
     def collate(self, batch: AugmentedBatch) -> AugmentedBatch:
         """Return the batch that the loader has asked for as a whole."""

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from helpers.oracles import make_problem
 from helpers.solving import measure
+from saflex_lightning.evidence.products import last_layer_products
 from torch import Tensor
 
 from saflex_lightning.engines import descent_direction, make_engine
-from saflex_lightning.evidence.products import last_layer_products
 from saflex_lightning.functional.reference import inner_products_reference
 from saflex_lightning.functional.solve import inner_products
 

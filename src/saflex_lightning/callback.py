@@ -15,7 +15,6 @@ from .fit.checks import (
     check_fit,
     check_model,
     check_state,
-    count_batches,
     damaged_state,
     find_group_names,
 )
@@ -107,7 +106,6 @@ class SAflexCallback(pl.Callback):
             self._loader,
             keep_batch_size=self._given_loader is not None,
             group_names=find_group_names(trainer, pl_module) if gathers else (),
-            num_batches=count_batches(trainer) if gathers else 0,
         )
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

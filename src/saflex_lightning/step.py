@@ -204,11 +204,7 @@ class Step:
         mask = torch.ones(size, dtype=torch.bool, device=scores.device) if mask is None else mask
         left, passed, dropped = mask, None, None
         if fit.evidence is not None:
-            group = row_field(self.batch, "group", group, size)
-            index = row_field(self.batch, "index", index, size)
-            rejected = self.rejected
-            if rejected is None and group is not None:
-                rejected = fit.evidence.draw(group, mask, self.gate_draws)
+            group, index, rejected = self._read_rows(group, index, mask)
             if self._places is not None:
                 replaced = self._places != torch.arange(size, device=scores.device)
                 left, target = mask & ~replaced, target[self._places]
@@ -253,6 +249,18 @@ class Step:
             scores, solution.soft_labels, weights, **options._asdict(), total=total
         )
         return fit.ranks.size * loss, SolvedTask(solution, target, left, passed)
+
+    def _read_rows(
+        self, group: Tensor | None, index: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return what made the rows, which ones they are and which are rejected, where known."""
+        group = row_field(self.batch, "group", group, len(mask))
+        if index is not None or isinstance(self.batch, AugmentedBatch):
+            index = row_field(self.batch, "index", index, len(mask))
+        rejected = self.rejected
+        if rejected is None and group is not None and self.fit.evidence is not None:
+            rejected = self.fit.evidence.draw(group, mask, self.gate_draws)
+        return group, index, rejected
 
     def _call_of(self, logits: tuple[Tensor, ...]) -> Call:
         """Return the forward that made the logits.

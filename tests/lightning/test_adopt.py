@@ -53,9 +53,10 @@ def assert_same_runs(edited, unedited, make_callback, **settings):
         {},
         {"preset": "paper"},
         {"every_n_steps": 3, "start_epoch": 1},
-        {"engine": "forward_mode"},
-        {"engine": "finite_difference"},
-        {"params": ["net.0.*"]},
+        {"preset": "gradient"},
+        {"preset": "gradient", "engine": "forward_mode"},
+        {"preset": "gradient", "engine": "finite_difference"},
+        {"preset": "gradient", "params": ["net.0.*"]},
     ],
     ids=str,
 )
@@ -67,7 +68,12 @@ def test_an_unedited_module_trains_as_the_edited_one(settings):
 
 @pytest.mark.parametrize("engine", ["head", "forward_mode"])
 def test_under_autocast_too(engine):
-    assert_same_runs(Classifier, Unedited, lambda: callback(engine=engine), precision="bf16-mixed")
+    assert_same_runs(
+        Classifier,
+        Unedited,
+        lambda: callback(preset="gradient", engine=engine),
+        precision="bf16-mixed",
+    )
 
 
 @pytest.mark.parametrize("preset", ["robust", "paper"])
@@ -96,7 +102,7 @@ def test_gates_replace_rows_before_the_network_sees_them(engine):
     assert_same_runs(
         EditedGated,
         UneditedGated,
-        lambda: Watching(steering(), gates=True, engine=engine),
+        lambda: Watching(steering(), preset="gradient", gates=True, engine=engine),
         train=gated_loader(),
         max_epochs=6,
     )
@@ -142,7 +148,7 @@ class UneditedRepeating(Unedited):
 
 @pytest.mark.parametrize("engine", ["head", "forward_mode"])
 def test_an_optimizer_that_computes_the_loss_several_times(engine):
-    settings = {"engine": engine, "precondition": False}
+    settings = {"preset": "gradient", "engine": engine, "precondition": False}
     assert_same_runs(EditedRepeating, UneditedRepeating, lambda: callback(**settings))
 
 
@@ -185,7 +191,9 @@ class UneditedManual(Unedited):
 
 @pytest.mark.parametrize("engine", ["head", "forward_mode"])
 def test_manual_optimization(engine):
-    assert_same_runs(EditedManual, UneditedManual, lambda: callback(engine=engine))
+    assert_same_runs(
+        EditedManual, UneditedManual, lambda: callback(preset="gradient", engine=engine)
+    )
 
 
 @pytest.mark.parametrize("kind", [Unedited, UneditedScaled])
@@ -255,7 +263,7 @@ KINDS = [Accumulating, WithoutValidationStep, WithoutValidationLoss, WithoutVali
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no")
 def test_evaluation_and_extra_passes_leave_no_trace(kind, engine):
     runs = []
-    for callbacks in ([], [callback(engine=engine)]):
+    for callbacks in ([], [callback(preset="gradient", engine=engine)]):
         module = seeded(kind)
         val = None if kind is WithoutValidationStep else make_loader(seed=9)
         trainer = fit(module, *callbacks, val_dataloaders=val)
@@ -453,7 +461,7 @@ def test_a_module_without_any_cross_entropy_names_both_steps(engine):
             one_logit(self(batch[0]), batch[1])
 
     match = r"Expected `validation_step` or `training_step` of Binary .*give the model two logits"
-    assert_refused(seeded(Binary), match, make=lambda: callback(engine=engine))
+    assert_refused(seeded(Binary), match, make=lambda: callback(preset="gradient", engine=engine))
 
 
 def test_rows_that_the_step_permutes_or_mixes():
@@ -489,13 +497,13 @@ def test_compiled_parts_train_as_uncompiled_ones(how):
     torch._dynamo.reset()
     plain, compiled = (seeded(lambda: Unedited(plain=True)) for _ in range(2))
     engine = "head" if how == "body" else "forward_mode"
-    fit(plain, callback(engine=engine))
+    fit(plain, callback(preset="gradient", engine=engine))
     if how == "body":
         compiled.net[0] = torch.compile(compiled.net[0], backend="aot_eager")
     elif how == "inner network":
         compiled.net = torch.compile(compiled.net, backend="aot_eager")
     else:
         compiled.net.compile(backend="aot_eager")
-    fit(compiled, callback(engine=engine))
+    fit(compiled, callback(preset="gradient", engine=engine))
     found = {name.replace("_orig_mod.", ""): v for name, v in state_of(compiled).items()}
     assert_same_state(state_of(plain), found)

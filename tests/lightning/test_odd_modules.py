@@ -17,7 +17,13 @@ from torch.nn.utils import parametrizations
 
 from saflex_lightning import UnsupportedModelError
 
-OFF = {"weight_rule": "ones", "label_rule": "keep"}
+# Every pass of a solve, whose labels are those that were given.
+OFF = {
+    "preset": "gradient",
+    "weight_rule": "ones",
+    "label_rule": "argmax",
+    "label_penalty": 1e9,
+}
 
 
 class Plain(Classifier):

@@ -100,7 +100,9 @@ class Several(Classifier):
 def test_more_than_logits(what, error, match, engine):
     inputs, target = make_rows(64)
     train = DataLoader(TensorDataset(inputs, target % 3), 16)
-    saflex = SAflexCallback(DataLoader(TensorDataset(inputs, target % 3), 8), engine=engine)
+    saflex = SAflexCallback(
+        DataLoader(TensorDataset(inputs, target % 3), 8), preset="gradient", engine=engine
+    )
     module = seeded(lambda: Several(what))
     refused(module, match, error=error, saflex=saflex, train=train)
 
@@ -119,7 +121,9 @@ def test_two_heads_in_training_alone():
 
     module = seeded(lambda: Both("two heads"))
     match = r"got shapes \[\(16, 4\), \(16, 3\)\].*Override `saflex_scores`"
-    refused(module, match, error=ValueError, saflex=callback(engine="forward_mode"))
+    refused(
+        module, match, error=ValueError, saflex=callback(preset="gradient", engine="forward_mode")
+    )
 
 
 def test_a_module_without_a_forward():

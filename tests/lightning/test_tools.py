@@ -152,7 +152,7 @@ def test_finetuning_scheduler(tmp_path):
             matched.append(saflex.state_dict()["matching"]["names"])
 
     trained, matched = [], []
-    saflex = SAflexCallback(make_loader(40, 8, seed=7), engine="forward_mode")
+    saflex = SAflexCallback(make_loader(40, 8, seed=7), preset="gradient", engine="forward_mode")
     module = seeded(lambda: Unedited(plain=True))
     schedule = tmp_path / "schedule.yaml"
     phases = {

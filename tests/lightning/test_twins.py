@@ -71,7 +71,7 @@ def test_an_unedited_module_of_the_twin_package(steers, gates):
         module, train = seeded(make), gated_loader() if gates else None
         settings = {"val_dataloaders": make_loader(seed=9)} if run is fit else {}
         trainer = run(module, SAflexCallback(rows, gates=gates), train=train, **settings)
-        assert "saflex/val_gradient_norm" in trainer.callback_metrics
+        assert "saflex/effective_fraction" in trainer.callback_metrics
         runs.append(state_of(module))
     assert_same_state(*runs)
 

@@ -17,7 +17,6 @@ from helpers.training import (
     seeded,
     state_of,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.transforms import v2
@@ -257,15 +256,6 @@ def test_union_batches_made_after_the_transfer(kind, gates):
     assert set(module.steering) == {8}
     name = group_names_of(module.augment)[1]
     assert (f"saflex/gate/{name}" in trainer.callback_metrics) == gates
-
-
-def test_names_that_nobody_tells_are_asked_for():
-    class Nameless(OnDevice):
-        def saflex_group_names(self):
-            return None
-
-    with pytest.raises(MisconfigurationException, match=r"or `group_names_of\(augment\)`, train"):
-        fit(seeded(lambda: Nameless(plain=True)), callback(gates=True))
 
 
 def timm_mixup(**settings):

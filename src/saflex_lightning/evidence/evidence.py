@@ -21,9 +21,8 @@ __all__ = ["Evidence", "GatheredRows", "Judgement"]
 
 _REFIT = 10  # steps between two discriminants
 _KEPT = 0.8  # of the logarithm of the temperature, per discriminant
-_WARM_UP = 0.02  # share of training during which nothing is learned of groups
-_WARM_UP_ALONE = 0.2  # and during which rows without clean ones beside them all count
-_UNKNOWN_LENGTH = 2500  # steps that a training of unknown length is taken to have
+_WARM_UP = 10  # training batches during which nothing is learned of groups
+_WARM_UP_ALONE = 100  # and during which rows without clean ones beside them all count
 _UNNAMED = 64  # groups that are served without names
 _FLOOR = 1e-12  # below this, a root mean square counts as zero
 
@@ -78,16 +77,9 @@ class Evidence:
         self._fitted = 0  # the step at which it was
         self._has_looked = False
         self._alone = torch.tensor(True)  # whether no step has shown a clean row yet
-        self._length = float(_UNKNOWN_LENGTH)
 
-    def start(
-        self,
-        names: Sequence[str],
-        num_rows: int | None,
-        num_batches: float,
-        device: torch.device,
-    ) -> None:
-        """Take the groups of a fit, its validation rows and its batches, where they are known.
+    def start(self, names: Sequence[str], num_rows: int | None, device: torch.device) -> None:
+        """Take the groups of a fit and the number of its validation rows, where they are known.
 
         Raises:
             MisconfigurationException: If a checkpoint's evidence belongs to other groups.
@@ -99,8 +91,6 @@ class Evidence:
                 "run."
             )
         self.names = tuple(names)
-        if num_batches != float("inf"):
-            self._length = num_batches
         groups = max(len(names), 2) if names else _UNNAMED
         self.memory.start(num_rows, device)
         self.rule.start(groups, device)
@@ -180,7 +170,7 @@ class Evidence:
             group, augmented, usable, weights, own, log_beliefs, posteriors, labels, products, ranks
         )
         rms = self._learn(number, sums, classes)
-        if number < _WARM_UP_ALONE * self._length:
+        if number < _WARM_UP_ALONE:
             weights = torch.where(self._alone, 1, weights)
         judged = (augmented & usable).unsqueeze(1)
         products = torch.where(judged, products / rms.clamp(min=_FLOOR), 0)
@@ -259,7 +249,7 @@ class Evidence:
         scale = rms.clamp(min=_FLOOR)
         vs, vsl, us, total = vs / scale, vsl / scale, us / scale, v.sum().clamp(min=_FLOOR)
         present = count > 0
-        is_warm = number >= _WARM_UP * self._length
+        is_warm = number >= _WARM_UP
         if self.rule.is_on:
             before = self.rule.state_dict()
             self.rule.watch(sums[:, 8:] * (torch.arange(len(sums), device=v.device) > 0)[:, None])

@@ -14,7 +14,6 @@ from saflex_lightning.engines.parameters import select_parameters
 from saflex_lightning.functional.settings import Settings
 from saflex_lightning.module import SAflexMixin
 from saflex_lightning.validation.source import ask_hook, is_a
-from saflex_lightning.validation.stream import overrides
 
 __all__ = [
     "check_fit",
@@ -23,7 +22,6 @@ __all__ = [
     "check_model",
     "check_saved_gradient",
     "check_state",
-    "count_batches",
     "damaged_state",
     "find_group_names",
     "launch_problems",
@@ -60,7 +58,7 @@ def check_model(module: pl.LightningModule, settings: Settings) -> None:
             "Return the layer whose output is the scores, or None to have it found."
         )
     scores = getattr(type(module), "saflex_scores", None)  # of a module that nobody edited: none
-    if scores is SAflexMixin.saflex_scores and not overrides(module, "forward"):
+    if scores is SAflexMixin.saflex_scores and type(module).forward is nn.Module.forward:
         problems.append(
             f"Expected {type(module).__name__} to have a `forward` that returns the logits, but it "
             "has none. Write one, or override `saflex_scores` to return them."
@@ -213,11 +211,6 @@ def _names_of(loaders: Any) -> Iterator[Any]:
                 yield names
 
 
-def count_batches(trainer: pl.Trainer) -> float:
-    """Return how many training batches the whole training has; infinity where nothing limits it."""
-    return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-
-
 # Checkpoints
 
 
@@ -291,9 +284,9 @@ def _kind_of(value: Any) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether a value is a number, a name, a tensor or a sequence of tensors."""
+    """Say whether a value is a number, a name, a tensor, or a sequence of names or tensors."""
     if isinstance(value, (tuple, list)):
-        return all(isinstance(part, Tensor) for part in value)
+        return all(isinstance(part, (Tensor, str)) for part in value)
     return value is None or isinstance(value, (bool, int, float, str, Tensor))
 
 

@@ -79,7 +79,6 @@ class Fit:
         *,
         keep_batch_size: bool,
         group_names: Sequence[str],
-        num_batches: float,
     ) -> None:
         """Take the model and the validation rows of a fit.
 
@@ -96,7 +95,7 @@ class Fit:
         self.options = self.options.to(module.device)
         self.skipped = self.skipped.to(module.device)
         if self.evidence is not None:
-            self.evidence.start(group_names, count_rows(loader), num_batches, module.device)
+            self.evidence.start(group_names, count_rows(loader), module.device)
 
     # Every training batch
 

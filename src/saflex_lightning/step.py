@@ -73,7 +73,7 @@ class Step:
         number: Of the training batch.
         batch: The training batch.
         generator: Source of Gumbel noise, of its own on every rank.
-        gate_draws: Source of what the gates draw.
+        gate_draws: Source of what the gates draw; None where no evidence is gathered.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Step:
         number: int,
         batch: Any,
         generator: torch.Generator,
-        gate_draws: torch.Generator,
+        gate_draws: torch.Generator | None,
     ) -> None:
         self.fit = fit
         self.number = number
@@ -100,9 +100,9 @@ class Step:
         # Rows that give way to the clean rows they were made from, and the row in each place.
         self.rejected: Tensor | None = None
         self._places: Tensor | None = None
-        evidence, source = fit.evidence, None
-        if evidence is not None and isinstance(batch, AugmentedBatch) and batch.group is not None:
-            self.rejected = evidence.draw(batch.group, batch.augmented, gate_draws)
+        source = None
+        if isinstance(batch, AugmentedBatch) and batch.group is not None:
+            self.rejected = self._draw(batch.group, batch.augmented)
             source = batch.source
         if self.rejected is not None and source is not None:
             here = torch.arange(len(source), device=source.device)
@@ -258,9 +258,16 @@ class Step:
         if index is not None or isinstance(self.batch, AugmentedBatch):
             index = row_field(self.batch, "index", index, len(mask))
         rejected = self.rejected
-        if rejected is None and group is not None and self.fit.evidence is not None:
-            rejected = self.fit.evidence.draw(group, mask, self.gate_draws)
+        if rejected is None and group is not None:
+            rejected = self._draw(group, mask)
         return group, index, rejected
+
+    def _draw(self, group: Tensor, augmented: Tensor) -> Tensor | None:
+        """Return which rows the gates turn down; None without gates."""
+        evidence, draws = self.fit.evidence, self.gate_draws
+        if evidence is None or draws is None:
+            return None
+        return evidence.draw(group, augmented, draws)
 
     def _call_of(self, logits: tuple[Tensor, ...]) -> Call:
         """Return the forward that made the logits.

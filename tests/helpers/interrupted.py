@@ -5,7 +5,15 @@ import signal
 
 import lightning.pytorch as pl
 import torch
-from helpers.training import Classifier, fit, make_loader, make_rows, seeded, state_of
+from helpers.training import (
+    Classifier,
+    fit,
+    make_loader,
+    make_rows,
+    seeded,
+    short_warm_up,
+    state_of,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
@@ -121,4 +129,5 @@ def train(
 
 
 def train_as(rank, world_size, folder, settings):
-    return train(folder, rank=rank, world_size=world_size, **settings)
+    with short_warm_up():
+        return train(folder, rank=rank, world_size=world_size, **settings)

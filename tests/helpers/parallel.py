@@ -18,6 +18,7 @@ from helpers.training import (
     make_net,
     make_rows,
     seeded,
+    short_warm_up,
     state_of,
 )
 from lightning.pytorch.strategies import DDPStrategy
@@ -280,6 +281,7 @@ def train_loader(scenario, dtype, rank, world_size):
     )
 
 
+@short_warm_up()
 def train(name, dtype, world_size, rank=0):
     """Train a few steps; every process has its share of each training and validation batch."""
     scenario = {**SCENARIOS, **OWN_DRAWS}[name]

@@ -15,7 +15,7 @@ from helpers.parallel import (
     grouped,
     train_loader,
 )
-from helpers.training import GRADIENT, Classifier, fit, make_loader, seeded
+from helpers.training import GRADIENT, Classifier, fit, make_loader, seeded, short_warm_up
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -64,6 +64,7 @@ def settings_of(world_size, **strategy):
     return {"strategy": ModelParallelStrategy(**sizes), "devices": world_size}
 
 
+@short_warm_up()
 def train(name, world_size, rank=0):
     """Return the whole parameters after some steps."""
     optimizer, scenario = RUNS[name]

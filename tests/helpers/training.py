@@ -1,12 +1,16 @@
 """Small modules, data and Trainers for tests of the Lightning glue."""
 
+from contextlib import contextmanager
+
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from saflex_lightning import SAflexCallback, SAflexMixin
+from saflex_lightning.evidence import evidence
 
 NUM_CLASSES, NUM_FEATURES = 4, 8
 GRADIENT = {"preset": "gradient"}
@@ -14,6 +18,14 @@ ENGINES = [
     {**GRADIENT, "engine": engine} for engine in ("finite_difference", "forward_mode", "head")
 ]
 EVERY_WAY = [{}, *ENGINES]  # of a step: from evidence, or from gradients by each engine
+
+
+@contextmanager
+def short_warm_up():
+    """Weigh rows that stand alone from the third step on, where no fixture reaches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "_WARM_UP_ALONE", 2)
+        yield
 
 
 def make_rows(num_rows, *, seed=0, dtype=torch.float32):

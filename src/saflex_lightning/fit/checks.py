@@ -284,7 +284,9 @@ def _kind_of(value: Any) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether a value is a number, a name, a tensor, or a sequence of names or tensors."""
+    """Say whether a value is a number, a name, a tensor, a sequence of these two, or parts so."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
     if isinstance(value, (tuple, list)):
         return all(isinstance(part, (Tensor, str)) for part in value)
     return value is None or isinstance(value, (bool, int, float, str, Tensor))

@@ -117,7 +117,9 @@ class Fit:
             if self.matching.names and not self.matching.fits(module, _held(trainer)):
                 self.gradient = ValidationGradient(settings)  # a checkpoint's, of other parameters
         seed = mix_seed(self._seed or 0, number, self.ranks.rank)
-        gate_draws = torch.Generator().manual_seed(mix_seed(seed, _GATES))
+        gate_draws = None
+        if self.evidence is not None:
+            gate_draws = torch.Generator().manual_seed(mix_seed(seed, _GATES))
         step = Step(self, number, batch, torch.Generator().manual_seed(seed), gate_draws)
         is_due = self.solves and self.gradient.is_due(number)
         interval = settings.refresh_every_n_steps

@@ -128,7 +128,7 @@ class Step:
     def begin(self, run: Callable[[], Scores], inputs: Any) -> None:
         """Do what must come before the training forward; ``run`` is for passes beside it."""
         started, fit = time.perf_counter(), self.fit
-        if fit.settings.solves:
+        if fit.solves:
             if fit.matching.engine.repeats_forward:
                 run = unwritten(run, inputs)
             self._open = fit.matching.engine.jvp(run, fit.gradient.direction)

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
-from helpers.parallel import ENGINES, SCENARIOS, differentiate_gathered_rows, skip, train, train_all
+from helpers.parallel import (
+    BATCH,
+    ENGINES,
+    SCENARIOS,
+    STEPS,
+    differentiate_gathered_rows,
+    skip,
+    train,
+    train_all,
+)
 from helpers.processes import run_in_processes
+from helpers.training import assert_same_state
+from torch import Tensor
 
 pytestmark = [
     pytest.mark.distributed,
@@ -22,6 +33,14 @@ def ranks(request):
 
 def largest_difference(first, second):
     return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def leaves(state):
+    """Every tensor of a state, by its path."""
+    if isinstance(state, (dict, tuple)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {(key, *path): leaf for key, part in items for path, leaf in leaves(part).items()}
+    return {(): state} if isinstance(state, Tensor) else {}
 
 
 @pytest.mark.parametrize(
@@ -71,18 +90,19 @@ def test_gates_are_equal_on_all_ranks_and_to_those_of_one_process(ranks):
         return [rank[name, torch.float64].state for rank in ranks]
 
     def log_weights(state):
-        return state["gates"]["log_weights"]
+        return state["evidence"]["gates"]["log_weights"]
 
-    raised, rejecting = map(gates, ("gates", "gates that reject"))
-    alone = log_weights(train("gates", torch.float64, 1).state)
-    assert alone[1:].min() > 0.1
-    torch.testing.assert_close(log_weights(raised[0]), alone, rtol=0, atol=1e-8)
+    watching, rejecting = map(gates, ("gates", "gates that reject"))
+    alone = train("gates", torch.float64, 1).state
+    for part in ("log_weights", "sums"):
+        expected = alone["evidence"]["gates"][part]
+        found = watching[0]["evidence"]["gates"][part]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
     assert log_weights(rejecting[0])[1:].max() < -0.1
     assert log_weights(rejecting[0]).isfinite().all()
-    for first, *others in (raised, rejecting):
+    for first, *others in (watching, rejecting):
         for other in others:
-            assert log_weights(first).equal(log_weights(other))
-            assert first["memory"]["rows"].equal(other["memory"]["rows"])
+            assert_same_state(leaves(first["evidence"]), leaves(other["evidence"]))
     results = [rank["gates that reject", torch.float64] for rank in ranks]
     assert all(largest_difference(results[0].parameters, r.parameters) == 0 for r in results)
     rows = [[step.rows for step in result.refined] for result in results]
@@ -91,14 +111,21 @@ def test_gates_are_equal_on_all_ranks_and_to_those_of_one_process(ranks):
 
 def test_nan_on_one_rank_is_met_by_all_and_kept_by_none(ranks):
     """A row of NaN reaches the loss of one rank alone, and the solve of every one."""
-    states = [rank["NaN on one rank", torch.float64].state for rank in ranks]
+    states = [rank["NaN on one rank, gradient", torch.float64].state for rank in ranks]
     assert [state["skipped_steps"] for state in states] == [1] * len(ranks)
     for state in states:
         for part in state["gradient"]["average"]:
             assert part.isfinite().all()
-        assert state["gates"]["log_weights"].isfinite().all()
-        assert state["gates"]["moments"]["covariance"].isfinite().all()
-        assert state["gates"]["log_weights"].equal(states[0]["gates"]["log_weights"])
+
+
+def test_a_row_of_nan_on_one_rank_is_no_evidence_on_any(ranks):
+    states = [rank["NaN on one rank", torch.float64].state for rank in ranks]
+    assert sum(state["skipped_steps"] for state in states) == 1  # the row is left out alone
+    parts = [leaves(state["evidence"]) for state in states]
+    for found in parts:
+        assert all(part.isfinite().all() for part in found.values())
+        assert_same_state(found, parts[0])
+        assert found["seen",].sum() == STEPS * BATCH - 1
 
 
 def check_skip(endings):

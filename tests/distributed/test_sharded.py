@@ -1,4 +1,4 @@
-"""Sharded parameters: the head engine equals the unsharded run; what else is refused, and how."""
+"""Sharded runs with evidence or the head engine equal unsharded ones; what else is refused."""
 
 import pytest
 import torch
@@ -53,5 +53,7 @@ def test_synchronized_batch_norm_on_a_cpu_shows_torch_s_own_error(ranks):
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
 def test_other_sharded_strategies_are_refused_in_one_sentence(kind):
     # Neither starts on a CPU, so no Trainer can hold one here.
-    (problem,) = _strategy_problems(object.__new__(kind), make_settings("gradient", engine="head"))
-    assert f"but got `{kind.__name__}`. Choose `ddp`, or shard the model" in problem
+    for settings in (make_settings(), make_settings("gradient", engine="head")):
+        (problem,) = _strategy_problems(object.__new__(kind), settings)
+        assert f"but got `{kind.__name__}`. Choose `ddp`, or shard the model" in problem
+        assert ("engine='head'" in problem) == settings.solves

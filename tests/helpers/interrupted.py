@@ -3,6 +3,7 @@
 import os
 import signal
 
+import lightning.pytorch as pl
 import torch
 from helpers.training import Classifier, fit, make_loader, make_rows, seeded, state_of
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
@@ -53,6 +54,16 @@ class Mortal(Classifier):
         return super().saflex_scores(*inputs)
 
 
+class StopAfter(pl.Callback):
+    """Ends a training that goes on for longer by its own settings."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == self.steps
+
+
 def train_loader(rank=0, world_size=1, num_workers=0):
     rows = TensorDataset(*make_rows(STEPS_PER_EPOCH * 16))
     sampler = ResumableSampler(rows, num_replicas=world_size, rank=rank, seed=3)
@@ -71,7 +82,7 @@ def train(
     world_size=1,
     num_workers=0,
     accumulate=1,
-    max_steps=-1,
+    stop_after=None,
     **settings,
 ):
     """Train three epochs of six batches and return the parameters."""
@@ -93,9 +104,9 @@ def train(
         module,
         SAflexCallback(VAL_LOADERS[val](), **settings),
         *keepers,
+        StopAfter(stop_after),
         train=train_loader(rank, world_size, num_workers),
         max_epochs=EPOCHS,
-        max_steps=max_steps,
         seed=77 if resume else 1,
         ckpt_path=f"{folder}/{NAME}.ckpt" if resume else None,
         enable_checkpointing=folder is not None,
@@ -104,7 +115,7 @@ def train(
         **parallel,
     )
     assert trainer.global_step == (
-        EPOCHS * STEPS_PER_EPOCH // accumulate if max_steps == -1 else max_steps
+        EPOCHS * STEPS_PER_EPOCH // accumulate if stop_after is None else stop_after
     )
     return state_of(module)
 

@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from helpers.adopted import Unedited
 from helpers.pairs import TwoTowers
 from helpers.training import (
+    GRADIENT,
     NUM_CLASSES,
     Classifier,
     fit,
@@ -140,12 +141,12 @@ def plain(inputs, target, place):
 
 def union(inputs, target, place):
     """Clean and augmented rows by turns."""
-    return augmented_where(place % 2 == 1, inputs, target)
+    return augmented_where(place % 2 == 1, inputs, target, place)
 
 
 def clean_first_half(inputs, target, place):
     """Augmented rows in the second half of the batch alone: the first ranks have none."""
-    return augmented_where(place >= BATCH // 2, inputs, target)
+    return augmented_where(place >= BATCH // 2, inputs, target, place)
 
 
 def wrong(inputs, target, place):
@@ -163,19 +164,17 @@ def grouped(inputs, target, place, *, wrong):
     """Clean and augmented rows by turns; two groups; the clean or the augmented labels wrong."""
     augmented = place % 2 == 1
     moved = augmented == (wrong == "augmented")
-    batch = augmented_where(augmented, inputs, torch.where(moved, target + 1, target) % NUM_CLASSES)
+    target = torch.where(moved, target + 1, target) % NUM_CLASSES
+    batch = augmented_where(augmented, inputs, target, place)
     group = torch.where(augmented, 1 + (place % 4 == 3).long(), 0)
-    return replace(batch, group=group, source=torch.where(augmented, batch.index - 1, -1))
+    source = torch.where(augmented, torch.arange(len(target)) - 1, -1)
+    return replace(batch, group=group, source=source)
 
 
-def indexed(inputs, target, place):
-    """The union with an identity for every row."""
-    return replace(union(inputs, target, place), index=place)
-
-
-def augmented_where(mask, inputs, target):
+def augmented_where(mask, inputs, target, place):
+    """A batch whose rows are told apart by their place in the whole one."""
     none = torch.full_like(target, -1)
-    return AugmentedBatch(inputs, target, mask, mask.long(), torch.arange(len(target)), none)
+    return AugmentedBatch(inputs, target, mask, mask.long(), place, none)
 
 
 @dataclass(frozen=True)
@@ -207,26 +206,40 @@ SCENARIOS = {
             {"engine": engine, **preset}, dtypes=(torch.float64, torch.float32)
         )
         for engine in ENGINES
-        for name, preset in {"robust": {}, "paper": PAPER}.items()
+        for name, preset in {"gradient": GRADIENT, "paper": PAPER}.items()
     },
+    "robust": Scenario(dtypes=(torch.float64, torch.float32)),
     "unused parameters": Scenario(
-        {"engine": "forward_mode"}, module=Branching, ddp={"find_unused_parameters": True}
+        {**GRADIENT, "engine": "forward_mode"},
+        module=Branching,
+        ddp={"find_unused_parameters": True},
     ),
-    "static graph": Scenario(ddp={"static_graph": True}),
-    "accumulation": Scenario(trainer={"accumulate_grad_batches": 2}),
-    "manual optimization": Scenario(module=Manual),
-    "union batch": Scenario(batch=union),
-    "union batch, unedited": Scenario(module=partial(Bare, plain=True), batch=union),
-    "union batch, finite_difference": Scenario({"engine": "finite_difference"}, batch=union),
-    "no augmented row on a rank": Scenario(batch=clean_first_half),
+    "robust, unused parameters": Scenario(module=Branching, ddp={"find_unused_parameters": True}),
+    **{
+        f"{name}{what}": Scenario(way, **settings)
+        for name, way in {"": GRADIENT, "robust, ": {}}.items()
+        for what, settings in {
+            "static graph": {"ddp": {"static_graph": True}},
+            "accumulation": {"trainer": {"accumulate_grad_batches": 2}},
+            "manual optimization": {"module": Manual},
+            "union batch": {"batch": union},
+            "union batch, unedited": {"module": partial(Bare, plain=True), "batch": union},
+            "no augmented row on a rank": {"batch": clean_first_half},
+            "soft labels": {"batch": mixed},
+        }.items()
+    },
+    "union batch, finite_difference": Scenario(
+        {**GRADIENT, "engine": "finite_difference"}, batch=union
+    ),
     "all rows dropped": Scenario(HARD, batch=wrong, batch_size=4),
-    "soft labels": Scenario(batch=mixed),
-    # Augmented rows that are better than the clean ones: none is rejected, all are raised.
-    "gates": Scenario({"gates": True}, batch=partial(grouped, wrong="clean")),
-    "NaN on one rank": Scenario(
-        {"gates": True}, module=Surviving, batch=partial(grouped, wrong="clean")
+    # Augmented rows that are better than the clean ones: none is rejected.
+    "gates": Scenario({"row_evidence": False}, batch=partial(grouped, wrong="clean")),
+    "NaN on one rank": Scenario(module=Surviving, batch=partial(grouped, wrong="clean")),
+    "NaN on one rank, gradient": Scenario(
+        GRADIENT, module=Surviving, batch=partial(grouped, wrong="clean")
     ),
-    "row evidence": Scenario({"row_evidence": True}, batch=indexed),
+    "row evidence": Scenario({"gates": False}, batch=union),
+    "everything": Scenario({**GRADIENT, "gates": True, "row_evidence": True}, batch=union),
     # Features gathered over ranks; steered by pairs (gathered too) or by classification.
     **{
         f"{engine}, {steering}": Scenario(
@@ -234,16 +247,18 @@ SCENARIOS = {
             module=partial(TwoTowers, gather=True, steering=steering),
         )
         for engine in ("finite_difference", "forward_mode")
-        for preset, steering in (({}, "pairs"), (PAPER, "classes"))
+        for preset, steering in ((GRADIENT, "pairs"), (PAPER, "classes"))
     },
 }
 
 
 # Draws of its own on every rank: several processes do not equal one.
 OWN_DRAWS = {
-    "gates that reject": Scenario({"gates": True}, batch=partial(grouped, wrong="augmented")),
+    "gates that reject": Scenario(
+        {"row_evidence": False}, batch=partial(grouped, wrong="augmented")
+    ),
     **{
-        f"{name}, {engine}": Scenario({"engine": engine}, module=module, batch=union)
+        f"{name}, {engine}": Scenario({**GRADIENT, "engine": engine}, module=module, batch=union)
         for engine in ENGINES
         for name, module in (
             ("statistics", Normalized),

@@ -15,19 +15,25 @@ from helpers.parallel import (
     grouped,
     train_loader,
 )
-from helpers.training import Classifier, fit, make_loader, seeded
+from helpers.training import GRADIENT, Classifier, fit, make_loader, seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from saflex_lightning import SAflexCallback
 
+HEAD = {**GRADIENT, "engine": "head"}
 # Optimizer, and how to train.
 RUNS = {
+    "gradient, Adam": ("adam", Scenario(HEAD)),
+    "gradient, SGD": ("sgd", Scenario(HEAD)),
+    "paper, SGD": ("sgd", Scenario({**PAPER, "engine": "head"})),
+    "accumulation": ("adam", Scenario(HEAD, trainer={"accumulate_grad_batches": 2})),
     "robust, Adam": ("adam", Scenario()),
-    "robust, SGD": ("sgd", Scenario()),
-    "paper, SGD": ("sgd", Scenario(PAPER)),
-    "accumulation": ("adam", Scenario(trainer={"accumulate_grad_batches": 2})),
-    "gates": ("adam", Scenario({"gates": True}, batch=partial(grouped, wrong="clean"))),
+    "robust, groups": ("adam", Scenario(batch=partial(grouped, wrong="clean"))),
+    "gradient, gates": (
+        "adam",
+        Scenario({**HEAD, "gates": True}, batch=partial(grouped, wrong="clean")),
+    ),
 }
 SHARDS_ON_CPU = not torch.__version__.startswith("2.4.")  # whose `fully_shard` makes CUDA streams
 
@@ -59,13 +65,13 @@ def settings_of(world_size, **strategy):
 
 
 def train(name, world_size, rank=0):
-    """Return the whole parameters after some steps with engine="head"."""
+    """Return the whole parameters after some steps."""
     optimizer, scenario = RUNS[name]
     module = seeded(lambda: Sharded(optimizer))
     val = make_loader(96, VAL_BATCH // world_size, seed=7, dtype=torch.float64)
     trainer = fit(
         module,
-        SAflexCallback(val, **{**scenario.settings, "engine": "head"}),
+        SAflexCallback(val, **scenario.settings),
         train=train_loader(scenario, torch.float64, rank, world_size),
         max_epochs=STEPS // BATCHES,
         use_distributed_sampler=False,

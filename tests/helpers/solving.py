@@ -16,7 +16,7 @@ from saflex_lightning.functional import solve as solve_with_settings
 from saflex_lightning.functional import weighted_cross_entropy
 from saflex_lightning.functional.losses import LossOptions, Scores
 from saflex_lightning.functional.ranks import Ranks
-from saflex_lightning.functional.settings import Settings
+from saflex_lightning.functional.settings import make_settings
 from saflex_lightning.functional.solve import SAflexSolution
 
 ALONE = Ranks()
@@ -35,13 +35,16 @@ def solve(
     ranks: Ranks = ALONE,
     **settings: Any,
 ) -> SAflexSolution:
-    """Call `functional.solve` with fields of `Settings` and `LossOptions` as keywords."""
+    """Call `functional.solve` with fields of `Settings` and `LossOptions` as keywords.
+
+    Other settings are those of the preset ``"gradient"``.
+    """
     return solve_with_settings(
         jvp,
         probs,
         target,
         augmented,
-        Settings(**settings),
+        make_settings("gradient", **settings),
         balance_classes=balance_classes,
         options=LossOptions(class_weight, label_smoothing),
         generator=generator,

@@ -9,6 +9,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from saflex_lightning import SAflexCallback, SAflexMixin
 
 NUM_CLASSES, NUM_FEATURES = 4, 8
+GRADIENT = {"preset": "gradient"}
+ENGINES = [
+    {**GRADIENT, "engine": engine} for engine in ("finite_difference", "forward_mode", "head")
+]
+EVERY_WAY = [{}, *ENGINES]  # of a step: from evidence, or from gradients by each engine
 
 
 def make_rows(num_rows, *, seed=0, dtype=torch.float32):

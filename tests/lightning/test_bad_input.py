@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers.gated import Gated, gated_loader, steering, union_batch
 from helpers.training import (
+    EVERY_WAY,
+    GRADIENT,
     NUM_FEATURES,
     Classifier,
     assert_same_state,
@@ -105,18 +107,23 @@ def test_fields_of_a_batch_that_do_not_fit(field, change, gates):
     assert not module.steps
 
 
-@pytest.mark.parametrize("field", ["group", "source"])
-def test_gates_without_groups_or_sources(field):
+@pytest.mark.parametrize("settings", [{}, {**GRADIENT, "gates": True}], ids=str)
+@pytest.mark.parametrize("field", ["group", "source", "index"])
+def test_gates_need_no_groups_sources_or_indices(field, settings):
     def batch(*rows):
         return replace(union_batch(*rows), **{field: None})
 
-    match = r"`AugmentedBatch` to tell `group` and `source` of its rows for `gates=True`"
-    with pytest.raises(MisconfigurationException, match=match):
-        fit(
-            seeded(Gated),
-            SAflexCallback(steering(), gates=True),
-            train=gated_loader(make_batch=batch),
-        )
+    class Union(Classifier):
+        saflex_group_names = Gated.saflex_group_names
+        names = Gated.names
+
+        def training_step(self, batch, batch_idx):
+            return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
+
+    callback = SAflexCallback(steering(), **settings)
+    fit(seeded(Union), callback, train=gated_loader(96, make_batch=batch), max_epochs=2)
+    seen = callback.state_dict()["evidence"]["seen"].tolist()
+    assert seen == [2 * 96, *((2 * 96, 0) if field == "group" else (96, 96))]
 
 
 def test_fewer_validation_rows_than_asked():
@@ -189,11 +196,11 @@ class InPlaceInTraining(Counting):
         return self.net(inputs.sub_(0.5) if self.training else inputs - 0.5)
 
 
-@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode", "head"])
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
 @pytest.mark.parametrize("make", [InPlace, InPlaceInTraining])
-def test_forward_that_writes_in_its_inputs(make, engine):
-    saflex = SAflexCallback(make_loader(seed=7), preset="gradient", engine=engine)
-    if engine == "head":  # nothing runs twice on the same tensors
+def test_forward_that_writes_in_its_inputs(make, way):
+    saflex = SAflexCallback(make_loader(seed=7), **way)
+    if way.get("engine", "head") == "head":  # nothing runs twice on the same tensors
         models = [seeded(make), seeded(OutOfPlace)]
         for model in models:
             fit(model, saflex)
@@ -310,11 +317,13 @@ def test_training_scored_over_other_classes_than_validation():
     match = "over 4 classes like the validation batch, but got 3"
     inputs, target = make_rows(64)
     train = DataLoader(TensorDataset(inputs, target.clamp(max=2)), 16)
-    callback = SAflexCallback(make_loader(), preset="gradient", engine="forward_mode")
-    refused(seeded(TwoHeads), callback, match, error=ValueError, train=train)
+    for way in ({}, {**GRADIENT, "engine": "forward_mode"}):
+        callback = SAflexCallback(make_loader(), **way)
+        refused(seeded(TwoHeads), callback, match, error=ValueError, train=train)
     match = r"output of submodule `net\.4` to be the scores"
     error = UnsupportedModelError
-    refused(seeded(TwoHeads), SAflexCallback(make_loader()), match, error=error, train=train)
+    callback = SAflexCallback(make_loader(), **GRADIENT)
+    refused(seeded(TwoHeads), callback, match, error=error, train=train)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +358,7 @@ def test_other_kinds_of_targets_are_refused_by_name(shape, target, match):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"preset": "robst"}, "`preset` to be one of paper, robust, but got 'robst'"),
+        ({"preset": "robst"}, "`preset` to be one of gradient, paper, robust, but got 'robst'"),
         ({"engine": "fast"}, "`engine` to be one of auto, finite_difference, forward_mode, head"),
         ({"temperature": 0.0}, "`temperature` to be a positive float, but got 0.0"),
         ({"label_penalty": -1.0}, "`label_penalty` to be a non-negative float, but got -1.0"),
@@ -360,6 +369,8 @@ def test_other_kinds_of_targets_are_refused_by_name(shape, target, match):
         ({"params": "net.*"}, "`params` to be a list of one or more name patterns, or None"),
         ({"normalize": 1}, "`normalize` to be True or False, but got 1"),
         ({"seed": True}, "`seed` to be an integer of at least 0 or None, but got True"),
+        ({"engine": "head"}, r"learns from gradients beside `engine` or `params`.*preset='gradi"),
+        ({"params": ["net.*"]}, "but got weight_rule='ones' and label_rule='keep', which need"),
         ({"val_dataloader": [1], "val_batch_size": 4}, "A loader keeps its own batch size"),
     ],
     ids=str,

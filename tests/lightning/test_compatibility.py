@@ -8,6 +8,9 @@ import torch
 from helpers.cases import OLD_CHECKPOINT
 from helpers.models import Checkpointed
 from helpers.training import (
+    ENGINES,
+    EVERY_WAY,
+    GRADIENT,
     NUM_FEATURES,
     Classifier,
     assert_same_state,
@@ -26,7 +29,7 @@ from torch import nn
 from saflex_lightning import UnsupportedModelError
 
 LIGHTNING_2_6 = importlib.util.find_spec("lightning.pytorch.callbacks.weight_averaging")
-ENGINES = ("finite_difference", "forward_mode", "head")
+BOTH = pytest.mark.parametrize("way", [{}, GRADIENT], ids=str)
 
 
 class Manual(Classifier):
@@ -48,6 +51,7 @@ class Manual(Classifier):
             optimizer.zero_grad()
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("by_hand", "by_trainer"),
     [
@@ -56,11 +60,11 @@ class Manual(Classifier):
         pytest.param({"clip": 0.05}, {"gradient_clip_val": 0.05}, id="clipping"),
     ],
 )
-def test_what_the_trainer_does_to_gradients_equals_the_same_by_hand(by_hand, by_trainer):
+def test_what_the_trainer_does_to_gradients_equals_the_same_by_hand(by_hand, by_trainer, way):
     automatic = seeded(lambda: Classifier(plain=True))
-    fit(automatic, callback(), **by_trainer)
+    fit(automatic, callback(**way), **by_trainer)
     manual = seeded(lambda: Manual(**by_hand))
-    fit(manual, callback())
+    fit(manual, callback(**way))
     assert_same_state(state_of(automatic), state_of(manual))
 
 
@@ -77,11 +81,11 @@ class TwoOptimizers(Manual):
         return [torch.optim.Adam(self.net[part].parameters(), self.lr) for part in (0, 2)]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_second_moments_come_from_several_optimizers(engine):
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
+def test_second_moments_come_from_several_optimizers(way):
     one, two = seeded(lambda: Classifier(plain=True)), seeded(TwoOptimizers)
-    fit(one, callback(engine=engine))
-    fit(two, callback(engine=engine))
+    fit(one, callback(**way))
+    fit(two, callback(**way))
     assert_same_state(state_of(one), state_of(two))
 
 
@@ -110,27 +114,30 @@ class Scheduled(Watched):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-def shadow_pair(kind, make_others=list, **settings):
+def shadow_pair(kind, way, make_others=list, **settings):
     """Return a run with the callback that discards the refined loss, and one without either."""
     runs = []
     for refine in (True, False):
         module = seeded(lambda refine=refine: kind(refine))
-        fit(module, *([callback()] if refine else []), *make_others(), **settings)
+        fit(module, *([callback(**way)] if refine else []), *make_others(), **settings)
         runs.append(module)
     return runs
 
 
-def test_schedulers_step_as_without_the_callback():
-    shadow, plain = shadow_pair(Scheduled)
+@BOTH
+def test_schedulers_step_as_without_the_callback(way):
+    shadow, plain = shadow_pair(Scheduled, way)
     assert shadow.rates == plain.rates
     assert shadow.rates[-1] == pytest.approx(0.1 * 0.8**8)
     assert_same_state(state_of(shadow), state_of(plain))
 
 
+@BOTH
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
-def test_stochastic_weight_averaging_ends_as_without_the_callback():
+def test_stochastic_weight_averaging_ends_as_without_the_callback(way):
     shadow, plain = shadow_pair(
         Watched,
+        way,
         lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)],
         max_epochs=4,
     )
@@ -139,16 +146,17 @@ def test_stochastic_weight_averaging_ends_as_without_the_callback():
     assert_same_state(state_of(shadow), state_of(plain))
 
 
+@BOTH
 @pytest.mark.skipif(not LIGHTNING_2_6, reason="`WeightAveraging` is in lightning from 2.6 on")
-def test_weight_averaging_averages_what_the_refined_run_went_through():
+def test_weight_averaging_averages_what_the_refined_run_went_through(way):
     from lightning.pytorch.callbacks import WeightAveraging
 
     class Refined(Watched):
         training_step = Classifier.training_step
 
     alone, averaged = seeded(Refined), seeded(Refined)
-    fit(alone, callback(), val_dataloaders=make_loader(seed=9))
-    fit(averaged, callback(), WeightAveraging(), val_dataloaders=make_loader(seed=9))
+    fit(alone, callback(**way), val_dataloaders=make_loader(seed=9))
+    fit(averaged, callback(**way), WeightAveraging(), val_dataloaders=make_loader(seed=9))
     for name, value in averaged.net.named_parameters():
         path = torch.stack([point[f"net.{name}"] for point in averaged.points])
         expected = torch.stack([point[f"net.{name}"] for point in alone.points])
@@ -171,14 +179,25 @@ class WithCheckpointing(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore:Expected more matched parameters than unknowns")
-@pytest.mark.parametrize("engine", ENGINES)
-def test_activation_checkpointing_changes_nothing(engine):
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
+def test_activation_checkpointing_changes_nothing(way):
     runs = []
-    if engine == "forward_mode" and OLD_CHECKPOINT:
+    if way == ENGINES[1] and OLD_CHECKPOINT:
         pytest.skip("this torch checkpoints through a function without forward mode")
     for use_reentrant in (None, False):
         module = seeded(lambda use_reentrant=use_reentrant: WithCheckpointing(use_reentrant))
-        fit(module, callback(engine=engine))
+        fit(module, callback(**way))
+        runs.append(state_of(module))
+    assert_same_state(*runs)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@BOTH
+def test_reentrant_checkpointing_is_left_alone_where_nothing_runs_in_forward_mode(way):
+    runs = []
+    for use_reentrant in (None, True):
+        module = seeded(lambda use_reentrant=use_reentrant: WithCheckpointing(use_reentrant))
+        fit(module, callback(**way))
         runs.append(state_of(module))
     assert_same_state(*runs)
 
@@ -188,26 +207,30 @@ def test_reentrant_checkpointing_is_refused_before_the_first_step():
     module = seeded(lambda: WithCheckpointing(True))
     before = state_of(module)
     with pytest.raises(UnsupportedModelError, match=r"checkpoint(.|\n)*Pass engine='head'"):
-        fit(module, callback(engine="forward_mode"))
+        fit(module, callback(**ENGINES[1]))
     assert_same_state(before, state_of(module))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch, about itself
 @pytest.mark.parametrize(
-    ("what", "engine"),
+    ("what", "way"),
     [
-        ("inner network", "finite_difference"),
-        ("inner network", "forward_mode"),
-        ("inner network", "auto"),  # forward mode over the last layer: the numbers of `head`
-        ("body", "head"),
-        ("module", "finite_difference"),
+        ("inner network", {}),
+        ("inner network", ENGINES[0]),
+        ("inner network", ENGINES[1]),
+        ("inner network", GRADIENT),  # forward mode over the last layer: the numbers of `head`
+        ("body", {}),
+        ("body", ENGINES[2]),
+        ("module", {}),
+        ("module", ENGINES[0]),
     ],
+    ids=str,
 )
-def test_compiled_training_equals_the_uncompiled_one(what, engine):
+def test_compiled_training_equals_the_uncompiled_one(what, way):
     torch._dynamo.reset()
     plain, compiled = (seeded(lambda: Classifier(plain=True)) for _ in range(2))
-    fit(plain, callback(engine=engine))
+    fit(plain, callback(**way))
     expected = state_of(plain)
     target = compiled
     if what == "inner network":
@@ -216,22 +239,23 @@ def test_compiled_training_equals_the_uncompiled_one(what, engine):
         compiled.net[0] = torch.compile(compiled.net[0], backend="aot_eager")
     else:
         target = torch.compile(compiled, backend="aot_eager")
-    fit(target, callback(engine=engine))
+    fit(target, callback(**way))
     found = {name.replace("_orig_mod.", ""): v for name, v in state_of(compiled).items()}
     assert_same_state(expected, found)
 
 
-@pytest.mark.parametrize("engine", ["forward_mode", "head"])
+@pytest.mark.parametrize("engine", ["auto", "forward_mode", "head"])
 def test_other_engines_are_refused_in_a_module_compiled_as_a_whole(engine):
     module = torch.compile(seeded(Classifier), backend="eager")
     match = f"engine='{engine}', for which compiled code"
     with pytest.raises(MisconfigurationException, match=match):
-        fit(module, callback(engine=engine))
+        fit(module, callback(**GRADIENT, engine=engine))
 
 
-def test_learning_rate_finder_runs_without_the_solve_and_leaves_the_fit_as_it_was(tmp_path):
+@BOTH
+def test_learning_rate_finder_runs_without_the_solve_and_leaves_the_fit_as_it_was(tmp_path, way):
     module = seeded(lambda: Classifier(plain=True))
-    trainer = make_trainer(callback(), default_root_dir=tmp_path)
+    trainer = make_trainer(callback(**way), default_root_dir=tmp_path)
     found = Tuner(trainer).lr_find(module, make_loader(), num_training=4, update_attr=False)
     assert len(found.results["lr"]) == 4
     assert module.saflex_solution is None
@@ -240,13 +264,14 @@ def test_learning_rate_finder_runs_without_the_solve_and_leaves_the_fit_as_it_wa
     for finders in ([], [LearningRateFinder(num_training_steps=4, update_attr=False)]):
         module = seeded(lambda: Classifier(plain=True))
         train = make_loader()
-        fit(module, *finders, callback(), train=train, default_root_dir=tmp_path)
+        fit(module, *finders, callback(**way), train=train, default_root_dir=tmp_path)
         runs.append(state_of(module))
     if LIGHTNING_2_6:  # before, a search changed a fit without the callback as well
         assert_same_state(*runs)
 
 
-def test_batch_size_finder_runs_without_the_solve(tmp_path):
+@BOTH
+def test_batch_size_finder_runs_without_the_solve(tmp_path, way):
     class Sized(Classifier):
         batch_size = 2
 
@@ -257,7 +282,7 @@ def test_batch_size_finder_runs_without_the_solve(tmp_path):
             return make_loader(16, seed=9)
 
     module = seeded(Sized)
-    trainer = make_trainer(callback(), default_root_dir=tmp_path)
+    trainer = make_trainer(callback(**way), default_root_dir=tmp_path)
     found = Tuner(trainer).scale_batch_size(module, max_trials=3, steps_per_trial=2)
     assert found == module.batch_size > 2
     assert module.saflex_solution is None
@@ -287,7 +312,12 @@ def test_settings_that_choose_batches(settings, batches):
             return loss
 
     module = seeded(Watched)
-    fit(module, callback(), train=make_loader(), val_dataloaders=make_loader(seed=9), **settings)
+    rows = {"train": make_loader(), "val_dataloaders": make_loader(seed=9)}
+    fit(module, callback(**GRADIENT), **rows, **settings)
     refined = [weights for epoch, weights in module.weights if epoch == 0]
     assert len(refined) == batches
     assert all(weights.std() > 0 for weights in refined)
+    judging = callback()
+    trainer = fit(seeded(Classifier), judging, **rows, **settings)
+    seen = judging.state_dict()["evidence"]["seen"]
+    assert seen.sum() == 16 * batches * trainer.current_epoch

@@ -3,11 +3,18 @@
 import pytest
 import torch
 from helpers.configs import compose_config
-from helpers.interrupted import train_loader
-from helpers.training import Classifier, assert_same_state, fit, make_loader, seeded, state_of
+from helpers.interrupted import StopAfter, train_loader
+from helpers.training import (
+    EVERY_WAY,
+    Classifier,
+    assert_same_state,
+    callback,
+    fit,
+    seeded,
+    state_of,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from saflex_lightning import SAflexCallback
 from saflex_lightning.cli.train import train
 from saflex_lightning.engines.direction import adam_second_moments
 
@@ -18,20 +25,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match"),
 ]
 
-ENGINES = ("finite_difference", "forward_mode", "head")
 GPU = {"accelerator": "gpu", "devices": 1}
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_one_process_on_nccl_equals_the_plain_run(engine, precision):
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
+def test_one_process_on_nccl_equals_the_plain_run(way, precision):
     states = []
     for strategy in ("auto", "ddp"):
         module = seeded(Classifier)
-        callback = SAflexCallback(make_loader(40, 8, seed=7), preset="gradient", engine=engine)
         trainer = fit(
             module,
-            callback,
+            callback(**way),
             train=train_loader(),
             strategy=strategy,
             precision=precision,
@@ -46,19 +51,20 @@ def test_one_process_on_nccl_equals_the_plain_run(engine, precision):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
 def test_run_resumed_in_the_middle_of_an_epoch_equals_the_uninterrupted_one(
-    engine, precision, tmp_path
+    way, precision, tmp_path
 ):
-    def run(max_steps, *keepers, **options):
+    def run(*keepers, stop_after=None, **options):
         module = seeded(lambda: Classifier(plain=True))  # checkpoints hold no random state
         fit(
             module,
-            SAflexCallback(make_loader(40, 8, seed=7), preset="gradient", engine=engine),
+            callback(**way),
             *keepers,
+            StopAfter(stop_after),
             train=train_loader(),  # six steps an epoch
             max_epochs=-1,
-            max_steps=max_steps,
+            max_steps=14,
             precision=precision,
             enable_checkpointing=bool(keepers),
             **GPU,
@@ -67,9 +73,9 @@ def test_run_resumed_in_the_middle_of_an_epoch_equals_the_uninterrupted_one(
         return state_of(module)
 
     keeper = ModelCheckpoint(tmp_path, "latest", every_n_train_steps=9)
-    run(9, keeper)
-    resumed = run(14, keeper, seed=9, ckpt_path=tmp_path / "latest.ckpt")
-    assert_same_state(run(14), resumed)
+    run(keeper, stop_after=9)
+    resumed = run(keeper, seed=9, ckpt_path=tmp_path / "latest.ckpt")
+    assert_same_state(run(), resumed)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ import torch.utils.data
 from helpers.interrupted import NAME, train, train_as, train_loader
 from helpers.processes import exit_codes
 from helpers.training import (
+    ENGINES,
+    EVERY_WAY,
+    GRADIENT,
     Classifier,
     assert_same_state,
     make_loader,
@@ -34,7 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{said}")  # Lightning, where on_exception.ckpt may be there
     for said in (r"`\.fit\(ckpt_path=None\)` was called", r'\.fit\(ckpt_path="last"\) is set')
 ]
-ENGINES = ("finite_difference", "forward_mode", "head")
 WORKER_ERRORS = (RuntimeError, OSError, EOFError)
 LOADING = os.path.dirname(torch.utils.data.__file__)
 BATCH = 8  # in the middle of the second epoch
@@ -131,8 +133,8 @@ def interrupted_fit(module, callback, error, folder):
 
 
 STAGES = [
-    (engine, stage)
-    for engine in ENGINES
+    (way, stage)
+    for way in EVERY_WAY
     for stage in (
         "draw",
         "validation batch",
@@ -144,19 +146,17 @@ STAGES = [
         "backward",
         "optimizer step",
     )
-    if engine != "head" or stage not in {"probe", "validation backward"}  # it has neither
+    if way in ENGINES[:2] or stage not in {"probe", "validation backward"}  # others have neither
 ]
 
 
 @pytest.mark.parametrize("error", [Planted, KeyboardInterrupt])
-@pytest.mark.parametrize(("engine", "stage"), STAGES)
-def test_failure_at_any_stage_leaves_the_parameters_and_a_checkpoint(
-    tmp_path, engine, stage, error
-):
+@pytest.mark.parametrize(("way", "stage"), STAGES, ids=str)
+def test_failure_at_any_stage_leaves_the_parameters_and_a_checkpoint(tmp_path, way, stage, error):
     module = seeded(lambda: Faulty(stage, fail_with(error("own words"))))
     rows = Rows(*make_rows(32, seed=7))
     rows.on_access = lambda: module.at("draw")
-    settings = {"engine": engine, "refresh_every_n_steps": 1}
+    settings = {**way, "refresh_every_n_steps": 1}
     callback = SAflexCallback(DataLoader(rows, 8), **settings)
     interrupted_fit(module, callback, error, tmp_path)
     parameters = dict(module.named_parameters())
@@ -181,9 +181,15 @@ def test_failure_at_any_stage_leaves_the_parameters_and_a_checkpoint(
     assert all(value.isfinite().all() for value in state_of(again).values())
 
 
-@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode"])
-@pytest.mark.parametrize("stage", ["probe", "validation forward"])
-def test_checkpoint_that_a_signal_asks_for_in_the_solve_holds_the_weights(tmp_path, engine, stage):
+@pytest.mark.parametrize(
+    ("way", "stage"),
+    [
+        *((way, stage) for way in ENGINES[:2] for stage in ("probe", "validation forward")),
+        ({}, "validation forward"),
+    ],
+    ids=str,
+)
+def test_checkpoint_that_a_signal_asks_for_in_the_solve_holds_the_weights(tmp_path, way, stage):
     """As SLURM's requeue signal does it."""
     module = seeded(lambda: Faulty(stage, lambda: os.kill(os.getpid(), signal.SIGUSR1)))
 
@@ -193,21 +199,24 @@ def test_checkpoint_that_a_signal_asks_for_in_the_solve_holds_the_weights(tmp_pa
                 signal.SIGUSR1, lambda *_: trainer.save_checkpoint(tmp_path / "requeue.ckpt")
             )
 
-    callback = SAflexCallback(
-        make_loader(32, 8), preset="gradient", engine=engine, refresh_every_n_steps=1
-    )
+    callback = SAflexCallback(make_loader(32, 8), **way, refresh_every_n_steps=1)
     fit(module, callback, Requeue())
     saved = torch.load(tmp_path / "requeue.ckpt", weights_only=False)
     assert saved["global_step"] == BATCH
     assert_same_state(module.notes.before, saved["state_dict"])
 
 
-@pytest.mark.parametrize("stage", ["validation forward", "probe", "forward"])
-def test_lack_of_memory_shows_as_it_is(stage):
+@pytest.mark.parametrize(
+    ("way", "stage"),
+    [
+        *((ENGINES[1], stage) for stage in ("validation forward", "probe", "forward")),
+        *(({}, stage) for stage in ("validation forward", "forward")),
+    ],
+    ids=str,
+)
+def test_lack_of_memory_shows_as_it_is(way, stage):
     module = seeded(lambda: Faulty(stage, lambda: torch.empty(2**46)))
-    callback = SAflexCallback(
-        make_loader(32, 8), preset="gradient", engine="forward_mode", refresh_every_n_steps=1
-    )
+    callback = SAflexCallback(make_loader(32, 8), **way, refresh_every_n_steps=1)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         fit(module, callback)
 
@@ -288,9 +297,18 @@ def test_faulty_worker_ends_the_fit_in_its_own_words_and_leaves_no_process(fault
     gc.collect()
 
 
-@pytest.mark.parametrize("val", ["plain", pytest.param("workers", marks=pytest.mark.slow)])
-def test_ctrl_c_in_the_solve_ends_with_the_weights_of_the_last_step(tmp_path, val):
-    settings = {"signal_at": 9, "sign": signal.SIGINT, "val": val}
+@pytest.mark.parametrize(
+    ("way", "val"),
+    [
+        ({}, "plain"),
+        (GRADIENT, "plain"),
+        (ENGINES[1], "plain"),
+        pytest.param(GRADIENT, "workers", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ctrl_c_in_the_solve_ends_with_the_weights_of_the_last_step(tmp_path, way, val):
+    settings = {"signal_at": 9, "sign": signal.SIGINT, "val": val, **way}
     assert exit_codes(train_as, 1, 1, tmp_path, settings) == [1]
     saved = torch.load(tmp_path / f"{NAME}.ckpt", weights_only=False)
-    assert_same_state(train(val=val, max_steps=9), saved["state_dict"])
+    assert_same_state(train(val=val, stop_after=9, **way), saved["state_dict"])

@@ -6,6 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.training import (
+    ENGINES,
+    EVERY_WAY,
+    GRADIENT,
     NUM_CLASSES,
     Classifier,
     assert_same_state,
@@ -54,12 +57,12 @@ class Built(Late):
         self.build()
 
 
-@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode", "head"])
+@pytest.mark.parametrize("settings", EVERY_WAY, ids=str)
 @pytest.mark.parametrize("late", [InSetup, InConfigureModel, Unfrozen])
-def test_a_model_that_is_ready_when_the_fit_starts(late, engine):
+def test_a_model_that_is_ready_when_the_fit_starts(late, settings):
     models = [seeded(make) for make in (late, Built)]
     for model in models:
-        fit(model, callback(engine=engine), max_epochs=1)
+        fit(model, callback(**settings), max_epochs=1)
     assert_same_state(*map(state_of, models))
 
 
@@ -68,7 +71,7 @@ def test_patterns_name_parameters_of_a_late_layer():
         def setup(self, stage):
             self.net[-1] = nn.Linear(16, NUM_CLASSES)
 
-    fit(seeded(LateHead), callback(params=["net.4.*"]), max_epochs=1)
+    fit(seeded(LateHead), callback(**GRADIENT, params=["net.4.*"]), max_epochs=1)
 
 
 class Copying(pl.Callback):
@@ -78,11 +81,12 @@ class Copying(pl.Callback):
         self.copied = copy.deepcopy(pl_module)
 
 
-def test_a_module_is_copied_within_a_step():
+@pytest.mark.parametrize("settings", EVERY_WAY, ids=str)
+def test_a_module_is_copied_within_a_step(settings):
     copying = Copying()
-    fit(seeded(Classifier), callback(), copying, max_epochs=1)
+    fit(seeded(Classifier), callback(**settings), copying, max_epochs=1)
     assert copying.copied._saflex_step is None
-    fit(copying.copied, callback(), max_epochs=1)
+    fit(copying.copied, callback(**settings), max_epochs=1)
 
 
 class Probed(Classifier):
@@ -97,9 +101,9 @@ class Probed(Classifier):
         return torch.optim.Adam(self.net[-1].parameters(), 1e-2)
 
 
-@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode"])
-def test_parameters_that_no_optimizer_holds_are_not_matched(engine):
+@pytest.mark.parametrize("settings", ENGINES[:2], ids=str)
+def test_parameters_that_no_optimizer_holds_are_not_matched(settings):
     models = [seeded(lambda: Probed(frozen)) for frozen in (True, False)]  # noqa: B023
     for model in models:
-        fit(model, callback(engine=engine), max_epochs=1)
+        fit(model, callback(**settings), max_epochs=1)
     assert_same_state(*map(state_of, models))

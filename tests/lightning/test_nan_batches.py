@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.gated import Gated, gated_loader, steering
-from helpers.training import assert_same_state, fit, seeded, state_of
+from helpers.training import EVERY_WAY, assert_same_state, fit, seeded, state_of
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
@@ -74,12 +74,12 @@ def check_finite(state):
         assert not isinstance(leaf, Tensor) or leaf.isfinite().all(), path
 
 
-@pytest.mark.parametrize("engine", ["finite_difference", "forward_mode", "head"])
-def test_batch_of_nan_leaves_what_a_batch_without_a_loss_leaves(engine):
+@pytest.mark.parametrize("settings", [{**way, **EVIDENCE} for way in EVERY_WAY], ids=str)
+def test_batch_of_nan_leaves_what_a_batch_without_a_loss_leaves(settings):
     met, silent = seeded(Careful), seeded(lambda: Careful(asks=False))
     with pytest.warns(SAflexWarning, match="non-finite number in the solve at or before batch 0"):
-        found = run(met, engine=engine, **EVIDENCE)
-    expected = run(silent, engine=engine, **EVIDENCE)
+        found = run(met, **settings)
+    expected = run(silent, **settings)
     assert [number for number, finite in enumerate(met.losses) if not finite] == list(POISONED)
     assert (found.pop("skipped_steps"), expected.pop("skipped_steps")) == (len(POISONED), 0)
     found, expected = leaves(found), leaves(expected)

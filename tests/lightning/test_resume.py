@@ -12,6 +12,7 @@ from helpers.gated import Gated, gated_loader
 from helpers.interrupted import train, train_as
 from helpers.processes import exit_codes, run_in_processes
 from helpers.training import (
+    GRADIENT,
     Classifier,
     assert_same_state,
     fit,
@@ -105,8 +106,10 @@ def messages(caught):
     [
         {},  # a checkpoint between two refreshes of the gradient
         {"preset": "paper"},
-        {"engine": "finite_difference"},
-        {"engine": "forward_mode", "every": 6},  # at the end of an epoch
+        {"every": 6},  # at the end of an epoch
+        GRADIENT,
+        {**GRADIENT, "engine": "finite_difference"},
+        {**GRADIENT, "engine": "forward_mode", "every": 6},
         {"every_n_steps": 3},
         {"accumulate": 2, "every": 3},
         {"val": "workers"},
@@ -195,21 +198,20 @@ def saved_state(**settings):
     return callback.state_dict()
 
 
-def test_state_holds_what_torch_loads_without_running_code(tmp_path):
-    state = saved_state(preset="paper", params=["net.*"])
+@pytest.mark.parametrize(
+    ("settings", "draws"), [({"preset": "paper", "params": ["net.*"]}, 3), ({}, 1), (GRADIENT, 1)]
+)
+def test_state_holds_what_torch_loads_without_running_code(tmp_path, settings, draws):
+    state = saved_state(**settings)
     torch.save(state, tmp_path / "state")
     loaded = torch.load(tmp_path / "state", weights_only=True)
-    assert loaded["batches"] == loaded["draws"] == 3
-    SAflexCallback(
-        make_loader(40, 8), "paper", preset="gradient", params=["net.*"]
-    ).load_state_dict(loaded)
+    assert (loaded["batches"], loaded["draws"]) == (3, draws)
+    SAflexCallback(make_loader(40, 8), **settings).load_state_dict(loaded)
 
 
 def test_other_settings_warn_by_name():
-    state = saved_state(temperature=1.5, seed=5)
-    callback = SAflexCallback(
-        make_loader(40, 16), preset="gradient", temperature=3.0, params=["net.3.*"]
-    )
+    state = saved_state(**GRADIENT, temperature=1.5, seed=5)
+    callback = SAflexCallback(make_loader(40, 16), **GRADIENT, temperature=3.0, params=["net.3.*"])
     with pytest.warns(SAflexWarning) as caught:
         callback.load_state_dict(state)
     assert messages(caught) == [
@@ -224,20 +226,32 @@ def test_other_settings_warn_by_name():
     assert resumed["matching"]["engine"] == ""
 
 
-def test_equal_settings_do_not_warn():
-    SAflexCallback(make_loader(40, 8), seed=5).load_state_dict(saved_state(seed=5))
+@pytest.mark.parametrize("way", [{}, GRADIENT], ids=str)
+def test_equal_settings_do_not_warn(way):
+    SAflexCallback(make_loader(40, 8), **way, seed=5).load_state_dict(saved_state(**way, seed=5))
 
 
-def test_run_with_another_preset_goes_on_and_says_what_differs(tmp_path):
-    trainer = fit(
-        seeded(Classifier), SAflexCallback(make_loader(40, 8)), max_epochs=1, limit_train_batches=3
-    )
-    trainer.save_checkpoint(tmp_path / "robust.ckpt")
-    callback = SAflexCallback(make_loader(40, 8), "paper")
-    with pytest.warns(SAflexWarning, match="`engine` was 'auto' and is now 'forward_mode'"):
-        fit(seeded(Classifier), callback, ckpt_path=tmp_path / "robust.ckpt", max_epochs=2)
-    assert callback.state_dict()["batches"] == 3 + 4
-    assert callback.state_dict()["matching"]["engine"] == "forward_mode"
+@pytest.mark.parametrize(
+    ("before", "now", "said", "engine", "seen"),
+    [
+        ("robust", "paper", "`engine` was 'auto' and is now 'forward_mode'", "forward_mode", 0),
+        ("gradient", "robust", "`gates` was False and is now True", "head", 4 * 16),
+        ("robust", "gradient", "`label_rule` was 'keep' and is now 'auto'", "head", 0),
+    ],
+)
+def test_run_with_another_preset_goes_on_and_says_what_differs(
+    tmp_path, before, now, said, engine, seen
+):
+    first = SAflexCallback(make_loader(40, 8), before)
+    trainer = fit(seeded(Classifier), first, max_epochs=1, limit_train_batches=3)
+    trainer.save_checkpoint(tmp_path / "before.ckpt")
+    callback = SAflexCallback(make_loader(40, 8), now)
+    with pytest.warns(SAflexWarning, match=said):
+        fit(seeded(Classifier), callback, ckpt_path=tmp_path / "before.ckpt", max_epochs=2)
+    state = callback.state_dict()
+    assert state["batches"] == 3 + 4
+    assert state["matching"]["engine"] == engine
+    assert seen == (0 if state["evidence"] is None else state["evidence"]["seen"].sum())
 
 
 def test_checkpoint_without_a_state_starts_afresh(tmp_path):
@@ -256,7 +270,7 @@ def test_checkpoint_without_a_state_starts_afresh(tmp_path):
     ],
 )
 def test_the_engine_that_was_chosen_is_in_the_checkpoint(engine, found, matched):
-    state = saved_state(engine=engine)
+    state = saved_state(**GRADIENT, engine=engine)
     assert (state["matching"]["engine"], state["matching"]["names"]) == (found, matched)
     assert state["settings"]["engine"] == engine
 
@@ -277,9 +291,10 @@ def with_value(value, *keys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda state: state.clear(), "version 3, but the checkpoint holds version None"),
-        (with_value(99, "version"), "version 3, but the checkpoint holds version 99"),
+        (lambda state: state.clear(), "version 4, but the checkpoint holds version None"),
+        (with_value(99, "version"), "version 4, but the checkpoint holds version 99"),
         (without("draws"), "`draws` is missing"),
+        (without("looked"), "`looked` is missing"),
         (with_value("4", "batches"), "`batches` is a str, not a number"),
         (with_value([], "gradient"), "`gradient` is a sequence, not a dict"),
         (with_value(None, "gradient", "norm"), r"of `gradient` only \['norm'\] are None"),
@@ -288,6 +303,25 @@ def with_value(value, *keys):
     ],
 )
 def test_damaged_state_is_refused_by_name(damage, message):
+    state = saved_state(**GRADIENT)
+    damage(state)
+    with pytest.raises(MisconfigurationException, match=message):
+        SAflexCallback(make_loader(40, 8), **GRADIENT).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("evidence"), "`evidence` is missing"),
+        (with_value([], "evidence"), "`evidence` is a sequence, not a dict"),
+        (lambda state: state["evidence"].pop("alone"), "`evidence.alone` is missing"),
+        (with_value((), "evidence", "seen"), "`evidence.seen` is a sequence, not a float tensor"),
+        (with_value("4", "evidence", "memory", "added"), "`evidence.memory.added` is a str, not"),
+        (lambda state: state["evidence"]["rule"].pop("powers"), "`evidence.rule.powers` is missi"),
+        (with_value(1, "evidence", "gates"), "`evidence.gates` is a number, not a dict"),
+    ],
+)
+def test_damaged_evidence_is_refused_by_name(damage, message):
     state = saved_state()
     damage(state)
     with pytest.raises(MisconfigurationException, match=message):

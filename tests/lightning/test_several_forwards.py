@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from helpers.cases import ENGINES
 from helpers.gated import Gated, gated_loader, steering
-from helpers.training import Classifier, assert_same_state, callback, fit, seeded, state_of
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from helpers.training import (
+    ENGINES,
+    EVERY_WAY,
+    GRADIENT,
+    Classifier,
+    assert_same_state,
+    callback,
+    fit,
+    seeded,
+    state_of,
+)
 
 from saflex_lightning import SAflexCallback
 
@@ -39,12 +47,12 @@ class TwoViews(Classifier):
         return self.loss(first_logits, target) + self.loss(second_logits, target)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("settings", ENGINES, ids=str)
 @pytest.mark.parametrize("order", ["forwards first", "backwards"])
-def test_each_loss_takes_the_tangent_of_its_own_scores(engine, order):
+def test_each_loss_takes_the_tangent_of_its_own_scores(settings, order):
     runs = [seeded(lambda order=o: TwoViews(order, plain=True)) for o in ("alternating", order)]
     for module in runs:
-        fit(module, callback(engine=engine), max_epochs=1)
+        fit(module, callback(**settings), max_epochs=1)
     alternating, other = (module.weights for module in runs)
     if order == "backwards":
         other = [other[place ^ 1] for place in range(len(other))]
@@ -52,36 +60,37 @@ def test_each_loss_takes_the_tangent_of_its_own_scores(engine, order):
         torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(alternating[0], alternating[1])
     alone = seeded(lambda: TwoViews("first alone", plain=True))
-    fit(alone, callback(engine=engine), max_epochs=1, max_steps=1)
+    fit(alone, callback(**settings), max_epochs=1, max_steps=1)
     torch.testing.assert_close(alone.weights[0], alternating[0])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("settings", EVERY_WAY, ids=str)
 @pytest.mark.parametrize("order", ["forwards first", "alternating"])
-def test_the_graph_of_the_first_forward_outlives_the_second_extra_pass(engine, order):
+def test_the_graph_of_the_first_forward_outlives_the_second_extra_pass(settings, order):
     """Batch normalization keeps its running statistics for the backward pass."""
     module = seeded(lambda: TwoViews(order))
     start = state_of(module)
-    fit(module, callback(engine=engine), max_epochs=1)
+    fit(module, callback(**settings), max_epochs=1)
     assert all((state_of(module)[name] != value).any() for name, value in start.items())
 
 
-def test_the_order_of_the_calls_changes_no_bit():
+@pytest.mark.parametrize("settings", [{}, GRADIENT], ids=str)
+def test_the_order_of_the_calls_changes_no_bit(settings):
     first, second = (
         seeded(lambda order=order: TwoViews(order, plain=True))
         for order in ("alternating", "forwards first")
     )
-    fit(first, callback())
-    fit(second, callback())
+    fit(first, callback(**settings))
+    fit(second, callback(**settings))
     assert_same_state(state_of(first), state_of(second))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("settings", EVERY_WAY, ids=str)
 @pytest.mark.parametrize(
     "change",
     ["permuted", "sliced", "of another forward", "scaled", "scaled in place", "detached"],
 )
-def test_logits_that_no_forward_returned_are_refused(change, engine):
+def test_logits_that_no_forward_returned_are_refused(change, settings):
     class Changing(Classifier):
         def training_step(self, batch, batch_idx):
             inputs, target = batch
@@ -101,36 +110,50 @@ def test_logits_that_no_forward_returned_are_refused(change, engine):
             return self.saflex_loss(logits, target)
 
     with pytest.raises(ValueError, match=r"one of the 1 calls of `saflex_forward`.*unchanged\."):
-        fit(seeded(lambda: Changing(plain=True)), callback(engine=engine))
+        fit(seeded(lambda: Changing(plain=True)), callback(**settings))
 
 
-def test_a_copy_of_logits_is_that_of_its_own_forward():
+@pytest.mark.parametrize("settings", [{}, GRADIENT], ids=str)
+def test_a_copy_of_logits_is_that_of_its_own_forward(settings):
     plain, copied = (
         seeded(lambda order=order: TwoViews(order, plain=True))
         for order in ("forwards first", "copied")
     )
-    fit(plain, callback())
-    fit(copied, callback())
+    fit(plain, callback(**settings))
+    fit(copied, callback(**settings))
     assert_same_state(state_of(plain), state_of(copied))
 
 
-def test_a_copy_of_the_only_logits_is_taken_for_them():
+@pytest.mark.parametrize("settings", [{}, GRADIENT], ids=str)
+def test_a_copy_of_the_only_logits_is_taken_for_them(settings):
     class Copied(Classifier):
         def training_step(self, batch, batch_idx):
             return self.saflex_loss(self.saflex_forward(batch[0]).clone(), batch[1])
 
     plain, copied = seeded(lambda: Classifier(plain=True)), seeded(lambda: Copied(plain=True))
-    fit(plain, callback())
-    fit(copied, callback())
+    fit(plain, callback(**settings))
+    fit(copied, callback(**settings))
     assert_same_state(state_of(plain), state_of(copied))
 
 
-def test_gates_refuse_two_forwards_before_a_loss():
+@pytest.mark.parametrize("settings", [{}, {**GRADIENT, "gates": True}], ids=str)
+def test_a_forward_before_that_of_the_loss_changes_nothing_with_gates(settings):
     class Twice(Gated):
-        def training_step(self, batch, batch_idx):
-            self.saflex_forward(batch.inputs)
-            return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
+        times = 2
 
-    match = "`saflex_loss` to follow each `saflex_forward` with `gates=True`"
-    with pytest.raises(MisconfigurationException, match=match):
-        fit(seeded(Twice), SAflexCallback(steering(), gates=True), train=gated_loader())
+        def training_step(self, batch, batch_idx):
+            scores = [self.saflex_forward(batch.inputs) for _ in range(self.times)]
+            rejected = self._saflex_step.rejected
+            self.steps.append(rejected[batch.augmented].sum().item())
+            assert all(one.equal(scores[0]) for one in scores)  # of the same rows
+            return self.saflex_loss(scores[-1], batch.target)
+
+    class Once(Twice):
+        times = 1
+
+    once, twice = (seeded(lambda make=make: make(plain=True)) for make in (Once, Twice))
+    for module in (once, twice):
+        fit(module, SAflexCallback(steering(), **settings), train=gated_loader(), max_epochs=8)
+    assert sum(once.steps) > 0
+    assert once.steps == twice.steps
+    assert_same_state(state_of(once), state_of(twice))

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from helpers.training import Classifier, assert_same_state, fit, make_loader, seeded, state_of
+from helpers.training import (
+    GRADIENT,
+    Classifier,
+    assert_same_state,
+    fit,
+    make_loader,
+    seeded,
+    state_of,
+)
 from torch.nn.functional import cross_entropy
 
 from saflex_lightning import SAflexCallback
@@ -46,7 +54,8 @@ def run(*callbacks):
     [
         {},
         {"preset": "paper"},
-        {"engine": "finite_difference"},
+        GRADIENT,
+        {**GRADIENT, "engine": "finite_difference"},
         {"preset": "paper", "engine": "head", "every_n_steps": 2},
     ],
     ids=str,
@@ -63,16 +72,18 @@ def test_shadow_run_is_bit_identical_to_a_run_without_the_callback(settings):
     assert "saflex/solve_seconds" in shadow_trainer.callback_metrics
 
 
-def test_disabled_callback_is_bit_identical_to_none():
+@pytest.mark.parametrize("settings", [{}, GRADIENT], ids=str)
+def test_disabled_callback_is_bit_identical_to_none(settings):
     plain, disabled = seeded(Classifier), seeded(Classifier)
     fit(plain)
-    trainer = fit(disabled, SAflexCallback(make_loader(seed=7), start_epoch=100))
+    trainer = fit(disabled, SAflexCallback(make_loader(seed=7), start_epoch=100, **settings))
     assert_same_state(state_of(plain), state_of(disabled))
     assert not any("saflex" in name for name in trainer.callback_metrics)
 
 
-def test_callback_changes_the_run_when_its_loss_is_used():
+@pytest.mark.parametrize("settings", [{}, GRADIENT], ids=str)
+def test_callback_changes_the_run_when_its_loss_is_used(settings):
     plain, refined = seeded(Classifier), seeded(Classifier)
     fit(plain)
-    fit(refined, SAflexCallback(make_loader(seed=7)))
+    fit(refined, SAflexCallback(make_loader(seed=7), **settings))
     assert not torch.equal(plain.net[0].weight, refined.net[0].weight)

@@ -9,6 +9,8 @@ from helpers.adopted import Unedited
 from helpers.gated import gated_loader
 from helpers.interrupted import Batches
 from helpers.training import (
+    ENGINES,
+    GRADIENT,
     Classifier,
     assert_same_state,
     fit,
@@ -27,15 +29,19 @@ METRICS = {
     "saflex/relabelled_fraction",
     "saflex/effective_fraction",
     "saflex/inner_product_rms",
-    "saflex/val_gradient_norm",
     "saflex/target_entropy",
     "saflex/skipped_steps",
     "saflex/solve_seconds",
 }
+WAYS = {  # what each way logs beside these
+    "robust": {"saflex/gate/group 1", "saflex/weight/group 1"},
+    "gradient": {"saflex/val_gradient_norm"},
+    "paper": {"saflex/val_gradient_norm"},
+}
 
 
-@pytest.mark.parametrize("engine", ["head", "forward_mode"])
-def test_order_of_a_step(engine):
+@pytest.mark.parametrize("settings", [{}, *ENGINES[1:]], ids=str)
+def test_order_of_a_step(settings):
     events = []
 
     class Counting(SAflexCallback):
@@ -64,19 +70,22 @@ def test_order_of_a_step(engine):
 
     fit(
         seeded(Watching),
-        Counting(make_loader(), refresh_every_n_steps=2, engine=engine),
+        Counting(make_loader(), refresh_every_n_steps=2, **settings),
         train=make_loader(48),
         max_epochs=1,
     )
-    extra = [] if engine == "head" else ["forward (train, no graph)"]
+    engine = settings.get("engine")
+    extra = ["forward (train, no graph)"] if engine == "forward_mode" else []
     step = [*extra, "forward (train)", "loss", "disarm"]
-    refresh = ["draw", "forward (eval, no graph)" if engine == "head" else "forward (eval)"]
+    graph = "" if engine == "forward_mode" else ", no graph"
+    refresh = ["draw", f"forward (eval{graph})"]
     find = ["forward (eval)"] if engine == "head" else []  # the layer that makes the scores
     first = [*refresh[:1], *find, *refresh[1:]]
     assert events == ["arm", *first, *step, "arm", *step, "arm", *refresh, *step]
 
 
-def test_schedule_counts_training_batches():
+@pytest.mark.parametrize("way", WAYS)
+def test_schedule_counts_training_batches(way):
     active = []
 
     class Watching(Classifier):
@@ -86,13 +95,14 @@ def test_schedule_counts_training_batches():
 
     fit(
         seeded(Watching),
-        SAflexCallback(make_loader(), every_n_steps=3, start_epoch=1),
+        SAflexCallback(make_loader(), way, every_n_steps=3, start_epoch=1),
         max_epochs=3,
     )
     assert [entry for entry in active if entry[2]] == [(1, 2, True), (2, 1, True)]
 
 
-def test_skipped_steps_are_plain_cross_entropy():
+@pytest.mark.parametrize("way", ["robust", "gradient"])
+def test_skipped_steps_are_plain_cross_entropy(way):
     class Watching(Classifier):
         def training_step(self, batch, batch_idx):
             logits = self.saflex_forward(batch[0])
@@ -102,24 +112,39 @@ def test_skipped_steps_are_plain_cross_entropy():
             return loss
 
     module = seeded(Watching)
-    fit(module, SAflexCallback(make_loader(), every_n_steps=2), max_epochs=1)
+    fit(module, SAflexCallback(make_loader(), way, every_n_steps=2), max_epochs=1)
     assert module.equal == [False, True, False, True]
 
 
-def test_metrics_reach_the_logger_and_the_progress_bar(tmp_path):
+@pytest.mark.parametrize(
+    ("way", "shown"),
+    [
+        ("robust", {"saflex/kept_fraction", "saflex/effective_fraction"}),
+        ("gradient", {"saflex/relabelled_fraction", "saflex/effective_fraction"}),
+        (
+            "paper",
+            {
+                "saflex/kept_fraction",
+                "saflex/relabelled_fraction",
+                "saflex/effective_fraction",
+            },
+        ),
+    ],
+)
+def test_metrics_reach_the_logger_and_the_progress_bar(tmp_path, way, shown):
+    """What a preset makes constant is logged alone."""
     logger = CSVLogger(tmp_path)
     trainer = fit(
         seeded(Classifier),
-        SAflexCallback(make_loader(), "paper"),
+        SAflexCallback(make_loader(), way),
         logger=logger,
         log_every_n_steps=1,
     )
-    assert trainer.callback_metrics.keys() >= METRICS
+    expected = METRICS | WAYS[way]
+    assert {name for name in trainer.callback_metrics if "saflex" in name} == expected
     header = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().split("\n")[0]
-    assert set(header.split(",")) >= METRICS
-    shown = set(trainer.progress_bar_metrics)
-    assert shown >= {"saflex/kept_fraction", "saflex/relabelled_fraction"}
-    assert "saflex/solve_seconds" not in shown
+    assert set(header.split(",")) >= expected
+    assert {name for name in trainer.progress_bar_metrics if "saflex" in name} == shown
 
 
 class LoggingEveryStep(pl.Callback):
@@ -137,15 +162,19 @@ class LoggingEveryStep(pl.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         metrics = trainer.callback_metrics
-        assert metrics.keys() >= METRICS
-        for name in METRICS:
+        expected = METRICS | WAYS[self.callback.preset]
+        assert metrics.keys() >= expected
+        for name in expected:
             assert metrics[name].equal(metrics[name.replace("saflex/", "mine/")]), name
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("every_n_steps", [1, 3])
 @pytest.mark.parametrize("log_every_n_steps", [0, 1, 5, 50])
-def test_what_nobody_reads_is_not_logged(tmp_path, log_every_n_steps, every_n_steps, accumulate):
+@pytest.mark.parametrize("way", ["robust", "gradient"])
+def test_what_nobody_reads_is_not_logged(
+    tmp_path, way, log_every_n_steps, every_n_steps, accumulate
+):
     class Counting(Classifier):
         calls = 0
 
@@ -153,7 +182,8 @@ def test_what_nobody_reads_is_not_logged(tmp_path, log_every_n_steps, every_n_st
             self.calls += name == "saflex/effective_fraction"
             super().log(name, *args, **kwargs)
 
-    module, callback = seeded(Counting), SAflexCallback(make_loader(), every_n_steps=every_n_steps)
+    module = seeded(Counting)
+    callback = SAflexCallback(make_loader(), way, every_n_steps=every_n_steps)
     fit(
         module,
         callback,
@@ -168,7 +198,7 @@ def test_what_nobody_reads_is_not_logged(tmp_path, log_every_n_steps, every_n_st
     rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
     assert bool(rows) == (log_every_n_steps in {1, 5})
     for row in rows:
-        for name in METRICS:
+        for name in METRICS | WAYS[way]:
             assert row[name] == row[name.replace("saflex/", "mine/")], name
     if (every_n_steps, accumulate) == (1, 1):
         assert module.calls == {0: 3, 1: 33, 5: 6 + 3, 50: 3}[log_every_n_steps]
@@ -201,26 +231,25 @@ def test_what_nobody_reads_is_not_computed(monkeypatch, log_every_n_steps, times
     ],
     ids=["steps", "accumulated steps", "limit", "fast run", "overfit", "batches of unknown number"],
 )
+@pytest.mark.parametrize("way", ["robust", "gradient"])
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
-def test_the_last_step_is_logged_wherever_the_training_ends(settings):
-    callback = SAflexCallback(make_loader())
+def test_the_last_step_is_logged_wherever_the_training_ends(settings, way):
+    callback = SAflexCallback(make_loader(), way)
     settings = {"train": make_loader(176), "max_epochs": 1, **settings}
     trainer = fit(seeded(Classifier), callback, **settings)
     for name, value in callback.read_metrics().items():
         assert trainer.callback_metrics[f"saflex/{name}"].equal(value), name
-    assert trainer.callback_metrics.keys() >= METRICS
+    assert trainer.callback_metrics.keys() >= METRICS | WAYS[way]
 
 
-def test_what_a_preset_makes_constant_is_not_shown_in_the_progress_bar():
-    trainer = fit(seeded(Classifier), SAflexCallback(make_loader()))
-    assert "saflex/kept_fraction" not in trainer.progress_bar_metrics
-    assert "saflex/effective_fraction" in trainer.progress_bar_metrics
-
-
-LEARNS = (
-    "SAFLEX learns sample weights and soft labels with engine 'head' over `net.4` and a validation "
-    "gradient every 4 training batches. Algorithm 1 to the letter: SAflexCallback(preset='paper')."
-)
+LEARNS = {
+    way: f"SAFLEX learns {what} from a validation batch every 4 training batches. Algorithm 1 to "
+    "the letter: SAflexCallback(preset='paper')."
+    for way, what in {
+        "robust": "weights of rows from evidence and gates of groups",
+        "gradient": "sample weights and soft labels with engine 'head' over `net.4`",
+    }.items()
+}
 UNIONS = (
     "SAFLEX refines every row, since no mask tells the augmented ones from clean ones; union "
     "batches of both measured better, and this makes them: "
@@ -228,14 +257,14 @@ UNIONS = (
 )
 
 
+@pytest.mark.parametrize("way", LEARNS)
 @pytest.mark.parametrize("make", [Classifier, Unedited])
-@pytest.mark.parametrize(
-    ("train", "told"), [(make_loader, [LEARNS, UNIONS]), (gated_loader, [LEARNS])]
-)
-def test_fit_says_once_what_is_learned_and_what_measured_better(make, train, told, caplog):
+@pytest.mark.parametrize(("train", "told"), [(make_loader, [UNIONS]), (gated_loader, [])])
+def test_fit_says_once_what_is_learned_and_what_measured_better(make, train, told, way, caplog):
     with caplog.at_level("INFO"):
-        fit(seeded(make), SAflexCallback(make_loader()), train=train())
-    assert [record.message for record in caplog.records if "SAFLEX" in record.message] == told
+        fit(seeded(make), SAflexCallback(make_loader(), way), train=train())
+    said = [record.message for record in caplog.records if "SAFLEX" in record.message]
+    assert said == [LEARNS[way], *told]
 
 
 def test_same_seed_same_run_and_other_seed_other_rows():
@@ -248,17 +277,17 @@ def test_same_seed_same_run_and_other_seed_other_rows():
     assert not torch.equal(runs[0]["net.0.weight"], runs[2]["net.0.weight"])
 
 
-@pytest.mark.parametrize("preset", ["robust", "paper"])
-def test_refined_training_learns(preset):
+@pytest.mark.parametrize(("preset", "least"), [("robust", 0.8), ("gradient", 0.8), ("paper", 0.5)])
+def test_refined_training_learns(preset, least):
     module = seeded(Classifier)
     trainer = fit(
         module,
-        SAflexCallback(make_loader(128, seed=8)),
+        SAflexCallback(make_loader(128, seed=8), preset),
         train=make_loader(256, shuffle=True),
         val_dataloaders=make_loader(256, seed=9),
         max_epochs=8,
     )
-    assert trainer.callback_metrics["val/accuracy"] > 0.8
+    assert trainer.callback_metrics["val/accuracy"] > least
 
 
 def test_two_callbacks_are_refused():
@@ -286,16 +315,56 @@ def test_non_finite_numbers_skip_the_solve_warn_once_and_poison_nothing(where):
             return loss
 
     module = seeded(Poisoned)
-    callback = SAflexCallback(make_loader(64, 64))
+    callback = SAflexCallback(make_loader(64, 64), **GRADIENT)
     with pytest.warns(SAflexWarning, match="batch 0 of epoch 1") as caught:
         trainer = fit(module, callback, max_epochs=4)
     assert len([w for w in caught if w.category is SAflexWarning]) == 1
     plain = [step for step, w in enumerate(module.log_of_weights) if torch.equal(w, torch.ones(16))]
     assert plain == [4, 8]
     assert trainer.callback_metrics["saflex/skipped_steps"] == 2
-    resumed = SAflexCallback(make_loader(64, 64))
+    resumed = SAflexCallback(make_loader(64, 64), **GRADIENT)
     resumed.load_state_dict(callback.state_dict())
     assert resumed.state_dict()["skipped_steps"] == 2
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("where", ["validation rows", "training scores"])
+def test_rows_with_non_finite_numbers_are_no_evidence_and_poison_nothing(where):
+    class Poisoned(Classifier):
+        weights = ()
+
+        def saflex_val_batch(self, batch):
+            inputs, target = super().saflex_val_batch(batch)
+            if where == "validation rows" and self.global_step in {0, 8}:
+                inputs = inputs.clone()
+                inputs[:3] = float("nan")
+            return inputs, target
+
+        def training_step(self, batch, batch_idx):
+            inputs, target = batch
+            if where == "training scores" and self.global_step in {4, 8}:
+                inputs = torch.cat([torch.full_like(inputs[:3], float("nan")), inputs[3:]])
+            loss = self.saflex_loss(self.saflex_forward(inputs), target)
+            self.weights += (self.saflex_solution.weights.clone(),)
+            return loss if loss.isfinite() else None
+
+    module = seeded(lambda: Poisoned(plain=True))
+    callback = SAflexCallback(make_loader(64, 64))
+    if where == "validation rows":
+        trainer = fit(module, callback, max_epochs=4)
+        present = callback.state_dict()["evidence"]["memory"]["rows"][:, -1]
+        assert present.sum() == 64  # the newest three that were left out were seen before
+    else:
+        with pytest.warns(UserWarning, match="batch 0 of epoch 1") as caught:
+            trainer = fit(module, callback, max_epochs=4)
+        assert len([w for w in caught if w.category is SAflexWarning]) == 1
+        for step in (4, 8):  # rows that can be judged still are
+            assert module.weights[step][:3].equal(torch.ones(3))
+            assert module.weights[step][3:].std() > 0
+    skipped = 0 if where == "validation rows" else 2
+    assert trainer.callback_metrics["saflex/skipped_steps"] == skipped
+    assert all(weights.isfinite().all() for weights in module.weights)
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
 
 
@@ -312,20 +381,22 @@ def test_first_gradients_non_finite_leave_plain_steps_until_a_finite_one():
 
     module = seeded(Poisoned)
     with pytest.warns(SAflexWarning, match="non-finite"):
-        fit(module, SAflexCallback(make_loader(64, 64)))
+        fit(module, SAflexCallback(make_loader(64, 64), **GRADIENT))
     assert module.plain == (True,) * 4 + (False,) * 4
 
 
-def test_gradient_accumulation_runs_and_refines_every_batch():
+@pytest.mark.parametrize("way", ["robust", "gradient"])
+def test_gradient_accumulation_runs_and_refines_every_batch(way):
     module = seeded(Classifier)
-    trainer = fit(module, SAflexCallback(make_loader()), accumulate_grad_batches=2)
+    trainer = fit(module, SAflexCallback(make_loader(), way), accumulate_grad_batches=2)
     assert trainer.global_step == 4
     assert module.saflex_solution is not None
 
 
-def test_module_is_left_clean_after_the_fit():
+@pytest.mark.parametrize("way", ["robust", "gradient"])
+def test_module_is_left_clean_after_the_fit(way):
     module = seeded(Classifier)
-    trainer = fit(module, SAflexCallback(make_loader()))
+    trainer = fit(module, SAflexCallback(make_loader(), way))
     assert module._saflex_step is None
     assert module.training
     assert set(dict(module.named_buffers())) == set(dict(Classifier().named_buffers()))

@@ -128,7 +128,11 @@ def test_recipes_use_only_the_public_api():
 
 @pytest.mark.parametrize(
     ("settings", "files", "changes"),
-    [({}, 14, 104), ({"gates": True, "row_evidence": True}, 18, 190)],
+    [
+        ({}, 17, 116),
+        ({"preset": "gradient", "engine": "head"}, 14, 100),
+        ({"preset": "gradient", "gates": True, "row_evidence": True}, 20, 156),
+    ],
 )
 def test_a_step_is_read_in_few_files(settings, files, changes):
     command = [sys.executable, "-W", "ignore", str(TRACE), json.dumps(settings)]

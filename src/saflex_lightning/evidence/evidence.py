@@ -45,7 +45,7 @@ class GatheredRows(NamedTuple):
     Attributes:
         weights: ``(rows,)``, in [0, 2.01]; 1 for clean rows.
         products: Gradient inner products over their root mean square, ``(rows, classes)``; 0 for
-            clean rows.
+            clean rows, dropped ones, and those whose scores are not finite.
         rms: That root mean square, scalar.
         finite: False where a row's scores were not finite; such a row has weight 1, scalar bool.
     """
@@ -172,7 +172,8 @@ class Evidence:
         rms = self._learn(number, sums, classes)
         if number < _WARM_UP_ALONE:
             weights = torch.where(self._alone, 1, weights)
-        products = torch.where(augmented.unsqueeze(1), products / rms.clamp(min=_FLOOR), 0)
+        judged = (augmented & usable).unsqueeze(1)
+        products = torch.where(judged, products / rms.clamp(min=_FLOOR), 0)
         return GatheredRows(weights, products, rms, (finite | ~augmented).all())
 
     def judge(
@@ -250,6 +251,7 @@ class Evidence:
         present = count > 0
         is_warm = number >= _WARM_UP
         if self.rule.is_on:
+            before = self.rule.state_dict()
             self.rule.watch(sums[:, 8:] * (torch.arange(len(sums), device=v.device) > 0)[:, None])
             if is_warm:
                 mean = vs.sum() / total
@@ -258,6 +260,7 @@ class Evidence:
                 power = (vsl - mean * vl) / total
                 power[0] = 0
                 self.rule.ascend(power, slope)
+            self.rule.undo(before, ~present[1:].any())  # nothing was learned from no rows
         self._alone = self._alone & (count[0] == 0)
         if self.gates is not None and is_warm:
             self.gates.update(us / u.clamp(min=_FLOOR), present & ~self._alone)

@@ -18,6 +18,7 @@ clean ones. The weight is
 where s is the gradient inner product of the given label over the root mean square of all of them.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class GroupWeights:
             "powers": None,  # a, (groups,)
             "offsets": None,  # b, (groups,)
             "moments": None,  # of Adam: mean and square of the gradients of both, (2, 2, groups)
-            "steps": 0,  # of Adam
+            "steps": None,  # of Adam, scalar int64
             "likelihoods": None,  # of each share of wrong labels, in logarithms, (groups, shares)
         }
 
@@ -59,6 +60,7 @@ class GroupWeights:
             state["powers"] = torch.ones(num_groups)
             state["offsets"] = torch.zeros(num_groups)
             state["moments"] = torch.zeros(2, 2, num_groups)
+            state["steps"] = torch.zeros((), dtype=torch.int64)
             state["likelihoods"] = torch.zeros(num_groups, len(_NOISE))
         for name, value in state.items():
             if isinstance(value, Tensor):
@@ -86,13 +88,15 @@ class GroupWeights:
     def ascend(self, powers: Tensor, offsets: Tensor) -> None:
         """Take one step of Adam along the gradients of m, ``(groups,)`` each."""
         state = self._state
-        state["steps"] += 1
+        state["steps"] = state["steps"] + 1
         gradient = torch.stack([powers, offsets]).nan_to_num(0, 0, 0).to(state["moments"])
         mean, square = state["moments"]
         mean.lerp_(gradient, 1 - _BETAS[0])
         square.lerp_(gradient.square(), 1 - _BETAS[1])
-        mean = mean / (1 - _BETAS[0] ** state["steps"])
-        square = square / (1 - _BETAS[1] ** state["steps"])
+        mean, square = (
+            moment / -torch.expm1(math.log(beta) * state["steps"])  # 1 - beta ** steps, exactly
+            for moment, beta in zip(state["moments"], _BETAS, strict=True)
+        )
         change = _RATE * mean / (square.sqrt() + _EPSILON)
         state["powers"] = (state["powers"] + change[0]).clamp(*_POWERS)
         state["offsets"] = (state["offsets"] + change[1]).clamp(*_OFFSETS)
@@ -101,6 +105,12 @@ class GroupWeights:
         """Take in the sums of a step's log-likelihoods, ``(groups, shares)``."""
         kept = self._state["likelihoods"] * (1 - 1 / _MEMORY)
         self._state["likelihoods"] = kept + likelihoods.to(kept)
+
+    def undo(self, before: dict[str, Any], where: Tensor) -> None:
+        """Go back to what `state_dict` returned, where a scalar bool says so."""
+        self._state = {
+            name: torch.where(where, before[name], value) for name, value in self._state.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""

@@ -92,13 +92,14 @@ def _strategy_problems(strategy: Any, settings: Settings) -> Iterator[str]:
     if whole and not is_a(strategy, "DeepSpeedStrategy"):  # which derives from `DDPStrategy`
         return
     if not is_a(strategy, "ModelParallelStrategy"):
+        engine = " and pass engine='head'" if settings.solves else ""
         yield (
             "Expected a single device, `strategy='ddp'` or `ModelParallelStrategy`, but got "
             f"`{type(strategy).__name__}`. Choose `ddp`, or shard the model with `fully_shard` in "
-            "`configure_model` under `ModelParallelStrategy` and pass engine='head'."
+            f"`configure_model` under `ModelParallelStrategy`{engine}."
         )
         return
-    if settings.engine != "head":
+    if settings.solves and settings.engine != "head":
         yield (
             "Expected engine='head' under `ModelParallelStrategy`, but got "
             f"engine={settings.engine!r}, which may need whole parameters. Pass engine='head', or "
@@ -132,7 +133,7 @@ def _compile_problems(module: Any, settings: Settings) -> Iterator[str]:
             "takes the whole module, but it does not, and compiled code hides its loss. Compile "
             "the inner network without its last layer instead."
         )
-    elif whole and settings.engine != "finite_difference":
+    elif whole and settings.solves and settings.engine != "finite_difference":
         yield (
             "Expected engine='finite_difference' where `torch.compile` takes the whole module, but "
             f"got engine={settings.engine!r}, for which compiled code hides what it needs. Compile "

@@ -51,6 +51,7 @@ class Fit:
 
     def __init__(self, settings: Settings, report: Report) -> None:
         self.settings = settings
+        self.solves = settings.solves
         self.report = report
         self.ranks = Ranks()
         self.served: Adopted | Edited  # from `start` on
@@ -111,14 +112,14 @@ class Fit:
             check_rows(batch)
         if self._stream is None:
             self._stream = self._open_stream(trainer, module, batch)
-            if not settings.solves:
+            if not self.solves:
                 rank_zero_info(describe_fit(settings, ""))
             if self.matching.names and not self.matching.fits(module, _held(trainer)):
                 self.gradient = ValidationGradient(settings)  # a checkpoint's, of other parameters
         seed = mix_seed(self._seed or 0, number, self.ranks.rank)
         gate_draws = torch.Generator().manual_seed(mix_seed(seed, _GATES))
         step = Step(self, number, batch, torch.Generator().manual_seed(seed), gate_draws)
-        is_due = settings.solves and self.gradient.is_due(number)
+        is_due = self.solves and self.gradient.is_due(number)
         interval = settings.refresh_every_n_steps
         is_old = self._looked is None or number >= self._looked + interval
         if is_due or (self.evidence is not None and is_old):
@@ -268,8 +269,11 @@ class Fit:
             self.gradient.load_state_dict(state["gradient"])
             self.matching.load_state_dict(state["matching"])
         self._looked = state["looked"]
-        if self.evidence is not None and state["evidence"] is not None:
-            self.evidence.load_state_dict(state["evidence"])
+        if self.evidence is not None:
+            if state["evidence"] is None:
+                self._looked = None  # no validation rows were remembered
+            else:
+                self.evidence.load_state_dict(state["evidence"])
 
     def _open_stream(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any

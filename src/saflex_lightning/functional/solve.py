@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .losses import NO_OPTIONS, LossOptions, dense_target
 from .ranks import Ranks
-from .settings import ScoreSpace, Settings
+from .settings import PRESETS, ScoreSpace, Settings
 
 __all__ = [
     "SAflexSolution",
@@ -57,7 +57,7 @@ def solve(
     probs: Float[Tensor, "batch classes"],
     target: Tensor,
     augmented: Bool[Tensor, " batch"] | None = None,
-    settings: Settings = Settings(),  # noqa: B008  frozen
+    settings: Settings = PRESETS["gradient"],
     *,
     balance_classes: bool = True,
     options: LossOptions = NO_OPTIONS,
@@ -81,7 +81,7 @@ def solve(
         probs: Softmax of the scores, ``(batch, classes)``.
         target: Upstream labels, ``(batch,)`` int64 or ``(batch, classes)`` float.
         augmented: True where a row is refined, ``(batch,)``; None refines all rows.
-        settings: The rules; see `Settings`.
+        settings: The rules; see `Settings`. The preset ``"gradient"`` by default.
         balance_classes: Renormalise sigmoid weights inside each class; off for contrastive tasks,
             whose classes are the rows themselves.
         options: Class weights and label smoothing of the training loss.

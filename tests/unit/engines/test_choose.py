@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saflex_lightning.engines import descent_direction, make_engine
 from saflex_lightning.engines.choose import Matching
 from saflex_lightning.functional.losses import as_tuple
-from saflex_lightning.functional.settings import Settings
+from saflex_lightning.functional.settings import PRESETS, make_settings
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"
@@ -68,7 +68,7 @@ def test_auto_is_exact_for_that_layer(name):
 @pytest.mark.parametrize("name", HEADS)
 def test_a_resumed_run_has_the_engine_that_was_chosen(name):
     model, inputs = HEADS[name].build()
-    settings, held = Settings(), list(model.parameters())
+    settings, held = PRESETS["gradient"], list(model.parameters())
     first, second = Matching(settings), Matching(settings)
     assert not first.fits(model, held)
     assert first.choose(model, lambda: model(inputs), None, held)
@@ -85,7 +85,7 @@ def test_a_resumed_run_has_the_engine_that_was_chosen(name):
 
 @pytest.mark.parametrize("engine", ["finite_difference", "forward_mode", "head"])
 def test_a_resumed_run_has_the_engine_that_was_named(engine):
-    model, settings = make_mlp(), Settings(engine=engine)
+    model, settings = make_mlp(), make_settings("gradient", engine=engine)
     first, second = Matching(settings), Matching(settings)
     first.choose(model, lambda: model(INPUTS), None, [])
     second.load_state_dict(first.state_dict())
@@ -105,7 +105,7 @@ def test_a_resumed_run_has_the_engine_that_was_named(engine):
     ],
 )
 def test_an_engine_is_described_by_what_it_matches(settings, words):
-    model, matching = make_mlp(), Matching(Settings(**settings))
+    model, matching = make_mlp(), Matching(make_settings("gradient", **settings))
     matching.choose(model, lambda: model(INPUTS), None, [])
     assert matching.describe() == words
 

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import SAflexCallback, SAflexMixin
 from saflex_lightning.engines import descent_direction, make_engine
-from saflex_lightning.functional import Settings, make_settings, solve, weighted_cross_entropy
+from saflex_lightning.functional import make_settings, solve, weighted_cross_entropy
 from saflex_lightning.functional.losses import dense_target
 from saflex_lightning.validation.stream import mix_seed
 
 STEPS, ROWS, LEARNING_RATE = 5, 6, 0.3
-ROBUST = Settings()
+GRADIENT = make_settings("gradient")
 
 
 def make_batches(seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -51,7 +51,7 @@ def assert_same_parameters(first: nn.Module, second: nn.Module) -> None:
 # The documented example: SAFLEX in a plain PyTorch loop, without Lightning
 
 
-def train_step(model, engine, optimizer, batch, val_batch, settings=ROBUST, generator=None):
+def train_step(model, engine, optimizer, batch, val_batch, settings=GRADIENT, generator=None):
     """Take one step on (inputs, target, augmented), steered by (inputs, target)."""
     inputs, target, augmented = batch
     val_inputs, val_target = val_batch

@@ -1,4 +1,4 @@
-"""The two presets hold the values of the design's table, and wrong values are named."""
+"""The presets hold the values of the design's table, and wrong values are named."""
 
 import inspect
 from dataclasses import FrozenInstanceError, asdict, fields
@@ -15,23 +15,30 @@ COMMON = {
     "val_batch_size": None,
     "every_n_steps": 1,
     "start_epoch": 0,
-    "gates": False,
-    "row_evidence": False,
     "seed": None,
 }
 ROBUST = {
     **COMMON,
     "engine": "auto",
     "normalize": True,
-    "label_rule": "auto",
+    "label_rule": "keep",
     "label_penalty": 8.0,
     "temperature": 2.0,
     "gumbel": False,
-    "weight_rule": "sigmoid",
+    "weight_rule": "ones",
     "gradient_decay": 0.97,
     "precondition": True,
     "refresh_every_n_steps": 4,
     "val_batch_ratio": 0.25,
+    "gates": True,
+    "row_evidence": True,
+}
+GRADIENT = {
+    **ROBUST,
+    "label_rule": "auto",
+    "weight_rule": "sigmoid",
+    "gates": False,
+    "row_evidence": False,
 }
 PAPER = {
     **COMMON,
@@ -46,21 +53,33 @@ PAPER = {
     "precondition": False,
     "refresh_every_n_steps": 1,
     "val_batch_ratio": 1.0,
+    "gates": False,
+    "row_evidence": False,
 }
 
 
 def test_presets_hold_the_values_of_the_design() -> None:
     assert asdict(PRESETS["robust"]) == ROBUST
+    assert asdict(PRESETS["gradient"]) == GRADIENT
     assert asdict(PRESETS["paper"]) == PAPER
-    assert set(PRESETS) == {"robust", "paper"}
+    assert set(PRESETS) == {"robust", "gradient", "paper"}
 
 
 def test_settings_without_arguments_are_robust() -> None:
     assert Settings() == PRESETS["robust"] == make_settings()
 
 
-def test_the_default_of_solve_is_the_robust_preset() -> None:
-    assert inspect.signature(solve).parameters["settings"].default == PRESETS["robust"]
+def test_what_a_preset_learns_follows_from_its_values() -> None:
+    assert (PRESETS["robust"].solves, PRESETS["robust"].gathers) == (False, True)
+    for name in ("gradient", "paper"):
+        assert (PRESETS[name].solves, PRESETS[name].gathers) == (True, False)
+    assert make_settings("robust", label_rule="argmax").solves
+    assert make_settings("robust", row_evidence=False).gathers
+    assert not make_settings("robust", row_evidence=False, gates=False).gathers
+
+
+def test_solve_learns_without_settings() -> None:
+    assert inspect.signature(solve).parameters["settings"].default == PRESETS["gradient"]
 
 
 def test_every_field_is_a_keyword_that_may_be_none() -> None:
@@ -94,13 +113,23 @@ def test_overrides_replace_values_and_none_keeps_them() -> None:
         {"refresh_every_n_steps": 1},
         {"temperature": 1e-6},
         {"every_n_steps": 1, "start_epoch": 0, "val_batch_size": 1, "seed": 0},
-        {"params": ["head.*"]},
         {"label_penalty": 8, "temperature": 1},  # YAML reads whole numbers as int
     ],
     ids=str,
 )
 def test_edges_of_the_ranges_are_accepted(edge) -> None:
     assert {**ROBUST, **edge} == asdict(make_settings("robust", **edge))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"engine": "head"}, {"params": ["head.*"]}, {"engine": "auto", "params": ["*"]}]
+)
+def test_engine_and_params_need_a_rule_that_learns_from_gradients(settings) -> None:
+    with pytest.raises(ValueError, match=r"beside `engine` or `params`.*preset='gradient', or"):
+        make_settings("robust", **settings)
+    for rule in ({"weight_rule": "positive"}, {"label_rule": "softmax"}):
+        assert {**ROBUST, **settings, **rule} == asdict(make_settings(**settings, **rule))
+    assert {**GRADIENT, **settings} == asdict(make_settings("gradient", **settings))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +167,7 @@ def test_edges_of_the_ranges_are_accepted(edge) -> None:
 )
 def test_wrong_values_are_named_with_what_was_expected(name, value, wanted) -> None:
     with pytest.raises(ValueError, match="Expected") as caught:
-        make_settings("robust", **{name: value})
+        make_settings("gradient", **{name: value})
     assert str(caught.value) == (
         f"Expected `{name}` to be {wanted}, but got {value!r}. Change `{name}`."
     )
@@ -150,7 +179,7 @@ def test_all_wrong_values_are_said_at_once() -> None:
 
 
 def test_unknown_preset_is_named() -> None:
-    with pytest.raises(ValueError, match="`preset` to be one of paper, robust, but got 'fast'"):
+    with pytest.raises(ValueError, match="one of gradient, paper, robust, but got 'fast'"):
         make_settings("fast")  # type: ignore[arg-type]
 
 

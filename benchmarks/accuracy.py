@@ -46,20 +46,13 @@ PAIRS = (  # what is compared, and with which rival
     (DEFAULT, "small loss"),
     (DEFAULT, "learning to reweight"),
     (DEFAULT, "soft augmentation"),
-    (DEFAULT, "soft labels"),
-    ("gates", "upstream"),
-    ("gates", BEST),
-    ("gates", "uniform"),
-    ("gates + robust", "upstream"),
-    ("gates + robust", BEST),
-    ("gates + robust", "uniform"),
-    ("gates + robust", "gates"),
+    (DEFAULT, "gradient"),
+    (DEFAULT, "rows only"),
+    (DEFAULT, "gates only"),
     *((method, DEFAULT) for method, settings in METHODS.items() if settings.is_ablation),
     (f"{DEFAULT}, nothing held out", "uniform, train + val"),
     (f"{DEFAULT}, nothing held out", "upstream, train + val"),
     (f"{DEFAULT}, nothing held out", "no_aug, train + val"),
-    ("gates, nothing held out", "uniform, train + val"),
-    ("gates + robust, nothing held out", "uniform, train + val"),
 )
 
 

@@ -1,7 +1,7 @@
 """Measure what evidence is worth: three kinds of benches, never averaged together.
 
     python benchmarks/evidence.py run --data FOLDER --seeds 1 2 3
-    python benchmarks/evidence.py run --data FOLDER --benches "digits symmetric" --methods union robust
+    python benchmarks/evidence.py run --benches "digits symmetric" --methods union robust
     python benchmarks/evidence.py table --save benchmarks/results/evidence_cpu
 
 FOLDER holds ``medmnist/bloodmnist.npz`` and ``tabular/standin_letter.npz`` and, in ``fashion``, the
@@ -22,7 +22,6 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from evidence_benches import BENCHES, KINDS, Batches, make_data
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
@@ -240,37 +239,45 @@ def difference(found, bench, method, rival, key="accuracy"):
     return statistics.mean(values), spread, len(values)
 
 
+def of_kind(kind):
+    """Return the names of the benches of a kind."""
+    return [name for name, bench in BENCHES.items() if bench.kind == kind]
+
+
+def mean_table(found, methods, kind, key, digits):
+    """Yield the lines of a table of means over seeds."""
+    yield "| bench (seeds) | " + " | ".join(methods) + " |"
+    yield "|" + "---|" * (len(methods) + 1)
+    for bench in of_kind(kind):
+        seeds = {seed for b, _, seed in found if b == bench}
+        runs = [[found[bench, m, s] for s in seeds if (bench, m, s) in found] for m in methods]
+        means = [statistics.mean([one[key] for one in some]) if some else None for some in runs]
+        cells = ["-" if mean is None else f"{mean:.{digits}f}" for mean in means]
+        if seeds:
+            yield f"| {bench} ({len(seeds)}) | " + " | ".join(cells) + " |"
+
+
+def pair_table(found, rivals, kind):
+    """Yield the lines of a table of paired differences."""
+    yield "| bench | " + " | ".join(rivals) + " |"
+    yield "|" + "---|" * (len(rivals) + 1)
+    for bench in of_kind(kind):
+        pairs = [difference(found, bench, "robust", rival) for rival in rivals]
+        if any(pairs):
+            cells = ["-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" for p in pairs]
+            yield f"| {bench} | " + " | ".join(cells) + " |"
+
+
 def tables(found):
     """Yield the lines of the report."""
     methods = [method for method in METHODS if any(key[1] == method for key in found)]
     for kind in KINDS:
-        yield f"\n## {kind.capitalize()}\n"
-        for key, digits in (("accuracy", 1), ("loss", 3)):
-            unit = "Test accuracy, percent" if key == "accuracy" else "Test loss, nats"
-            yield f"{unit}, mean over seeds.\n"
-            yield "| bench (seeds) | " + " | ".join(methods) + " |"
-            yield "|" + "---|" * (len(methods) + 1)
-            for bench in (name for name, one in BENCHES.items() if one.kind == kind):
-                seeds = {seed for b, _, seed in found if b == bench}
-                if not seeds:
-                    continue
-                cells = []
-                for method in methods:
-                    runs = [found[bench, method, s] for s in seeds if (bench, method, s) in found]
-                    mean = statistics.mean([one[key] for one in runs]) if runs else None
-                    cells.append("-" if mean is None else f"{mean:.{digits}f}")
-                yield f"| {bench} ({len(seeds)}) | " + " | ".join(cells) + " |"
-            yield ""
-        yield "Paired differences of `robust`, points of accuracy, with standard error.\n"
-        rivals = [method for method in methods if method != "robust"]
-        yield "| bench | " + " | ".join(rivals) + " |"
-        yield "|" + "---|" * (len(rivals) + 1)
-        for bench in (name for name, one in BENCHES.items() if one.kind == kind):
-            pairs = [difference(found, bench, "robust", rival) for rival in rivals]
-            if any(pairs):
-                cells = ["-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" for p in pairs]
-                yield f"| {bench} | " + " | ".join(cells) + " |"
-        yield ""
+        yield f"\n## {kind.capitalize()}\n\nTest accuracy, percent, mean over seeds.\n"
+        yield from mean_table(found, methods, kind, "accuracy", 1)
+        yield "\nTest loss, nats, mean over seeds.\n"
+        yield from mean_table(found, methods, kind, "loss", 3)
+        yield "\nPaired differences of `robust`, points of accuracy, with standard error.\n"
+        yield from pair_table(found, [m for m in methods if m != "robust"], kind)
     aurocs: dict[str, list[float]] = {}
     for (bench, method, _), result in found.items():
         if method == "robust" and "auroc" in result:

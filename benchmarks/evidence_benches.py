@@ -292,6 +292,7 @@ def _pool(bench, seed, clean, pool, classes, network, generator):
         picked = torch.randint(0, len(labels), (len(rows),), generator=draws)
         return inputs[picked], labels[picked], group[picked], picked
 
+    make.pool = inputs, labels
     return make, names, wrong
 
 

@@ -122,7 +122,7 @@ def blood(augmentation: str, role: Role) -> Bench:
         augmentation: A choice of the Hydra group of this name.
         role: See `Bench`.
     """
-    return Bench((f"augmentation={augmentation}",), "test_accuracy", role, 2.5)
+    return Bench(("~experiment", f"augmentation={augmentation}"), "test_accuracy", role, 2.5)
 
 
 def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -> Bench:
@@ -135,6 +135,7 @@ def few_shot(name: Literal["blood", "fashion"], augmentation: str, role: Role) -
     """
     file = f"{{data}}/few_shot/{name}_{{seed}}.npz"
     overrides = (
+        "~experiment",
         f"data.path={file}",
         "model=small_cnn",
         "model.network.width=16",
@@ -331,42 +332,30 @@ BENCHES = {
 
 NO_SELECTION = ("callbacks=none", "+trainer.limit_val_batches=0")
 NOTHING_HELD_OUT = ("data.merge_val=true", "data.steering=train", *NO_SELECTION)
-KEPT = "callbacks.saflex.label_rule=keep"
 DEFAULT = "robust"
 METHODS = {
     "no_aug": Method(("method=no_aug",), augments=False),
     "upstream": Method(("method=upstream",)),
     "uniform": Method(("method=uniform",)),
     "robust": Method(("method=saflex_robust",)),
+    "gradient": Method(("method=saflex_gradient",)),
     "paper": Method(("method=saflex_paper",)),
-    "gates": Method(("method=gates_only",)),
-    "gates + robust": Method(("method=saflex_gates",)),
+    "rows only": Method(("method=rows_only",)),
+    "gates only": Method(("method=gates_only",)),
     "uniform, train + val": Method(("method=train_plus_val",)),
     "robust, nothing held out": Method(("method=saflex_robust", *NOTHING_HELD_OUT)),
     "upstream, train + val": Method(("method=train_plus_val", "batch=replace")),
     "no_aug, train + val": Method(
         ("method=no_aug", "data.merge_val=true", "+trainer.limit_val_batches=0"), augments=False
     ),
-    "gates, nothing held out": Method(("method=gates_only", *NOTHING_HELD_OUT)),
-    "robust, steered by train": Method(("method=saflex_robust", "data.steering=train")),
-    "robust, labels kept": Method(("method=saflex_robust", KEPT)),
-    "soft labels": Method(("method=soft_labels",)),
+    "robust, alone": Method(("method=saflex_robust", "batch=replace")),
     "paper, replaced": Method(("method=saflex_paper", "batch=replace")),
     "label smoothing": Method(("method=label_smoothing",)),
     "small loss": Method(("method=small_loss",)),
     "learning to reweight": Method(("method=learning_to_reweight",)),
     "soft augmentation": Method(("method=soft_augmentation",), kinds=("images",)),
-    "row evidence": Method(("method=row_evidence",), kinds=("pool",)),
-    "robust + row evidence": Method(
-        ("method=saflex_robust", "callbacks.saflex.row_evidence=true"), kinds=("pool",)
-    ),
     "oracle filter": Method(("method=uniform", "data.drop_wrong=true"), kinds=("pool",)),
-    "gates + robust, nothing held out": Method(("method=saflex_gates", *NOTHING_HELD_OUT)),
     **paper_variants(),
+    "robust, looks every step": ablation("callbacks.saflex.refresh_every_n_steps=1"),
     "robust, whole validation": ablation("callbacks.saflex.val_batch_size={val_rows}"),
-    "robust, new gradient each step": ablation("callbacks.saflex.refresh_every_n_steps=1"),
-    "robust, no average": ablation("callbacks.saflex.gradient_decay=0"),
-    "robust, no preconditioner": ablation("callbacks.saflex.precondition=false"),
-    "robust, not normalized": ablation("callbacks.saflex.normalize=false"),
-    "robust, head": ablation("callbacks.saflex.engine=head"),
 }

@@ -151,7 +151,8 @@ for name, value in accuracy.items():
     print(f"test accuracy, {name:25s} {value:.1%}")
 
 # %% [markdown]
-# One seed does not rank methods; `benchmarks/results/generated_pool_cpu.md` says what was measured.
+# One seed does not rank methods; `benchmarks/results/0.1/generated_pool_cpu.md` has what was
+# measured.
 #
 # ## What the weights say
 #

@@ -114,7 +114,7 @@ def parse(monkeypatch, config, *args):
 
 # What is given to ``saflex`` -> what is given to ``saflex-train``.
 JOBS = {
-    ("main",): [],
+    ("main",): ["experiment=weak_labels"],
     ("tabular_mlp method=gates_only model.network.width=16",): [
         *("experiment=tabular_mlp", "method=gates_only", "model.network.width=16")
     ],

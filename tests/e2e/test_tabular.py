@@ -70,8 +70,8 @@ def test_the_perceptron_learns_qsar(tmp_path):
 @pytest.mark.parametrize(
     "method",
     [
-        *("uniform", "saflex_gates", "train_plus_val", "small_loss", "soft_labels", "gates_only"),
-        pytest.param("row_evidence", marks=pytest.mark.slow),
+        *("uniform", "saflex_gradient", "train_plus_val", "small_loss", "gates_only"),
+        pytest.param("rows_only", marks=pytest.mark.slow),
         pytest.param("label_smoothing", marks=pytest.mark.slow),
         pytest.param("learning_to_reweight", marks=pytest.mark.slow),
     ],
@@ -97,6 +97,7 @@ def test_other_engines_serve_both_networks(tmp_path, engine, model):
     small = SMALL_SAINT if model == "saint" else ("model.network.batch_norm=true",)
     settings = (
         f"model={model}",
+        "method=saflex_gradient",
         f"callbacks.saflex.engine={engine}",
         *small,
         "data.batch_size=100",

@@ -45,13 +45,12 @@ METHODS = (
     "label_smoothing",
     "learning_to_reweight",
     "no_aug",
-    "row_evidence",
-    "saflex_gates",
+    "rows_only",
+    "saflex_gradient",
     "saflex_paper",
     "saflex_robust",
     "small_loss",
     "soft_augmentation",
-    "soft_labels",
     "train_plus_val",
     "uniform",
     "upstream",
@@ -135,7 +134,7 @@ def test_every_choice_takes_a_short_run(tmp_path, group, choice):
     assert (result["step_seconds_without_solve"] < result["step_seconds"]) == saflex
     assert "test accuracy" in render(make_run_table(result))
     assert (tmp_path / "csv" / "metrics.csv").is_file() == (choice != "none" or group != "logger")
-    if "gates" in choice:
+    if choice in {"gates_only", "saflex_robust"}:
         operations = TagOperations(v2.RandAugment()).group_names[1:]
         assert sorted(gates_in_log(tmp_path)) == sorted(operations)
 
@@ -201,10 +200,9 @@ def test_combinations_compose_and_instantiate(tmp_path, method, augmentation):
         ("soft_augmentation", "soft_crop", "replace", None),
         ("learning_to_reweight", "randaugment", "union", "paper"),
         ("saflex_paper", "randaugment", "union", "paper"),
-        ("soft_labels", "randaugment", "union", "robust"),
-        ("saflex_gates", "randaugment", "union", "robust"),
+        ("saflex_gradient", "randaugment", "union", "gradient"),
         ("gates_only", "randaugment", "union", "robust"),
-        ("row_evidence", "randaugment", "union", "robust"),
+        ("rows_only", "randaugment", "union", "robust"),
         ("saflex_robust", "randaugment", "union", "robust"),
     ],
 )

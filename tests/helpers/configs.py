@@ -12,6 +12,9 @@ CONFIGS = Path(str(resources.files("saflex_lightning.configs")))
 
 
 def compose_config(output_dir, *overrides):
+    """Compose a job; one without an experiment is that of the groups' own defaults."""
+    if not any(item.startswith("experiment=") for item in overrides):
+        overrides = ("~experiment", *overrides)
     with initialize_config_module(config_module="saflex_lightning.configs", version_base="1.3"):
         return compose("train", overrides=[*overrides, f"output_dir={output_dir}"])
 

@@ -277,10 +277,9 @@ class Evidence:
         Looks at which groups there are where they have no names, which waits for the device.
         """
         found: dict[str, Tensor] = {}
-        numbers = range(1, len(self.seen))
         names = self.names or [f"group {number}" for number in range(len(self.seen))]
-        shown = numbers if self.names else [n for n in numbers if bool(self.seen[n])]
-        for number in shown:
+        numbers = range(1, len(names))
+        for number in numbers if self.names else [n for n in numbers if bool(self.seen[n])]:
             if self.gates is not None and self.gates.log_weights is not None:
                 found[f"gate/{names[number]}"] = self.gates.log_weights[number].exp()
             if self.rule.is_on:

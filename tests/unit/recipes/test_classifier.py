@@ -38,11 +38,7 @@ class Columns(L.LightningDataModule):
         codes = torch.randint(3, (size,), generator=generator)
         target = (torch.arange(size) % 4 == 3).long()
         self.rows = [((numeric[i], codes[i]), target[i]) for i in range(size)]
-        self.batches = [
-            AugmentedBatch(
-                (numeric, codes), target, torch.arange(size) % 2 > 0, *[torch.arange(size)] * 3
-            )
-        ]
+        self.batches = [AugmentedBatch((numeric, codes), target, torch.arange(size) % 2 > 0)]
 
     def class_counts(self):
         return torch.tensor([18, 6])
@@ -94,9 +90,8 @@ def test_schedule_needs_the_number_of_epochs(max_epochs):
 def test_columns_class_weights_and_smoothing_reach_the_loss(armed):
     torch.manual_seed(0)
     model = Classifier(TwoColumns(), 2, class_weight="balanced", label_smoothing=0.1, lr=0.0)
-    callbacks = (
-        [SAflexCallback(preset="gradient", label_rule="keep", weight_rule="ones")] if armed else []
-    )
+    labels_kept = {"label_rule": "argmax", "label_penalty": 1e9, "weight_rule": "ones"}
+    callbacks = [SAflexCallback(preset="gradient", **labels_kept)] if armed else []
     trainer = make_trainer(*callbacks)
     data = Columns()
     trainer.fit(model, datamodule=data)

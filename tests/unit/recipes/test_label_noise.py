@@ -61,7 +61,7 @@ def fit(folders, *, row_evidence=True, **settings):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     model = Classifier(network, 3, schedule="constant")
-    callback = SAflexCallback(row_evidence=row_evidence, weight_rule="ones", label_rule="keep")
+    callback = SAflexCallback(row_evidence=row_evidence)
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",

@@ -281,7 +281,7 @@ def train_loader(scenario, dtype, rank, world_size):
     )
 
 
-@short_warm_up()
+@short_warm_up(groups=1)
 def train(name, dtype, world_size, rank=0):
     """Train a few steps; every process has its share of each training and validation batch."""
     scenario = {**SCENARIOS, **OWN_DRAWS}[name]

@@ -64,7 +64,7 @@ def settings_of(world_size, **strategy):
     return {"strategy": ModelParallelStrategy(**sizes), "devices": world_size}
 
 
-@short_warm_up()
+@short_warm_up(groups=1)
 def train(name, world_size, rank=0):
     """Return the whole parameters after some steps."""
     optimizer, scenario = RUNS[name]

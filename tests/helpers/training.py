@@ -21,10 +21,15 @@ EVERY_WAY = [{}, *ENGINES]  # of a step: from evidence, or from gradients by eac
 
 
 @contextmanager
-def short_warm_up():
-    """Weigh rows that stand alone from the third step on, where no fixture reaches."""
+def short_warm_up(*, groups=evidence._WARM_UP):
+    """Weigh rows that stand alone from the third step on, where no fixture reaches.
+
+    Args:
+        groups: Training batches during which nothing is learned of groups.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence, "_WARM_UP_ALONE", 2)
+        patch.setattr(evidence, "_WARM_UP", groups)
         yield
 
 

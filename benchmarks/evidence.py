@@ -121,17 +121,13 @@ class Shuffled(SAflexCallback):
         evidence = self._fit.evidence
         judge, draws = evidence.judge, torch.Generator().manual_seed(7)
 
-        def shuffled(scores, labels, augmented, options):
-            judgement = judge(scores, labels, augmented, options)
+        def shuffled(scores, target, augmented, options):
+            posteriors, given, products = judge(scores, target, augmented, options)
             rows = augmented.nonzero().ravel()
             order = rows[torch.randperm(len(rows), generator=draws)]
-            # The given label's product goes with the posterior.
-            given = (labels * judgement.products).sum(1, keepdim=True)
-            moved = given.clone()
-            moved[rows] = given[order]
-            posteriors = judgement.posteriors.clone()
-            posteriors[rows] = judgement.posteriors[order]
-            return type(judgement)(posteriors, judgement.products + moved - given)
+            posteriors, given = posteriors.clone(), given.clone()
+            posteriors[rows], given[rows] = posteriors[order], given[order]
+            return posteriors, given, products
 
         evidence.judge = shuffled
 

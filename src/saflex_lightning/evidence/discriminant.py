@@ -37,26 +37,21 @@ class Discriminant(NamedTuple):
 
     Attributes:
         center: mu, ``(scores,)``.
-        directions: S^-1 m, ``(scores, classes)``.
-        offsets: ``(classes,)``.
-        step: S^-1 G^T, ``(scores, classes)``.
-        bias: b, ``(classes,)``.
+        matrix: S^-1 m beside -S^-1 G^T, ``(scores, 2 classes)``.
+        offsets: Of the logits, and -b, ``(2 classes,)``.
     """
 
     center: Tensor
-    directions: Tensor
+    matrix: Tensor
     offsets: Tensor
-    step: Tensor
-    bias: Tensor
 
-    def logits(self, scores: Tensor) -> Tensor:
-        """Return the untempered logits of the discriminant, ``(rows, classes)``."""
-        return (scores - self.center) @ self.directions + self.offsets
+    def judge(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the untempered logits and Pi, where positive lowers the validation loss.
 
-    def products(self, scores: Tensor, probs: Tensor) -> Tensor:
-        """Return Pi, ``(rows, classes)``; positive lowers the validation loss."""
-        moves = -((scores - self.center) @ self.step + self.bias)
-        return inner_products(moves, probs)
+        Both are ``(rows, classes)``.
+        """
+        logits, moves = torch.addmm(self.offsets, scores - self.center, self.matrix).chunk(2, 1)
+        return logits, inner_products(moves, scores.softmax(-1))
 
 
 def fit_discriminant(
@@ -83,7 +78,7 @@ def fit_discriminant(
     solved = torch.cholesky_solve(torch.cat([means.T, gradient], 1), factor)
     directions, step = solved.split(len(means), dim=1)
     offsets = counts.log() - 0.5 * (means * directions.T).sum(1)
-    return Discriminant(center, directions, offsets, step, bias)
+    return Discriminant(center, torch.cat([directions, -step], 1), torch.cat([offsets, -bias]))
 
 
 def best_temperature(scores: Tensor, residuals: Tensor, labels: Tensor, present: Tensor) -> Tensor:
@@ -93,7 +88,7 @@ def best_temperature(scores: Tensor, residuals: Tensor, labels: Tensor, present:
     likelihoods = torch.zeros_like(choices)
     for half in (even, 1 - even):
         h, r, y = (part * half.unsqueeze(1) for part in (scores, residuals, labels))
-        logits = fit_discriminant(h, r, y, present * half).logits(scores)
+        logits, _ = fit_discriminant(h, r, y, present * half).judge(scores)
         tempered = torch.log_softmax(choices.view(-1, 1, 1) * logits, -1)
         others = labels * (1 - half).unsqueeze(1)
         likelihoods = likelihoods + (tempered * others).sum((1, 2))

@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from saflex_lightning.functional.losses import LossOptions, dense_target
+from saflex_lightning.functional.losses import LossOptions
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.solve import loss_inner_products
 
@@ -32,10 +32,12 @@ class Judgement(NamedTuple):
 
     Attributes:
         posteriors: Of the given label, ``(rows,)``.
-        products: Gradient inner products of every class, ``(rows, classes)``.
+        given: Gradient inner product of that label, ``(rows,)``.
+        products: Those of every class, ``(rows, classes)``.
     """
 
     posteriors: Tensor
+    given: Tensor
     products: Tensor
 
 
@@ -77,6 +79,7 @@ class Evidence:
         self._fitted = 0  # the step at which it was
         self._has_looked = False
         self._alone = torch.tensor(True)  # whether no step has shown a clean row yet
+        self._is_alone = True  # the same, as of the newest validation rows, without waiting
 
     def start(self, names: Sequence[str], num_rows: int | None, device: torch.device) -> None:
         """Take the groups of a fit and the number of its validation rows, where they are known.
@@ -119,6 +122,7 @@ class Evidence:
                 newest = _KEPT * self._log_temperature + (1 - _KEPT) * newest
             self._log_temperature, self._fitted = newest, number
             self._discriminant = fit_discriminant(*rows)
+        self._is_alone = bool(self._alone)
 
     def forget(self) -> None:
         """Let go of validation rows whose residuals are those of another loss."""
@@ -154,38 +158,48 @@ class Evidence:
         if self._discriminant is None:
             return None
         group = self._group(group, augmented)
-        classes = scores.shape[-1]
-        labels = dense_target(target, classes, scores.dtype)
+        classes, alone = scores.shape[-1], self._is_alone
         finite = usable = scores.isfinite().all(1)
         if dropped is not None:
             usable = usable & ~dropped
-        scores = torch.where(usable.unsqueeze(1), scores, 0)
-        posteriors, products = self.judge(scores, labels, augmented, options)
+        judged = augmented & usable
+        scores = scores.masked_fill(~usable.unsqueeze(1), 0)
+        posteriors, given, products = self.judge(scores, target, augmented, options)
         if index is not None and self.rule.is_on:
-            posteriors = self.averages.update(index, posteriors, augmented & usable, ranks)
-        log_beliefs = self.rule.log_beliefs(posteriors, group, self._alone, classes)
+            posteriors = self.averages.update(index, posteriors, judged, ranks)
+        log_beliefs = self.rule.log_beliefs(posteriors, group, classes, alone=alone)
         log_weights, own = self.rule.log_weights(log_beliefs, group)
-        weights = torch.where(augmented & usable, log_weights, 0).exp()
-        sums = self._sum(
-            group, augmented, usable, weights, own, log_beliefs, posteriors, labels, products, ranks
-        )
-        rms = self._learn(number, sums, classes)
-        if number < _WARM_UP_ALONE:
-            weights = torch.where(self._alone, 1, weights)
-        judged = (augmented & usable).unsqueeze(1)
-        products = torch.where(judged, products / rms.clamp(min=_FLOOR), 0)
+        weights, trust = torch.stack([log_weights, own]).masked_fill(~judged, 0).exp()
+        both = weights * torch.stack([given, log_beliefs])
+        square = products.square().mean(-1)
+        ones = torch.ones_like(given)
+        columns = [weights, *both, both[0] * log_beliefs, trust, trust * given, ones, square]
+        if alone and self.rule.is_on:
+            columns += log_likelihoods(posteriors, classes).unbind(1)
+        rows = torch.stack(columns, 1).masked_fill(~usable.unsqueeze(1), 0)
+        sums = rows.new_zeros(len(self.seen), rows.shape[1]).index_add_(0, group, rows)
+        rms = self._learn(number, ranks.sum(sums), alone=alone)
+        if alone and number < _WARM_UP_ALONE:
+            weights = ones
+        products = (products / rms.clamp(min=_FLOOR)).masked_fill(~judged.unsqueeze(1), 0)
         return GatheredRows(weights, products, rms, (finite | ~augmented).all())
 
     def judge(
-        self, scores: Tensor, labels: Tensor, augmented: Tensor, options: LossOptions
+        self, scores: Tensor, target: Tensor, augmented: Tensor, options: LossOptions
     ) -> Judgement:
         """Return what the discriminant thinks of rows; of clean ones too."""
         assert self._discriminant is not None
         assert self._log_temperature is not None
-        logits = self._log_temperature.exp() * self._discriminant.logits(scores)
-        posteriors = (labels * logits.softmax(-1)).sum(-1)
-        products = self._discriminant.products(scores, scores.softmax(-1))
-        return Judgement(posteriors, loss_inner_products(products, *options))
+        logits, products = self._discriminant.judge(scores)
+        products = loss_inner_products(products, *options)
+        posteriors = (self._log_temperature.exp() * logits).softmax(-1)
+        if target.ndim == 1:
+            column = target.long().unsqueeze(1)
+            posteriors, given = (v.gather(1, column).squeeze(1) for v in (posteriors, products))
+        else:
+            labels = target.to(products)
+            posteriors, given = ((labels * v).sum(-1) for v in (posteriors, products))
+        return Judgement(posteriors, given, products)
 
     def _group(self, group: Tensor | None, augmented: Tensor) -> Tensor:
         """Return the group of every row: 0 for clean ones, and 1 for the others of no group.
@@ -210,60 +224,24 @@ class Evidence:
                 )
         return torch.where(augmented, group, 0)
 
-    def _sum(
-        self,
-        group: Tensor,
-        augmented: Tensor,
-        usable: Tensor,
-        weights: Tensor,
-        own: Tensor,
-        log_beliefs: Tensor,
-        posteriors: Tensor,
-        labels: Tensor,
-        products: Tensor,
-        ranks: Ranks,
-    ) -> Tensor:
-        """Return what the groups are judged by, summed over their rows, ``(groups, numbers)``."""
-        given = (labels * products).sum(-1)
-        trust = torch.where(augmented, own, 0).exp()
-        columns = [
-            weights,
-            weights * given,
-            weights * log_beliefs,
-            weights * given * log_beliefs,
-            trust,
-            trust * given,
-            torch.ones_like(given),
-            products.square().mean(-1),
-        ]
-        likelihoods = log_likelihoods(posteriors, labels.shape[-1])
-        rows = torch.cat([torch.stack(columns, 1), likelihoods], 1)
-        rows = torch.where(usable.unsqueeze(1), rows, 0)
-        sums = rows.new_zeros(len(self.seen), rows.shape[1])
-        return ranks.sum(sums.index_add_(0, group, rows))
-
-    def _learn(self, number: int, sums: Tensor, classes: int) -> Tensor:
+    def _learn(self, number: int, sums: Tensor, *, alone: bool) -> Tensor:
         """Learn from the sums of a step, and return the root mean square of its products."""
         v, vs, vl, vsl, u, us, count, squares = sums[:, :8].unbind(1)
         rms = (squares.sum() / count.sum().clamp(min=1)).sqrt()
         scale = rms.clamp(min=_FLOOR)
-        vs, vsl, us, total = vs / scale, vsl / scale, us / scale, v.sum().clamp(min=_FLOOR)
-        present = count > 0
-        is_warm = number >= _WARM_UP
+        total, present = v.sum().clamp(min=_FLOOR), count > 0
+        taught = present[1:].any().to(torch.float32)
         if self.rule.is_on:
-            before = self.rule.state_dict()
-            self.rule.watch(sums[:, 8:] * (torch.arange(len(sums), device=v.device) > 0)[:, None])
-            if is_warm:
+            if alone:
+                self.rule.watch(_of_groups(sums[:, 8:]), taught)
+            if number >= _WARM_UP:
                 mean = vs.sum() / total
-                slope = torch.where(self._alone, 0, (vs - mean * v) / total)
-                slope[0] = 0
-                power = (vsl - mean * vl) / total
-                power[0] = 0
-                self.rule.ascend(power, slope)
-            self.rule.undo(before, ~present[1:].any())  # nothing was learned from no rows
-        self._alone = self._alone & (count[0] == 0)
-        if self.gates is not None and is_warm:
-            self.gates.update(us / u.clamp(min=_FLOOR), present & ~self._alone)
+                power, slope = torch.stack([vsl - mean * vl, vs - mean * v]) / (scale * total)
+                slope = torch.zeros_like(slope) if alone else _of_groups(slope)
+                self.rule.ascend(_of_groups(power), slope, taught)
+        if self.gates is not None and not alone and number >= _WARM_UP:
+            self.gates.update(us / (scale * u.clamp(min=_FLOOR)), present)
+        self._alone = self._alone & ~present[0]
         self.seen = self.seen + count.to(self.seen)
         newest = (v / count.clamp(min=1)).to(self.mean_weights)
         self.mean_weights = torch.where(present, newest, self.mean_weights)
@@ -302,6 +280,7 @@ class Evidence:
             "log_temperature": self._log_temperature,
             "fitted": self._fitted,
             "alone": self._alone,
+            "is_alone": self._is_alone,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -316,4 +295,10 @@ class Evidence:
         parts = state["discriminant"]
         self._discriminant = None if parts is None else Discriminant(*parts)
         self._log_temperature = state["log_temperature"]
-        self._fitted, self._alone = state["fitted"], state["alone"]
+        self._fitted = state["fitted"]
+        self._alone, self._is_alone = state["alone"], state["is_alone"]
+
+
+def _of_groups(values: Tensor) -> Tensor:
+    """Return values of groups with 0 for the clean rows, of which nothing is learned."""
+    return torch.cat([torch.zeros_like(values[:1]), values[1:]])

@@ -60,7 +60,7 @@ class GroupWeights:
             state["powers"] = torch.ones(num_groups)
             state["offsets"] = torch.zeros(num_groups)
             state["moments"] = torch.zeros(2, 2, num_groups)
-            state["steps"] = torch.zeros((), dtype=torch.int64)
+            state["steps"] = torch.zeros(())
             state["likelihoods"] = torch.zeros(num_groups, len(_NOISE))
         for name, value in state.items():
             if isinstance(value, Tensor):
@@ -71,12 +71,15 @@ class GroupWeights:
         likelihoods = self._state["likelihoods"]
         return likelihoods.softmax(1) @ likelihoods.new_tensor(_NOISE)
 
-    def log_beliefs(self, posteriors: Tensor, group: Tensor, alone: Tensor, classes: int) -> Tensor:
+    def log_beliefs(
+        self, posteriors: Tensor, group: Tensor, classes: int, *, alone: bool
+    ) -> Tensor:
         """Return log r of rows, whose labels have these posteriors, ``(rows,)``."""
         posteriors = posteriors.clamp(_SURE, 1 - _SURE)
-        shares = self._state["likelihoods"].softmax(1)[group].to(posteriors)
-        mixed = (beliefs(posteriors, classes) * shares).sum(1)
-        return torch.where(alone, mixed, posteriors).clamp(min=_SURE).log()
+        if alone:
+            shares = self._state["likelihoods"].softmax(1)[group].to(posteriors)
+            posteriors = (beliefs(posteriors, classes) * shares).sum(1).clamp(min=_SURE)
+        return posteriors.log()
 
     def log_weights(self, log_beliefs: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Return log v of rows, and what of it is due to the row and not to its group's offset."""
@@ -85,32 +88,30 @@ class GroupWeights:
         own = self._state["powers"].clamp(min=0)[group].to(log_beliefs) * log_beliefs
         return (own + self._state["offsets"][group].to(own)).clamp(max=_MOST), own
 
-    def ascend(self, powers: Tensor, offsets: Tensor) -> None:
-        """Take one step of Adam along the gradients of m, ``(groups,)`` each."""
+    def ascend(self, powers: Tensor, offsets: Tensor, taught: Tensor) -> None:
+        """Take one step of Adam along the gradients of m, ``(groups,)`` each.
+
+        ``taught`` is 1, or 0 where the step showed no row: then nothing changes.
+        """
         state = self._state
-        state["steps"] = state["steps"] + 1
+        state["steps"] = state["steps"] + taught
         gradient = torch.stack([powers, offsets]).nan_to_num(0, 0, 0).to(state["moments"])
-        mean, square = state["moments"]
-        mean.lerp_(gradient, 1 - _BETAS[0])
-        square.lerp_(gradient.square(), 1 - _BETAS[1])
-        mean, square = (
-            moment / -torch.expm1(math.log(beta) * state["steps"])  # 1 - beta ** steps, exactly
-            for moment, beta in zip(state["moments"], _BETAS, strict=True)
-        )
-        change = _RATE * mean / (square.sqrt() + _EPSILON)
+        changed = []
+        for moment, new, beta in zip(
+            state["moments"], (gradient, gradient.square()), _BETAS, strict=True
+        ):
+            moment.lerp_(new, (1 - beta) * taught)
+            # 1 - beta ** steps; where no step was taken there is nothing to divide.
+            changed.append(moment / -torch.expm1(math.log(beta) * state["steps"].clamp(min=1)))
+        mean, square = changed
+        change = taught * _RATE * mean / (square.sqrt() + _EPSILON)
         state["powers"] = (state["powers"] + change[0]).clamp(*_POWERS)
         state["offsets"] = (state["offsets"] + change[1]).clamp(*_OFFSETS)
 
-    def watch(self, likelihoods: Tensor) -> None:
-        """Take in the sums of a step's log-likelihoods, ``(groups, shares)``."""
-        kept = self._state["likelihoods"] * (1 - 1 / _MEMORY)
+    def watch(self, likelihoods: Tensor, taught: Tensor) -> None:
+        """Take in the sums of a step's log-likelihoods, ``(groups, shares)``; see `ascend`."""
+        kept = self._state["likelihoods"] * (1 - taught / _MEMORY)
         self._state["likelihoods"] = kept + likelihoods.to(kept)
-
-    def undo(self, before: dict[str, Any], where: Tensor) -> None:
-        """Go back to what `state_dict` returned, where a scalar bool says so."""
-        self._state = {
-            name: torch.where(where, before[name], value) for name, value in self._state.items()
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""

@@ -41,7 +41,7 @@ def gaussians(scores, labels, new):
 
 def test_posteriors_equal_gaussians_with_a_shared_covariance(rows):
     scores, _, labels, _ = rows
-    found = fit_discriminant(*rows).logits(scores)
+    found = fit_discriminant(*rows).judge(scores)[0]
     expected = gaussians(scores, labels, scores)
     torch.testing.assert_close(found.softmax(1), expected.softmax(1))
 
@@ -54,7 +54,7 @@ def test_temperature_equals_brute_force_over_two_folds(rows):
         total = 0.0
         for fold in (even, ~even):
             # Densities of the rest, of which the absent rows are no part.
-            logits = fit_discriminant(*(part[fold] for part in rows)).logits(scores[~fold])
+            logits = fit_discriminant(*(part[fold] for part in rows)).judge(scores[~fold])[0]
             total += (torch.log_softmax(tau * logits, 1) * labels[~fold]).sum().item()
         totals.append(total)
     best = _TEMPERATURES[max(range(len(totals)), key=totals.__getitem__)]
@@ -73,7 +73,7 @@ def test_confident_labels_by_chance_are_tempered():
 def test_products_are_derivatives_along_a_second_order_step(rows):
     """A linear layer A (h - mu) + c on top of the scores, at A = identity and c = mu."""
     scores, _, labels, _ = rows
-    found = fit_discriminant(*rows).products(scores, scores.softmax(1))
+    found = fit_discriminant(*rows).judge(scores)[1]
     center = scores.mean(0)
     centred = scores - center
     weight = torch.eye(CLASSES, dtype=torch.float64, requires_grad=True)
@@ -97,7 +97,7 @@ def test_products_are_derivatives_along_a_second_order_step(rows):
 def test_teaching_rows_of_positive_product_lowers_the_validation_loss(rows):
     """The sign, by really taking the step."""
     scores, _, labels, _ = rows
-    products = fit_discriminant(*rows).products(scores, scores.softmax(1))
+    products = fit_discriminant(*rows).judge(scores)[1]
     given = (products * labels).sum(1)
 
     def loss_after(chosen):
@@ -127,15 +127,14 @@ def test_fewer_rows_than_scores_and_classes_without_a_row(labels):
     scores = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     onehot = one_hot(labels, 9).float()
     judge = fit_discriminant(scores, scores.softmax(1) - onehot, onehot, torch.ones(6))
-    assert judge.logits(scores).isfinite().all()
-    assert judge.products(scores, scores.softmax(1)).isfinite().all()
+    assert all(part.isfinite().all() for part in judge.judge(scores))
     assert best_temperature(scores, scores, onehot, torch.ones(6)).isfinite()
 
 
 def test_constant_scores():
     same = torch.ones(4, 3)
     judge = fit_discriminant(same, same, torch.eye(4)[:, :3], torch.ones(4))
-    assert judge.logits(same).isfinite().all()
+    assert judge.judge(same)[0].isfinite().all()
 
 
 def test_decisions_agree_with_scikit_learn():
@@ -143,7 +142,7 @@ def test_decisions_agree_with_scikit_learn():
     labels = one_hot(target, 64).double()  # as many scores as classes
     none = torch.zeros(900, 64, dtype=torch.float64)
     judge = fit_discriminant(inputs[:900], none, labels[:900], torch.ones(900).double())
-    found = judge.logits(inputs[900:])[:, :10].argmax(1)
+    found = judge.judge(inputs[900:])[0][:, :10].argmax(1)
     other = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1)
     expected = torch.as_tensor(other.fit(inputs[:900], target[:900]).predict(inputs[900:]))
     assert (found == expected).float().mean() > 0.98

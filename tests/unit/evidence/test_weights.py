@@ -48,7 +48,7 @@ def test_the_share_of_wrong_labels_is_estimated(share):
         posteriors = probs.gather(1, given.unsqueeze(1)).squeeze(1)
         sums = torch.zeros(2, len(_NOISE))
         sums[1] = log_likelihoods(posteriors, CLASSES).sum(0)
-        rule.watch(sums)
+        rule.watch(sums, torch.tensor(1.0))
     assert rule.noise()[1].item() == pytest.approx(share, abs=0.05)
 
 
@@ -62,6 +62,7 @@ def problem(seed=0, *, alone=False, dtype=torch.float64):
     scores = scores + 2 * one_hot(labels, CLASSES)
     onehot = one_hot(labels, CLASSES).to(dtype)
     evidence.remember(0, scores, scores.softmax(1) - onehot, onehot, ALONE)
+    evidence._is_alone = alone  # as the next validation rows would find
     size = 24
     batch = {
         "scores": 2 * torch.randn(size, CLASSES, generator=generator, dtype=dtype),
@@ -84,18 +85,17 @@ def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     evidence, batch = problem()
     if target == "soft":
         batch["target"] = torch.rand(24, CLASSES, dtype=torch.float64).softmax(1)
-    weigh(evidence, batch)  # shows that there are clean rows
     state = evidence.rule._state
     state["powers"] = torch.tensor([1.0, 0.6, 1.7])
     state["offsets"] = torch.tensor([0.0, -0.4, 0.1])
     seen = {}
-    evidence.rule.ascend = lambda powers, offsets: seen.update(powers=powers, offsets=offsets)
+    evidence.rule.ascend = lambda a, b, taught: seen.update(powers=a, offsets=b, taught=taught)
     averages = deepcopy(evidence.averages)
     rows = weigh(evidence, batch)
 
     labels = batch["target"]
     labels = one_hot(labels, CLASSES).double() if labels.ndim == 1 else labels
-    judgement = evidence.judge(batch["scores"], labels, batch["augmented"], NO_OPTIONS)
+    judgement = evidence.judge(batch["scores"], batch["target"], batch["augmented"], NO_OPTIONS)
     q = averages.update(batch["index"], judgement.posteriors, batch["augmented"], ALONE)
     q = q.clamp(1e-4, 1 - 1e-4)
     rms = judgement.products.square().mean().sqrt()
@@ -122,7 +122,7 @@ def test_the_step_is_that_of_torch_s_adam():
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
         a.grad, b.grad = torch.randn(2, GROUPS, generator=generator)
-        rule.ascend(a.grad.clone(), b.grad.clone())
+        rule.ascend(a.grad.clone(), b.grad.clone(), torch.tensor(1.0))
         optimizer.step()
     torch.testing.assert_close(rule._state["powers"], a.detach())
     torch.testing.assert_close(rule._state["offsets"], b.detach())
@@ -238,3 +238,23 @@ def test_a_group_that_cannot_be_is_named_with_its_row(group, row):
         ValueError, match=rf"in 1 to 2, as there are 3 group.* got {group} in row {row}"
     ):
         weigh(evidence, batch)
+
+
+def test_clean_rows_are_noticed_with_the_next_validation_rows():
+    evidence, batch = problem()
+    evidence._is_alone = True
+    weigh(evidence, batch)
+    rows = evidence.memory.read()
+    assert evidence._is_alone
+    evidence.remember(1, *(part[:4] for part in rows[:3]), ALONE)
+    assert not evidence._is_alone
+
+
+def test_a_step_without_rows_to_judge_changes_nothing():
+    evidence, batch = problem()
+    for number in range(20, 25):
+        weigh(evidence, batch, number)
+    before = deepcopy(evidence.rule.state_dict())
+    weigh(evidence, {**batch, "augmented": torch.zeros(24, dtype=torch.bool)}, 25)
+    for name, value in evidence.rule.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -14,6 +14,11 @@ pytestmark = pytest.mark.filterwarnings(
 GOLDEN = json.loads(FILE.read_text())
 
 
+@pytest.fixture(autouse=True)
+def _short_warm_up():
+    """In place of that of other tests: runs are pinned as they are made, on any number of ranks."""
+
+
 def check(name, processes, parameters):
     # Rounding differs between machines, and a difference of two points makes more of it.
     tolerance = 1e-6 if "finite_difference" in name or "engine" not in CASES[name] else 1e-9

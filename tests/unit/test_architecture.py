@@ -129,9 +129,9 @@ def test_recipes_use_only_the_public_api():
 @pytest.mark.parametrize(
     ("settings", "files", "changes"),
     [
-        ({}, 17, 120),
+        ({}, 17, 108),
         ({"preset": "gradient", "engine": "head"}, 14, 104),
-        ({"preset": "gradient", "gates": True, "row_evidence": True}, 20, 162),
+        ({"preset": "gradient", "gates": True, "row_evidence": True}, 20, 150),
     ],
 )
 def test_a_step_is_read_in_few_files(settings, files, changes):

@@ -92,5 +92,5 @@ def test_the_discriminant_has_the_sign_of_brute_force(seed):
     assert 0.2 < (expected > 0).double().mean() < 0.8
     residuals = val_scores.softmax(-1) - val_labels
     discriminant = fit_discriminant(val_scores, residuals, val_labels, one)
-    products = discriminant.products(scores, scores.softmax(-1))
+    _, products = discriminant.judge(scores)
     torch.testing.assert_close(products, expected, rtol=1e-3, atol=1e-6)

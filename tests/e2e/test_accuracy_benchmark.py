@@ -145,9 +145,9 @@ def all_jobs(accuracy, folder):
     ("bench", "method"),
     [
         ("blood_few_mixup", "robust, nothing held out"),
-        ("qsar_mlp", "robust, head"),
+        ("qsar_mlp", "robust, looks every step"),
         ("qsar_saint", "paper, replaced"),
-        ("blood_pool_noise_40", "robust + row evidence"),
+        ("blood_pool_noise_40", "oracle filter"),
         ("bloodmnist_randaugment", "paper, probs, beta 1"),
     ],
 )

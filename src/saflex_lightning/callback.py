@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .evidence.averages import RowEvidence
+from .evidence.evidence import GroupEvidence
 from .fit.checks import (
     STATE_VERSION,
     check_fit,
@@ -21,7 +22,7 @@ from .fit.checks import (
 from .fit.report import Report, log_metrics, log_settings, read_step
 from .fit.run import Fit
 from .functional.settings import PresetName, SettingsKwargs, make_settings
-from .step import Step
+from .step import Step, StepRows
 from .validation.source import ask_hook, check_is_loader, check_loader, other_roles, trainer_loader
 
 __all__ = ["SAflexCallback"]
@@ -73,6 +74,7 @@ class SAflexCallback(pl.Callback):
         self._step: Step | None = None
         self._newest: Step | None = None  # until its metrics are read
         self._metrics: dict[str, Tensor] = {}
+        self._rows: StepRows | None = None
         self._armed_steps = self._loss_calls = 0  # of this epoch
 
     # Once per fit
@@ -133,7 +135,7 @@ class SAflexCallback(pl.Callback):
     ) -> None:
         """Disarm the module, take in what was learned, and log it where a logger would read it."""
         step, self._step = self._step, None
-        self._newest, self._metrics = None, {}
+        self._newest, self._metrics, self._rows = None, {}, None
         self._fit.served.disarm()
         if step is None:
             return
@@ -143,7 +145,7 @@ class SAflexCallback(pl.Callback):
         if step.options is None and outputs:
             self._report.say_no_loss(pl_module)
         if step.tasks:
-            self._newest = step
+            self._newest, self._rows = step, step.tasks[0].rows
             is_read = self._is_read_before_next(trainer, batch_idx)
             if is_read or met_trouble:
                 self._report.look_at(step, trainer, batch_idx)
@@ -201,6 +203,23 @@ class SAflexCallback(pl.Callback):
         """
         evidence = self._fit.evidence
         return evidence.averages.read() if evidence and self.settings.row_evidence else None
+
+    def read_group_evidence(self) -> GroupEvidence | None:
+        """Return what the newest steps tell of each group of augmented rows.
+
+        Returns:
+            Names, gates, and mean evidence with its standard error; None without evidence.
+        """
+        evidence = self._fit.evidence
+        return None if evidence is None else evidence.read_groups()
+
+    def read_step_rows(self) -> StepRows | None:
+        """Return what the newest training batch told of each of its rows, of its first task.
+
+        Returns:
+            Tensors on the device where they are; None where the batch was not refined.
+        """
+        return self._rows
 
     # Checkpoints
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -33,7 +33,7 @@ from .functional.solve import SAflexSolution, solve
 if TYPE_CHECKING:
     from .fit.run import Fit
 
-__all__ = ["Step"]
+__all__ = ["Step", "StepRows"]
 
 
 @dataclass
@@ -55,6 +55,32 @@ class Call:
         )
 
 
+class StepRows(NamedTuple):
+    """What one step tells of each of its rows, on the device where they are.
+
+    Attributes:
+        index: Identity across epochs, ``(rows,)`` int64; None where nobody tells.
+        group: What made it, ``(rows,)`` int64; None where nobody tells.
+        target: Its label, ``(rows,)`` integers or ``(rows, classes)``; None for contrastive scores.
+        suggested: The class that its scores ask for, ``(rows,)`` int64, -1 where that is not known;
+            None where nothing is suggested.
+        beliefs: Posterior of its label, averaged over its visits where ``index`` is there,
+            ``(rows,)``; None without evidence.
+        weights: Its weight, ``(rows,)``.
+        shown: Whether it came as an augmented row, ``(rows,)`` bool.
+        kept: Whether it passed its gate too, ``(rows,)`` bool.
+    """
+
+    index: Tensor | None  # pyright: ignore[reportIncompatibleMethodOverride]  as in `RowEvidence`
+    group: Tensor | None
+    target: Tensor | None
+    suggested: Tensor | None
+    beliefs: Tensor | None
+    weights: Tensor
+    shown: Tensor
+    kept: Tensor
+
+
 @dataclass(frozen=True)
 class SolvedTask:
     """One task of the loss: its solution, and what it was solved from."""
@@ -63,6 +89,7 @@ class SolvedTask:
     target: Tensor
     augmented: Tensor  # without the rows that were turned down
     passed: Tensor | None  # share of the augmented rows that were not; None without gates
+    rows: StepRows
 
 
 class Step:
@@ -202,9 +229,10 @@ class Step:
         mask = row_field(self.batch, "augmented", augmented, size)
         self.is_masked = mask is not None
         mask = torch.ones(size, dtype=torch.bool, device=scores.device) if mask is None else mask
-        left, passed, dropped = mask, None, None
+        left, passed, dropped, gathered = mask, None, None, None
+        told = self._told(group, index, None if contrastive else target, mask)
         if fit.evidence is not None:
-            group, index, rejected = self._read_rows(group, index, mask)
+            group, index, rejected = told.group, told.index, self._rejected(told)
             if self._places is not None:
                 replaced = self._places != torch.arange(size, device=scores.device)
                 left, target = mask & ~replaced, target[self._places]
@@ -232,11 +260,11 @@ class Step:
                     ranks=ranks,
                 )
             if fit.evidence is not None:
-                rows = fit.evidence.weigh(
+                gathered = fit.evidence.weigh(
                     self.number, wide, target, left, group, index, dropped, options, fit.ranks
                 )
-                if rows is not None:
-                    solution = with_evidence(solution, rows)
+                if gathered is not None:
+                    solution = with_evidence(solution, gathered)
             weights = solution.weights
             if dropped is not None:
                 weights = weights.masked_fill(dropped, 0)
@@ -248,19 +276,29 @@ class Step:
         loss = weighted_cross_entropy(
             scores, solution.soft_labels, weights, **options._asdict(), total=total
         )
-        return fit.ranks.size * loss, SolvedTask(solution, target, left, passed)
+        rows = told._replace(
+            **suggestions(solution, gathered, fit.settings.label_rule),
+            weights=weights,
+            kept=left if dropped is None else left & ~dropped,
+        )
+        return fit.ranks.size * loss, SolvedTask(solution, target, left, passed, rows)
 
-    def _read_rows(
-        self, group: Tensor | None, index: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return what made the rows, which ones they are and which are rejected, where known."""
-        group = row_field(self.batch, "group", group, len(mask))
+    def _told(
+        self, group: Tensor | None, index: Tensor | None, target: Tensor | None, mask: Tensor
+    ) -> StepRows:
+        """Return what the data tells of the rows; they have weight 1 so far."""
+        if self.fit.evidence is not None or isinstance(self.batch, AugmentedBatch):
+            group = row_field(self.batch, "group", group, len(mask))
         if index is not None or isinstance(self.batch, AugmentedBatch):
             index = row_field(self.batch, "index", index, len(mask))
+        return StepRows(index, group, target, None, None, mask, mask, mask)
+
+    def _rejected(self, rows: StepRows) -> Tensor | None:
+        """Return which rows are rejected, where that is known."""
         rejected = self.rejected
-        if rejected is None and group is not None:
-            rejected = self._draw(group, mask)
-        return group, index, rejected
+        if rejected is None and rows.group is not None:
+            rejected = self._draw(rows.group, rows.shown)
+        return rejected
 
     def _draw(self, group: Tensor, augmented: Tensor) -> Tensor | None:
         """Return which rows the gates turn down; None without gates."""
@@ -325,6 +363,15 @@ def with_evidence(solution: SAflexSolution, rows: GatheredRows) -> SAflexSolutio
         inner_product_rms=rows.rms,
         finite=solution.finite & rows.finite,
     )
+
+
+def suggestions(
+    solution: SAflexSolution, rows: GatheredRows | None, label_rule: str
+) -> dict[str, Tensor]:
+    """Return the fields of `StepRows` that say which labels the rows should have."""
+    if rows is not None:
+        return {"suggested": rows.suggested, "beliefs": rows.beliefs}
+    return {} if label_rule == "keep" else {"suggested": solution.soft_labels.argmax(-1)}
 
 
 def contrastive_message() -> str:

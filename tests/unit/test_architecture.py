@@ -25,6 +25,7 @@ LAYERS = {
     "adopt": 5,
     "fit": 6,
     "callback": 7,
+    "insight": 8,
     "__init__": 8,
     "data": 3,
     "recipes": 9,
@@ -35,6 +36,7 @@ PUBLIC = {
     "saflex_lightning": {
         "AugmentedBatch",
         "SAflexCallback",
+        "SAflexInsight",
         "SAflexMixin",
         "SAflexSolution",
         "SAflexWarning",
@@ -57,6 +59,7 @@ PUBLIC = {
         "group_names_of",
         "union_batch",
         "union_loader",
+        "with_index",
     },
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -104,7 +107,7 @@ def test_public_names_are_few_and_documented(name):
     assert set(module.__all__) == PUBLIC[name]
     for public in module.__all__:
         assert getattr(module, public).__doc__, public
-    assert len(set().union(*PUBLIC.values())) <= 21
+    assert len(set().union(*PUBLIC.values())) <= 23
 
 
 def test_data_needs_nothing_but_the_batch():

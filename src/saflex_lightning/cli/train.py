@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
 
+from saflex_lightning import SAflexCallback, SAflexInsight
 from saflex_lightning.cli.quiet import silence_hints
 from saflex_lightning.cli.report import RunReport, make_run_table, read_report
 from saflex_lightning.cli.sweep import make_sweep_table, read_results
@@ -31,6 +33,8 @@ __all__ = ["compare", "main", "train"]
 
 def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
     """Fit, test, print the table and write ``result.json`` into ``cfg.output_dir``.
+
+    Where SAFLEX refines, `SAflexInsight` writes its tables beside it.
 
     Args:
         cfg: A composition of the groups in ``saflex_lightning/configs``.
@@ -59,6 +63,8 @@ def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
     datamodule = instantiate(cfg.data)
     model = instantiate(cfg.model)
     callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), RunReport()]
+    if any(isinstance(callback, SAflexCallback) for callback in callbacks):
+        callbacks.append(SAflexInsight(cfg.output_dir))
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks)
     check_launch(trainer)
     _check_directories(trainer)
@@ -98,6 +104,8 @@ def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
         (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         if table:
             Console().print(make_run_table(result))
+            page = Text(f"A page of this run: saflex-report {shlex.quote(str(directory))}")
+            Console().print(page, soft_wrap=True)
     return result
 
 

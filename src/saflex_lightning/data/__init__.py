@@ -1,6 +1,7 @@
 """Union batches for a pipeline of your own: any dataset, any augmentation, one line."""
 
 from .batch import union_batch
+from .indexed import with_index
 from .operations import TagOperations
 from .resumable import ResumableLoader
 from .union import UnionDataset, group_names_of, union_loader
@@ -12,4 +13,5 @@ __all__ = [
     "group_names_of",
     "union_batch",
     "union_loader",
+    "with_index",
 ]

@@ -17,7 +17,7 @@ from .gates import Gates
 from .memory import ValidationMemory
 from .weights import GroupWeights, log_likelihoods
 
-__all__ = ["Evidence", "GatheredRows", "Judgement"]
+__all__ = ["Evidence", "GatheredRows", "GroupEvidence", "Judgement"]
 
 _REFIT = 10  # steps between two discriminants
 _KEPT = 0.8  # of the logarithm of the temperature, per discriminant
@@ -34,11 +34,13 @@ class Judgement(NamedTuple):
         posteriors: Of the given label, ``(rows,)``.
         given: Gradient inner product of that label, ``(rows,)``.
         products: Those of every class, ``(rows, classes)``.
+        suggested: Class of the largest posterior, ``(rows,)`` int64.
     """
 
     posteriors: Tensor
     given: Tensor
     products: Tensor
+    suggested: Tensor
 
 
 class GatheredRows(NamedTuple):
@@ -50,12 +52,37 @@ class GatheredRows(NamedTuple):
             clean rows, dropped ones, and those whose scores are not finite.
         rms: That root mean square, scalar.
         finite: False where a row's scores were not finite; such a row has weight 1, scalar bool.
+        suggested: Most probable class of each row, ``(rows,)`` int64; -1 where its scores tell
+            nothing.
+        beliefs: Posterior of each label, averaged over the visits of its row where that is known,
+            ``(rows,)``.
     """
 
     weights: Tensor
     products: Tensor
     rms: Tensor
     finite: Tensor
+    suggested: Tensor
+    beliefs: Tensor
+
+
+class GroupEvidence(NamedTuple):
+    """What the newest steps tell of each group; the first is that of clean rows.
+
+    Attributes:
+        names: Of the groups; empty where the data names none.
+        gate: Share of the rows that pass, ``(groups,)`` in (0, 1]; None without gates.
+        mean: Mean evidence, positive where the group lowers the validation loss, ``(groups,)``.
+        error: Its standard error, ``(groups,)``.
+        steps: How many steps have shown the group beside clean rows, faded ones counting less,
+            ``(groups,)``.
+    """
+
+    names: tuple[str, ...]
+    gate: Tensor | None
+    mean: Tensor | None
+    error: Tensor | None
+    steps: Tensor | None
 
 
 class Evidence:
@@ -164,7 +191,7 @@ class Evidence:
             usable = usable & ~dropped
         judged = augmented & usable
         scores = scores.masked_fill(~usable.unsqueeze(1), 0)
-        posteriors, given, products = self.judge(scores, target, augmented, options)
+        posteriors, given, products, suggested = self.judge(scores, target, augmented, options)
         if index is not None and self.rule.is_on:
             posteriors = self.averages.update(index, posteriors, judged, ranks)
         log_beliefs = self.rule.log_beliefs(posteriors, group, classes, alone=alone)
@@ -182,7 +209,9 @@ class Evidence:
         if alone and number < _WARM_UP_ALONE:
             weights = ones
         products = (products / rms.clamp(min=_FLOOR)).masked_fill(~judged.unsqueeze(1), 0)
-        return GatheredRows(weights, products, rms, (finite | ~augmented).all())
+        suggested = suggested.masked_fill(~usable, -1)
+        finite = (finite | ~augmented).all()
+        return GatheredRows(weights, products, rms, finite, suggested, posteriors)
 
     def judge(
         self, scores: Tensor, target: Tensor, augmented: Tensor, options: LossOptions
@@ -193,13 +222,14 @@ class Evidence:
         logits, products = self._discriminant.judge(scores)
         products = loss_inner_products(products, *options)
         posteriors = (self._log_temperature.exp() * logits).softmax(-1)
+        suggested = posteriors.argmax(-1)
         if target.ndim == 1:
             column = target.long().unsqueeze(1)
             posteriors, given = (v.gather(1, column).squeeze(1) for v in (posteriors, products))
         else:
             labels = target.to(products)
             posteriors, given = ((labels * v).sum(-1) for v in (posteriors, products))
-        return Judgement(posteriors, given, products)
+        return Judgement(posteriors, given, products, suggested)
 
     def _group(self, group: Tensor | None, augmented: Tensor) -> Tensor:
         """Return the group of every row: 0 for clean ones, and 1 for the others of no group.
@@ -263,6 +293,15 @@ class Evidence:
             if self.rule.is_on:
                 found[f"weight/{names[number]}"] = self.mean_weights[number]
         return found
+
+    def read_groups(self) -> GroupEvidence:
+        """Return what the newest steps tell of each group."""
+        names = self.names or ()
+        if self.gates is None or self.gates.log_weights is None:
+            return GroupEvidence(names, None, None, None, None)
+        return GroupEvidence(
+            names, self.gates.log_weights.exp(), *self.gates.read(), self.gates.steps
+        )
 
     # Checkpoints
 

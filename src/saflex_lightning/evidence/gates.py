@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Gates"]
+__all__ = ["FEWEST_STEPS", "STANDARD_ERRORS", "Gates"]
 
 _DECAY = 0.98  # of what is gathered, per step that shows the group
-_FEWEST = 10.0  # steps, faded ones counting less, before a group is judged
-_ERRORS = 3.0  # standard errors below zero at which a group is taken to do harm
+FEWEST_STEPS = 10.0  # steps, faded ones counting less, before a group is judged
+STANDARD_ERRORS = 3.0  # standard errors below zero at which a group is taken to do harm
 _STEP = 0.2  # change of log w
 _LOWEST = -6.0  # of log w: a few rows always pass, so that every group can recover
 
@@ -59,11 +59,17 @@ class Gates:
         new = _DECAY * self._sums + torch.stack([torch.ones_like(means), means, means.square()])
         self._sums = torch.where(known, new, self._sums)
         mean, error = self.read()
-        harms = (mean + _ERRORS * error < 0) & (self._sums[0] > _FEWEST)
+        harms = (mean + STANDARD_ERRORS * error < 0) & (self._sums[0] > FEWEST_STEPS)
         change = _STEP * ((mean > 0).to(mean) - harms.to(mean))
         moved = (self.log_weights + torch.where(known, change, 0)).clamp(_LOWEST, 0)
         moved[0] = 0  # clean rows
         self.log_weights = moved
+
+    @property
+    def steps(self) -> Tensor:
+        """How many steps have shown each group, faded ones counting less, ``(groups,)``."""
+        assert self._sums is not None
+        return self._sums[0]
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return mean evidence of each group and its standard error, ``(groups,)`` each."""

@@ -1,10 +1,10 @@
 """The manifest of a pool: a CSV file that says what made each image and from what."""
 
 import csv
-import math
 from pathlib import Path
 from typing import NamedTuple
 
+from saflex_lightning.data.cells import as_cell, from_cell
 from saflex_lightning.recipes.files import read_records
 
 __all__ = [
@@ -20,8 +20,6 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.csv"
-# What a spreadsheet may take for the beginning of a formula, and the mark that says it is text.
-_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", "'")
 
 
 class PoolRow(NamedTuple):
@@ -106,22 +104,3 @@ def add_row(manifest: Path, row: PoolRow, listed: set[str]) -> None:
             writer.writerow(COLUMNS)
         writer.writerow(map(as_cell, row))
     listed.add(row.file)
-
-
-def as_cell(text: str) -> str:
-    """Return text as a cell that no spreadsheet runs: a ' goes before signs, but for numbers'.
-
-    Example:
-        >>> as_cell("=1+1"), as_cell("-0.5"), from_cell(as_cell("=1+1"))
-        ("'=1+1", '-0.5', '=1+1')
-    """
-    try:
-        is_number = math.isfinite(float(text))
-    except ValueError:
-        is_number = False
-    return f"'{text}" if text.startswith(_SIGNS) and not is_number else text
-
-
-def from_cell(cell: str) -> str:
-    """Return the text that `as_cell` wrote."""
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_SIGNS) else cell

@@ -287,10 +287,13 @@ class Step:
         self, group: Tensor | None, index: Tensor | None, target: Tensor | None, mask: Tensor
     ) -> StepRows:
         """Return what the data tells of the rows; they have weight 1 so far."""
-        if self.fit.evidence is not None or isinstance(self.batch, AugmentedBatch):
+        is_told = isinstance(self.batch, AugmentedBatch)
+        if self.fit.evidence is not None:
             group = row_field(self.batch, "group", group, len(mask))
-        if index is not None or isinstance(self.batch, AugmentedBatch):
-            index = row_field(self.batch, "index", index, len(mask))
+            if index is not None or is_told:
+                index = row_field(self.batch, "index", index, len(mask))
+        elif is_told:
+            group, index = self.batch.group, self.batch.index
         return StepRows(index, group, target, None, None, mask, mask, mask)
 
     def _rejected(self, rows: StepRows) -> Tensor | None:

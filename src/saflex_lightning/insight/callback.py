@@ -213,11 +213,9 @@ class SAflexInsight(pl.Callback):
         for name, figure in figures:
             figure.savefig(folder / f"saflex_{name}.png")
             for logger in trainer.loggers:
-                add = getattr(
-                    getattr(logger, "experiment", None), "add_figure", None
-                )  # of TensorBoard
-                if callable(add):
-                    add(f"saflex/{name}", figure, trainer.global_step)
+                board: Any = getattr(logger, "experiment", None)
+                if hasattr(board, "add_figure"):  # that of TensorBoard
+                    board.add_figure(f"saflex/{name}", figure, trainer.global_step)
 
     # Checkpoints
 

@@ -1,1 +1,1 @@
-"""The commands ``saflex-train``, ``saflex`` and ``saflex-generate``."""
+"""The commands ``saflex-train``, ``saflex``, ``saflex-report`` and ``saflex-generate``."""

@@ -122,6 +122,10 @@ class SAflexInsight(pl.Callback):
                 "installed; pip install 'saflex-lightning[plots]'."
             )
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the epochs before count less in what is thought of labels."""
+        self._collector.counts.fade()
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,

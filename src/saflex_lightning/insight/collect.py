@@ -17,6 +17,7 @@ STEPS_PER_FLUSH = 64  # that stay on their device before they are added up
 _BINS, _MOST = 40, 2.0  # of the histogram of weights
 _MOST_POINTS = 512  # of the history
 _COUNTS = ("shown", "kept", "weight", "judged", "doubted", "belief")
+_FADING = ("judged", "doubted", "belief")
 _FACTS = ("label", "suggested", "group")
 
 
@@ -106,7 +107,7 @@ class GroupCounts:
     ``shown`` counts augmented rows, ``kept`` those that passed their gate; of these ``weight`` is
     the sum of weights, ``judged`` counts those with a label suggested, ``doubted`` those where it
     is another one than the given, and ``belief`` is the sum over the judged ones. Rows without a
-    label count as class 0.
+    label count as class 0. The last three fade, see `fade`.
     """
 
     def __init__(self) -> None:
@@ -131,6 +132,11 @@ class GroupCounts:
         )
         for sums, column in zip(self.sums, values, strict=True):
             np.add.at(sums, (rows.group, label), column)
+
+    def fade(self) -> None:
+        """Let what is thought of labels count half; each epoch knows better than the one before."""
+        for name in _FADING:
+            self.read(name)[:] *= 0.5
 
     def read(self, name: str) -> NDArray[np.float64]:
         """Return one of the sums by its name, ``(groups, classes)``."""

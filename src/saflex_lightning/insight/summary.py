@@ -45,7 +45,10 @@ class Names(NamedTuple):
 
 
 class GroupSummary(NamedTuple):
-    """One group of augmented rows over the whole fit; the last four of its newest steps."""
+    """One group of augmented rows over the whole fit; the last four of its newest steps.
+
+    In what is thought of labels an epoch counts twice as much as the one before.
+    """
 
     group: int
     name: str

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from saflex_lightning.callback import SAflexCallback
 from saflex_lightning.data.checks import check
+from saflex_lightning.fit.checks import find_group_names
 from saflex_lightning.fit.report import SAflexWarning
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.validation.source import ask_hook
@@ -85,7 +86,8 @@ class SAflexInsight(pl.Callback):
         self._images = DoubtedImages()
         self._callback: SAflexCallback | None = None
         self._ranks = Ranks()
-        self._names: Sequence[str] = ()  # of classes
+        self._group_names: Sequence[str] = ()
+        self._class_names: Sequence[str] = ()
         self._into: Path | None = None  # once a fit has begun
         self._step = 0
 
@@ -110,12 +112,13 @@ class SAflexInsight(pl.Callback):
         self._callback = found[0]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the folder, and the names of classes."""
+        """Find the folder, and the names of groups and classes."""
         self._ranks = Ranks(trainer.global_rank, trainer.world_size)
         log_dir = trainer.log_dir  # every rank must ask
         self._into = Path(self.folder or log_dir or trainer.default_root_dir)
         names = self.class_names or ask_hook(trainer, pl_module, "saflex_class_names")
-        self._names = list(names or ())
+        self._class_names = list(names or ())
+        self._group_names = find_group_names(trainer, pl_module)
         if self.figures and not can_draw():
             rank_zero_info(
                 "SAflexInsight writes its tables without figures, since matplotlib is not "
@@ -151,7 +154,7 @@ class SAflexInsight(pl.Callback):
 
     def _flush(self) -> None:
         self._collector.flush(self._ranks, self._step)
-        self._images.flush()
+        self._images.flush(self._collector.table)
 
     # The end
 
@@ -185,7 +188,7 @@ class SAflexInsight(pl.Callback):
         if self._ranks.rank or folder is None or callback is None or not collector.counts.sums.size:
             return
         evidence = callback.read_group_evidence()
-        names = Names(() if evidence is None else evidence.names, self._names)
+        names = Names(self._group_names, self._class_names)
         groups = summarize_groups(collector.counts, evidence, names)
         write_table(folder / GROUPS, GroupSummary._fields, groups)
         classes = summarize_classes(collector.counts, names)
@@ -213,8 +216,8 @@ class SAflexInsight(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer, folder: Path, names: Names) -> None:
         collector = self._collector
-        figures = draw_all(collector.table, collector.history, self._images.read(), names)
-        for name, figure in figures:
+        images = self._images.read(collector.table)
+        for name, figure in draw_all(collector.table, collector.history, images, names):
             figure.savefig(folder / f"saflex_{name}.png")
             for logger in trainer.loggers:
                 board: Any = getattr(logger, "experiment", None)

@@ -70,6 +70,11 @@ class RowTable:
             values[newest] = getattr(rows, name)[there][::-1][first]
         self.beliefs[newest] = rows.belief[there][::-1][first]
 
+    def find(self, index: int) -> int | None:
+        """Return the place of a row, if it is held."""
+        place = int(np.searchsorted(self.index, index))
+        return place if place < len(self.index) and self.index[place] == index else None
+
     def _make_room(self, found: NDArray[np.int64]) -> None:
         new = np.setdiff1d(found, self.index, assume_unique=True)
         new = new[: self.max_rows - len(self.index)]

@@ -9,9 +9,11 @@ from torch import Tensor
 from saflex_lightning.batch import read_batch
 from saflex_lightning.step import StepRows
 
+from .collect import RowTable
+
 __all__ = ["DoubtedImage", "DoubtedImages"]
 
-_MOST = 16
+_MOST_KEPT, _MOST_SHOWN = 64, 16
 
 
 @dataclass(frozen=True)
@@ -26,43 +28,42 @@ class DoubtedImage:
 
 
 class DoubtedImages:
-    """Of every step the row that is believed least; of these the 16 that are believed least.
+    """Images of the rows that are believed least: of every step one, of these at most 64.
 
-    The newest visit of a row counts. Images of this rank alone are kept.
+    Images of this rank alone are kept; what is thought of their rows comes from all ranks.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._kept: dict[int, DoubtedImage] = {}
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._kept: dict[int, Tensor] = {}
 
     def add(self, batch: Any, rows: StepRows) -> None:
         """Take in a step, where its inputs are images of one or three channels."""
-        target = rows.target
-        if rows.beliefs is None or rows.index is None or rows.suggested is None or target is None:
+        if rows.beliefs is None or rows.index is None or rows.suggested is None:
             return
         images = _images_of(batch, len(rows.beliefs))
-        if images is None:
-            return
-        beliefs = torch.where(rows.kept & (rows.suggested >= 0), rows.beliefs, torch.inf)
-        row = beliefs.argmin().unsqueeze(0)  # stays on its device
-        given = target.argmax(-1) if target.ndim == 2 else target
-        labels = torch.cat([rows.index[row], given[row].long(), rows.suggested[row]])
-        self._waiting.append((images[row][0], beliefs[row], labels))
+        if images is not None:
+            beliefs = torch.where(rows.kept & (rows.suggested >= 0), rows.beliefs, torch.inf)
+            row = beliefs.argmin().unsqueeze(0)  # stays on its device
+            self._waiting.append((images[row][0], rows.index[row]))
 
-    def flush(self) -> None:
+    def flush(self, table: RowTable) -> None:
         """Choose among what waits; waits for the device."""
-        for image, belief, labels in self._waiting:
-            index, given, suggested = labels.tolist()
-            self._kept.pop(index, None)  # an older visit
-            if given != suggested and belief.isfinite():
-                image = image.float().cpu()
-                self._kept[index] = DoubtedImage(image, belief.item(), index, given, suggested)
+        for image, index in self._waiting:
+            self._kept[int(index)] = image.float().cpu()
         self._waiting.clear()
-        self._kept = {image.index: image for image in self.read()}
+        self._kept = {doubted.index: doubted.image for doubted in self.read(table, _MOST_KEPT)}
 
-    def read(self) -> list[DoubtedImage]:
-        """Return what is kept, the most doubted ones first."""
-        return sorted(self._kept.values(), key=lambda image: image.belief)[:_MOST]
+    def read(self, table: RowTable, most: int = _MOST_SHOWN) -> list[DoubtedImage]:
+        """Return images whose newest label is doubted, the most doubted ones first."""
+        found = [
+            DoubtedImage(image, float(table.beliefs[place]), index, given, suggested)
+            for index, image in self._kept.items()
+            if (place := table.find(index)) is not None
+            and (given := int(table.facts["label"][place]))
+            != (suggested := int(table.facts["suggested"][place]))
+        ]
+        return sorted(found, key=lambda doubted: doubted.belief)[:most]
 
 
 def _images_of(batch: Any, size: int) -> Tensor | None:

@@ -15,8 +15,6 @@ from saflex_lightning.cli.report_page import main, make_page
 from saflex_lightning.cli.train import train
 
 SHORT = (
-    "experiment=medmnist_randaugment",
-    "data=blood_subset",
     "model=small_cnn",
     "data.batch_size=16",
     "data.eval_batch_size=128",

@@ -91,7 +91,7 @@ def draw_images(images: Sequence[DoubtedImage], names: Names) -> Any:
     ):
         low, high = doubted.image.min(), doubted.image.max()
         shown = ((doubted.image - low) / (high - low).clamp(min=1e-12)).movedim(0, -1)
-        axes.imshow(shown.squeeze(-1), cmap="gray")
+        axes.imshow(shown.squeeze(-1).numpy(), cmap="gray")
         given, suggested = (plain_text(names.label(n)) for n in (doubted.given, doubted.suggested))
         axes.set_title(f"{given} \N{RIGHTWARDS ARROW} {suggested}\nrow {doubted.index}", fontsize=8)
     for axes in figure.axes:

@@ -122,12 +122,12 @@ class Shuffled(SAflexCallback):
         judge, draws = evidence.judge, torch.Generator().manual_seed(7)
 
         def shuffled(scores, target, augmented, options):
-            posteriors, given, products = judge(scores, target, augmented, options)
+            judgement = judge(scores, target, augmented, options)
+            posteriors, given = judgement.posteriors.clone(), judgement.given.clone()
             rows = augmented.nonzero().ravel()
             order = rows[torch.randperm(len(rows), generator=draws)]
-            posteriors, given = posteriors.clone(), given.clone()
             posteriors[rows], given[rows] = posteriors[order], given[order]
-            return posteriors, given, products
+            return judgement._replace(posteriors=posteriors, given=given)
 
         evidence.judge = shuffled
 

@@ -86,6 +86,7 @@ def test_script_reaches_the_parameters_of_one_process(python, strategy, tmp_path
         assert (value - found[name]).abs().max() < 1e-8, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("python", "strategy"), launchers("ddp"))
 def test_hydra_run_has_one_directory_and_one_result(python, strategy, tmp_path):
     variables = {"SAFLEX_RUN_DIR": "outputs/a/run"} if python is TORCHRUN else {}

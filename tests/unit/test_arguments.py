@@ -73,6 +73,12 @@ CASES = {
         {"val_dataloader": [(torch.ones(2, 3), torch.tensor([0, 1]))], **asdict(Settings())},
         None,
     ),
+    "SAflexInsight": (
+        saflex_lightning.SAflexInsight,
+        {"folder": "here", "class_names": ["cat", "dog"]},
+        None,
+    ),
+    "with_index": (data.with_index, {"dataset": [(torch.ones(3), 0)]}, None),
     "AugmentedBatch": (
         AugmentedBatch,
         {

@@ -224,7 +224,10 @@ HEALTHY = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "resnet18" else ()) for n in HEALTHY],
+)
 def test_healthy_models_are_served(name, train, dtype):
     make, shape = HEALTHY[name]
     for seed in range(1 if name == "resnet18" else 3):

@@ -77,12 +77,11 @@ def make_sweep_table(
         own = [item for item in result["overrides"] if item not in common]
         groups.setdefault(" ".join([str(result["name"]), *own]), []).append(result)
 
-    columns = ("method", "test accuracy", "test AUROC", "test loss", "seeds")
+    columns = ("method", "test accuracy", "test AUROC", "seeds")
     table = Table(*columns, title=Text(title))
     for label, group in groups.items():
         accuracy = _spread_of(group, "test_accuracy", 2, scale=100.0)
-        auroc, loss = _spread_of(group, "test_auroc", 4), _spread_of(group, "test_loss", 3)
-        table.add_row(Text(label), accuracy, auroc, loss, str(len(group)))
+        table.add_row(Text(label), accuracy, _spread_of(group, "test_auroc", 4), str(len(group)))
     return table
 
 

@@ -56,8 +56,8 @@ class Classifier(SAflexMixin, pl.LightningModule):
         self.net = network
         self.method = method
         self.data = [data]  # not a part of the module
-        rows = 2 * (int(data.clean[1].max()) + 1)
-        self.register_buffer("memory", torch.zeros(0, rows // 2), persistent=False)
+        classes = int(data.clean[1].max()) + 1
+        self.register_buffer("memory", torch.zeros(0, classes), persistent=False)
         self.transition = self.kept = None
 
     def forward(self, inputs):
@@ -132,10 +132,10 @@ class Shuffled(SAflexCallback):
         evidence.judge = shuffled
 
 
-def fit(module, bench, data, seed, method, callbacks=(), steps=None):
+def fit(module, bench, data, seed, method, callbacks=()):
     """Train a module; the steps that steer use the validation rows."""
     trainer = pl.Trainer(
-        max_steps=steps or bench.steps,
+        max_steps=bench.steps,
         accelerator="cpu",
         callbacks=list(callbacks),
         logger=False,

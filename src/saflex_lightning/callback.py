@@ -208,7 +208,7 @@ class SAflexCallback(pl.Callback):
         """Return what the newest steps tell of each group of augmented rows.
 
         Returns:
-            Names, gates, and mean evidence with its standard error; None without evidence.
+            Names, gates, and mean evidence with its standard error; None without gates.
         """
         evidence = self._fit.evidence
         return None if evidence is None else evidence.read_groups()

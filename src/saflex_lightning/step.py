@@ -126,6 +126,7 @@ class Step:
         self._open: Finish | None = None
         # Rows that give way to the clean rows they were made from, and the row in each place.
         self.rejected: Tensor | None = None
+        self._given_way: Tensor | None = None
         self._places: Tensor | None = None
         source = None
         if isinstance(batch, AugmentedBatch) and batch.group is not None:
@@ -133,7 +134,8 @@ class Step:
             source = batch.source
         if self.rejected is not None and source is not None:
             here = torch.arange(len(source), device=source.device)
-            self._places = torch.where(self.rejected & (source >= 0), source, here)
+            self._given_way = self.rejected & (source >= 0)
+            self._places = torch.where(self._given_way, source, here)
 
     @property
     def batch_size(self) -> int:
@@ -233,9 +235,8 @@ class Step:
         told = self._told(group, index, None if contrastive else target, mask)
         if fit.evidence is not None:
             group, index, rejected = told.group, told.index, self._rejected(told)
-            if self._places is not None:
-                replaced = self._places != torch.arange(size, device=scores.device)
-                left, target = mask & ~replaced, target[self._places]
+            if self._places is not None and self._given_way is not None:
+                left, target = mask & ~self._given_way, target[self._places]
                 index = None if index is None else index[self._places]
             if rejected is not None:
                 dropped = rejected & left

@@ -13,8 +13,10 @@ from .engine import Finish
 from .errors import UnsupportedModelError
 from .untouched import extra_pass
 
-__all__ = ["HeadEngine", "LastLayer", "Recording", "linear_jvp"]
+__all__ = ["INSTEAD", "HeadEngine", "LastLayer", "Recording", "linear_jvp"]
 
+# What to do where no last layer makes the scores.
+INSTEAD = "Pass engine='forward_mode', or name the layer with `saflex_head()`."
 # Nodes of a graph that leave every value in its place; views keep the order of values.
 _COPIES = (
     "AliasBackward0",
@@ -49,17 +51,13 @@ class LastLayer:
         layer: The layer.
         name: Its name, for errors.
         wanted_by: The setting that needs it, for errors.
-        instead: What to do where it does not make the scores, as an instruction.
     """
 
-    def __init__(
-        self, module: nn.Module, layer: nn.Linear, name: str, *, wanted_by: str, instead: str
-    ) -> None:
+    def __init__(self, module: nn.Module, layer: nn.Linear, name: str, *, wanted_by: str) -> None:
         self.module = module
         self.layer = layer
         self.name = name
         self.wanted_by = wanted_by
-        self.instead = instead
 
     def record(self) -> "Recording":
         """Begin to record what the layer sees, until `Recording.take`."""
@@ -96,18 +94,18 @@ class Recording:
             raise UnsupportedModelError(
                 f"Expected submodule `{last.name}` to be called for {last.wanted_by}, but no call "
                 "was seen; a compiled model hides its layers. Leave the head out of what "
-                f"`torch.compile` takes. {last.instead}"
+                f"`torch.compile` takes. {INSTEAD}"
             )
         if not isinstance(scores, Tensor) or self._features.ndim != 2:
             raise UnsupportedModelError(
                 f"Expected submodule `{last.name}` to map (batch, features) to the scores, but the "
-                f"model does something else with it. {last.instead}"
+                f"model does something else with it. {INSTEAD}"
             )
         unchanged = output._version == self._version
         if not (unchanged and same_values(scores, output, self._node)):
             raise UnsupportedModelError(
                 f"Expected the output of submodule `{last.name}` to be the scores, but they "
-                f"differ. {last.instead}"
+                f"differ. {INSTEAD}"
             )
         return self._features
 

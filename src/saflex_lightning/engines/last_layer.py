@@ -12,16 +12,10 @@ from saflex_lightning.functional.losses import Scores
 
 from .direction import whole_tensor
 from .errors import UnsupportedModelError
-from .head import LastLayer, same_values
+from .head import INSTEAD, LastLayer, same_values
 from .untouched import extra_pass
 
 __all__ = ["Call", "find_last_layer", "last_layer_of", "maker_of", "watch_calls", "watched_layer"]
-
-
-def _instead_of(wanted_by: str) -> str:
-    """Return what to do where no last layer is found, as an instruction."""
-    other = "Pass engine='forward_mode'" if "engine" in wanted_by else f"Leave {wanted_by} out"
-    return f"{other}, or name the layer with `saflex_head()`."
 
 
 def find_last_layer(
@@ -95,11 +89,10 @@ def last_layer_of(
     wanted_by: str,
 ) -> LastLayer:
     """Return the linear layer that made the scores in some calls; see `find_last_layer`."""
-    instead = _instead_of(wanted_by)
     if head is not None and not isinstance(head, nn.Linear):
         raise UnsupportedModelError(
             f"Expected `saflex_head()` to return an `nn.Linear`, but got {type(head).__name__}. "
-            f"{instead}"
+            f"{INSTEAD}"
         )
     names = {part: name for name, part in module.named_modules()}
     linears = [call for call in calls if isinstance(call.module, nn.Linear)]
@@ -109,7 +102,7 @@ def last_layer_of(
         asked = "an `nn.Linear`" if head is None else f"submodule `{names.get(head, 'head')}`"
         raise UnsupportedModelError(
             f"Expected {wanted_by} to see {asked} called, but the scores used none. A "
-            f"layer that `torch.compile` took is hidden: leave it out. {instead}"
+            f"layer that `torch.compile` took is hidden: leave it out. {INSTEAD}"
         )
     last_calls = {call.module: call for call in linears}  # a layer may be called for other things
     makers = [call for call in last_calls.values() if _makes(call, scores)]
@@ -120,30 +113,29 @@ def last_layer_of(
     if call.seen is None or not isinstance(scores, Tensor):
         raise UnsupportedModelError(
             f"Expected submodule `{last.name}` to map (batch, features) to the scores, but the "
-            f"model does something else with it. {instead}"
+            f"model does something else with it. {INSTEAD}"
         )
     if not makers:
         raise UnsupportedModelError(
             f"Expected the output of submodule `{last.name}` to be the scores, but they differ. "
-            f"{instead}"
+            f"{INSTEAD}"
         )
     return last
 
 
 def watched_layer(module: nn.Module, layer: nn.Linear, name: str, wanted_by: str) -> LastLayer:
     """Return the layer's watcher, after checking that its own parameters are trained."""
-    instead = _instead_of(wanted_by)
     if "weight" not in layer._parameters:
         raise UnsupportedModelError(
             f"Expected the weight of the last linear layer to be a parameter for {wanted_by}, but "
-            f"that of `{name}` is computed from others (weight or spectral norm). {instead}"
+            f"that of `{name}` is computed from others (weight or spectral norm). {INSTEAD}"
         )
     if not layer.weight.requires_grad:
         raise UnsupportedModelError(
             f"Expected the last linear layer to be trainable for {wanted_by}, but `{name}` is "
-            f"frozen. {instead}"
+            f"frozen. {INSTEAD}"
         )
-    return LastLayer(module, layer, name, wanted_by=wanted_by, instead=instead)
+    return LastLayer(module, layer, name, wanted_by=wanted_by)
 
 
 def _makes(call: Call, scores: Scores) -> bool:

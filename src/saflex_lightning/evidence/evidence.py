@@ -71,7 +71,7 @@ class GroupEvidence(NamedTuple):
 
     Attributes:
         names: Of the groups; empty where the data names none.
-        gate: Share of the rows that pass, ``(groups,)`` in (0, 1]; None without gates.
+        gate: Share of the rows that pass, ``(groups,)`` in (0, 1].
         mean: Mean evidence, positive where the group lowers the validation loss, ``(groups,)``.
         error: Its standard error, ``(groups,)``.
         steps: How many steps have shown the group beside clean rows, faded ones counting less,
@@ -79,10 +79,10 @@ class GroupEvidence(NamedTuple):
     """
 
     names: tuple[str, ...]
-    gate: Tensor | None
-    mean: Tensor | None
-    error: Tensor | None
-    steps: Tensor | None
+    gate: Tensor
+    mean: Tensor
+    error: Tensor
+    steps: Tensor
 
 
 class Evidence:
@@ -294,14 +294,12 @@ class Evidence:
                 found[f"weight/{names[number]}"] = self.mean_weights[number]
         return found
 
-    def read_groups(self) -> GroupEvidence:
-        """Return what the newest steps tell of each group."""
-        names = self.names or ()
+    def read_groups(self) -> GroupEvidence | None:
+        """Return what the newest steps tell of each group; None without gates."""
         if self.gates is None or self.gates.log_weights is None:
-            return GroupEvidence(names, None, None, None, None)
-        return GroupEvidence(
-            names, self.gates.log_weights.exp(), *self.gates.read(), self.gates.steps
-        )
+            return None
+        gate = self.gates.log_weights.exp()
+        return GroupEvidence(self.names or (), gate, *self.gates.read(), self.gates.steps)
 
     # Checkpoints
 

@@ -66,11 +66,6 @@ class GroupWeights:
             if isinstance(value, Tensor):
                 state[name] = value.to(device)
 
-    def noise(self) -> Tensor:
-        """Return the share of wrong labels that is expected in each group, ``(groups,)``."""
-        likelihoods = self._state["likelihoods"]
-        return likelihoods.softmax(1) @ likelihoods.new_tensor(_NOISE)
-
     def log_beliefs(
         self, posteriors: Tensor, group: Tensor, classes: int, *, alone: bool
     ) -> Tensor:

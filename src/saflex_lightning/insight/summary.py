@@ -186,14 +186,10 @@ def _shares(
 def _judged(
     evidence: GroupEvidence | None, number: int
 ) -> tuple[float | None, float | None, float | None, str]:
-    if evidence is None or evidence.gate is None or evidence.mean is None:
+    if evidence is None:
         return None, None, None, verdict(0.0, 0.0, steps=0)
-    assert evidence.error is not None
-    assert evidence.steps is not None
-    gate, mean, error, steps = (
-        float(part[number])
-        for part in (evidence.gate, evidence.mean, evidence.error, evidence.steps)
-    )
+    _, *parts = evidence
+    gate, mean, error, steps = (float(part[number]) for part in parts)
     if not steps:  # gates judge groups beside clean rows
         return gate, None, None, verdict(0.0, 0.0, steps=0)
     return gate, mean, error, verdict(mean, error, gate=gate, steps=steps)

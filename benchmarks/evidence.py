@@ -32,7 +32,7 @@ METHODS = {
     "no augmentation": None,
     "union": None,
     "label smoothing": None,
-    "merged": None,  # validation rows among the clean ones
+    "merged": None,  # validation rows among the clean ones; not where rows stand alone
     "small loss": None,
     "early-learning regularization": None,
     "gold loss correction": None,
@@ -300,6 +300,8 @@ def main():
     for name in options.benches if options.what == "run" else ():
         for seed in options.seeds:
             for method in options.methods:
+                if method == "merged" and BENCHES[name].alone:
+                    continue
                 folder = OUTPUTS / name.replace(" ", "_") / method.replace(" ", "_")
                 file = folder / f"{seed}.json"
                 if not file.exists():

@@ -12,6 +12,7 @@ from helpers.training import (
     NUM_FEATURES,
     Classifier,
     assert_same_state,
+    callback,
     fit,
     make_loader,
     make_rows,
@@ -369,8 +370,6 @@ def test_other_kinds_of_targets_are_refused_by_name(shape, target, match):
         ({"params": "net.*"}, "`params` to be a list of one or more name patterns, or None"),
         ({"normalize": 1}, "`normalize` to be True or False, but got 1"),
         ({"seed": True}, "`seed` to be an integer of at least 0 or None, but got True"),
-        ({"engine": "head"}, r"learns from gradients beside `engine` or `params`.*preset='gradi"),
-        ({"params": ["net.*"]}, "but got weight_rule='ones' and label_rule='keep', which need"),
         ({"val_dataloader": [1], "val_batch_size": 4}, "A loader keeps its own batch size"),
     ],
     ids=str,
@@ -378,6 +377,16 @@ def test_other_kinds_of_targets_are_refused_by_name(shape, target, match):
 def test_settings_are_checked_in_the_constructor(settings, match):
     with pytest.raises(ValueError, match=match):
         SAflexCallback(**settings)
+
+
+def test_an_engine_that_nothing_asks_is_said_and_changes_nothing():
+    plain = seeded(Classifier)
+    fit(plain, callback(), max_epochs=1)
+    for settings in ({"engine": "finite_difference"}, {"params": ["net.4.*"]}):
+        module = seeded(Classifier)
+        with pytest.warns(SAflexWarning, match=f"beside `{next(iter(settings))}`, but weight_rule"):
+            fit(module, callback(**settings), max_epochs=1)
+        assert_same_state(state_of(module), state_of(plain))
 
 
 def test_an_unknown_setting_is_refused_by_name():

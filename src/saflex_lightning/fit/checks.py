@@ -116,7 +116,7 @@ def _strategy_problems(strategy: Any, settings: Settings) -> Iterator[str]:
 
 def _precision_problems(trainer: pl.Trainer, settings: Settings) -> Iterator[str]:
     narrow = str(trainer.precision).startswith(("16", "bf16", "transformer-engine"))
-    if narrow and settings.engine == "finite_difference":
+    if narrow and settings.solves and settings.engine == "finite_difference":
         yield (
             "Expected parameters and products of float32 or wider for engine='finite_difference', "
             f"but got `precision={trainer.precision!r}`: its small step would be rounded away. "

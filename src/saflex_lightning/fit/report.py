@@ -199,6 +199,20 @@ class Report:
             "`saflex_loss` computes from the logits of `saflex_forward`."
         )
 
+    def say_no_engine(self, settings: Settings) -> None:
+        """Warn of settings that only matter where gradients are matched."""
+        given = [
+            f"`{name}`"
+            for name in ("engine", "params")
+            if getattr(settings, name) != getattr(Settings(), name)
+        ]
+        if given and not settings.solves:
+            self.say(
+                f"Expected a weight or label rule that learns from gradients beside "
+                f"{' and '.join(given)}, but weight_rule='ones' and label_rule='keep' need none. "
+                "The run goes on without; pass preset='gradient', or leave the setting out."
+            )
+
     def tell_of_unions(self) -> None:
         """Tell, once, what measured better than batches of augmented rows alone."""
         if "unions" not in self._said:

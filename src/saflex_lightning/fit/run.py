@@ -87,6 +87,7 @@ class Fit:
         """
         self.ranks = Ranks(trainer.global_rank, trainer.world_size)
         self._loader, self._keep_batch_size = loader, keep_batch_size
+        self.report.say_no_engine(self.settings)
         self.served = serve(module)
         check_initialised(module)
         check_saved_gradient(self.gradient.state_dict(), self.matching.names, module)

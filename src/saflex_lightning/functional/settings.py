@@ -38,7 +38,8 @@ class Settings:
             last linear layer, in closed form), ``"forward_mode"`` (exact, all parameters),
             ``"finite_difference"`` (first order, all parameters), or ``"auto"``: ``"head"`` where
             a linear layer makes the scores, else ``"forward_mode"`` for the layer that makes them,
-            and for tuples of scores for all parameters.
+            and for tuples of scores for all parameters. Without effect, which is said, where
+            nothing is learned from gradients; so is ``params``.
         params: Name patterns of the parameters to match, such as ``"head.*"``; None leaves the
             choice to the engine, among those that an optimizer holds. Each new gradient looks
             anew, so fine-tuning schedules may freeze and unfreeze.
@@ -106,12 +107,6 @@ class Settings:
             for name, (wanted, accepts) in _ALLOWED.items()
             if not accepts(getattr(self, name))
         ]
-        if not self.solves and (self.engine != "auto" or self.params is not None):
-            problems.append(
-                "Expected a weight or label rule that learns from gradients beside `engine` or "
-                "`params`, but got weight_rule='ones' and label_rule='keep', which need none. Pass "
-                "preset='gradient', or leave them out."
-            )
         if problems:
             raise ValueError(" ".join(problems))
 

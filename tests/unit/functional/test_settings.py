@@ -122,17 +122,6 @@ def test_edges_of_the_ranges_are_accepted(edge) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"engine": "head"}, {"params": ["head.*"]}, {"engine": "auto", "params": ["*"]}]
-)
-def test_engine_and_params_need_a_rule_that_learns_from_gradients(settings) -> None:
-    with pytest.raises(ValueError, match=r"beside `engine` or `params`.*preset='gradient', or"):
-        make_settings("robust", **settings)
-    for rule in ({"weight_rule": "positive"}, {"label_rule": "softmax"}):
-        assert {**ROBUST, **settings, **rule} == asdict(make_settings(**settings, **rule))
-    assert {**GRADIENT, **settings} == asdict(make_settings("gradient", **settings))
-
-
-@pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
         ("score_space", "probabilities", "one of log_probs, logits, probs"),

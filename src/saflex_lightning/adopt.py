@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .batch import AugmentedBatch
 from .engines.untouched import untouched_generators
+from .functional.looking import looking_is_free
 from .functional.losses import LossOptions, check_target
 from .module import Edited, Reading, SAflexMixin
 from .step import Step
@@ -221,7 +222,7 @@ class Adopted:
                     "computes several, and which one to refine cannot be told. Derive the module "
                     "from `SAflexMixin` and name it by `saflex_forward` and `saflex_loss`."
                 )
-            look = not self._has_looked or call.target.device.type == "cpu"
+            look = not self._has_looked or looking_is_free(call.target)
             _check_call(call, batch, look=look)
             self._has_looked = True
             step.end(call.input)
@@ -268,7 +269,7 @@ def _check_call(call: LossCall, batch: Any, *, look: bool) -> None:
     if isinstance(batch, AugmentedBatch) and call.target is not batch.target:
         expected = batch.target
         same = expected is not None and expected.shape == call.target.shape
-        if not same or not bool((expected == call.target).all()):
+        if expected is None or not same or (look and not torch.equal(expected, call.target)):
             raise MisconfigurationException(
                 "Expected the loss to see the rows of the `AugmentedBatch` in their order, but its "
                 "target is another one than that of the batch. Mix or permute rows before the "

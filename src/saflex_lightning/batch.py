@@ -105,29 +105,26 @@ def check_rows(batch: AugmentedBatch) -> None:
     Raises:
         ValueError: The message names the field, the row and the value.
     """
-    size = len(batch.augmented)
-    checks: list[tuple[str, Tensor | None, Any, str]] = [
-        ("group", batch.group, lambda group: group < 0, "at least 0"),
-        (
-            "source",
-            batch.source,
-            lambda source: (source < -1) | (source >= size),
-            f"a row of the batch, in 0 to {size - 1}, or -1",
-        ),
-        (
-            "source",
-            batch.source,
-            lambda source: (source >= 0) & batch.augmented[source],
-            "a clean row of the batch, or -1",
-        ),
-    ]
-    for name, values, is_wrong, wanted in checks:
-        if values is not None and bool((wrong := is_wrong(values)).any()):
-            row = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"Expected `AugmentedBatch.{name}` to be {wanted}, but got {int(values[row])} in "
-                f"row {row}. Mend the data pipeline."
-            )
+    augmented = batch.augmented.cpu().numpy()
+    size = len(augmented)
+    if batch.group is not None:
+        group = batch.group.cpu().numpy()
+        _refuse_rows("group", group, group < 0, "at least 0")
+    if batch.source is not None:
+        source = batch.source.cpu().numpy()
+        wanted = f"a row of the batch, in 0 to {size - 1}, or -1"
+        _refuse_rows("source", source, (source < -1) | (source >= size), wanted)
+        wrong = (source >= 0) & augmented[source]
+        _refuse_rows("source", source, wrong, "a clean row of the batch, or -1")
+
+
+def _refuse_rows(name: str, values: Any, wrong: Any, wanted: str) -> None:
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"Expected `AugmentedBatch.{name}` to be {wanted}, but got {values[row]} in row {row}. "
+            "Mend the data pipeline."
+        )
 
 
 def row_field(

@@ -16,6 +16,7 @@ from .engines.head import same_values
 from .engines.untouched import unwritten
 from .evidence.evidence import GatheredRows
 from .functional.contrastive import contrastive_target
+from .functional.looking import looking_is_free
 from .functional.losses import (
     LossOptions,
     Scores,
@@ -88,7 +89,6 @@ class SolvedTask:
     solution: SAflexSolution
     target: Tensor
     augmented: Tensor  # without the rows that were turned down
-    passed: Tensor | None  # share of the augmented rows that were not; None without gates
     rows: StepRows
 
 
@@ -207,9 +207,10 @@ class Step:
             for scores, jvp in zip(given, call.jvp, strict=True)
         ]
         losses, self.tasks = zip(*tasks, strict=True)
-        self.finite = torch.stack([task.solution.finite for task in self.tasks]).all()
+        finite = [task.solution.finite for task in self.tasks]
+        self.finite = finite[0] if len(finite) == 1 else torch.stack(finite).all()
         self.seconds += time.perf_counter() - started
-        return torch.stack(losses).mean()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def _solve(
         self,
@@ -225,32 +226,35 @@ class Step:
         fit, size = self.fit, len(scores)
         contrastive = target is None
         target = contrastive_target(scores) if target is None else target
-        check_target(target, scores, values=target.device.type == "cpu")
+        check_target(target, scores, values=looking_is_free(target))
         # Where each process scores its own pairs alone, a column means something else on each.
         ranks = Ranks() if contrastive and scores.shape[0] == scores.shape[1] else fit.ranks
         mask = row_field(self.batch, "augmented", augmented, size)
         self.is_masked = mask is not None
         mask = torch.ones(size, dtype=torch.bool, device=scores.device) if mask is None else mask
-        left, passed, dropped, gathered = mask, None, None, None
+        left, kept, dropped, gathered = mask, mask, None, None
         told = self._told(group, index, None if contrastive else target, mask)
         if fit.evidence is not None:
             group, index, rejected = told.group, told.index, self._rejected(told)
-            if self._places is not None and self._given_way is not None:
-                left, target = mask & ~self._given_way, target[self._places]
-                index = None if index is None else index[self._places]
             if rejected is not None:
+                kept = mask & ~rejected
+                if self._places is not None and self._given_way is not None:
+                    left, target = mask & ~self._given_way, target[self._places]
+                    index = None if index is None else index[self._places]
                 dropped = rejected & left
-                passed = (mask & ~rejected).sum() / mask.sum().clamp(min=1)
-                passed = torch.where(mask.any(), passed, 1)
         with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
             wide = widen(scores.detach())
+            if fit.evidence is not None:
+                gathered = fit.evidence.weigh(
+                    self.number, wide, target, left, group, index, dropped, options, fit.ranks
+                )
             if jvp is None:
-                solution = unrefined(wide, target, left)
+                solution = unrefined(wide, target, left, gathered)
             else:
-                finite = wide.isfinite().all(-1)
-                usable = fit.gradient.is_usable(self.number) & (finite | ~left).all()
+                jvp = jvp + (wide - wide).sum(-1, keepdim=True)  # no number where scores are none
                 solution = solve(
-                    jvp.masked_fill(~usable, torch.nan),  # the solve then skips itself
+                    # Where it is no number the solve skips itself.
+                    jvp.masked_fill(~fit.gradient.is_usable(self.number), torch.nan),
                     torch.softmax(wide, -1),
                     target,
                     left,
@@ -259,10 +263,6 @@ class Step:
                     options=options,
                     generator=self.generator,
                     ranks=ranks,
-                )
-            if fit.evidence is not None:
-                gathered = fit.evidence.weigh(
-                    self.number, wide, target, left, group, index, dropped, options, fit.ranks
                 )
                 if gathered is not None:
                     solution = with_evidence(solution, gathered)
@@ -274,15 +274,15 @@ class Step:
             if options.class_weight is not None and target.ndim == 1:
                 share = share * options.class_weight[target.long()]  # as F.cross_entropy averages
             total = fit.ranks.sum(share.sum())
-        loss = weighted_cross_entropy(
-            scores, solution.soft_labels, weights, **options._asdict(), total=total
-        )
+        labels = solution.soft_labels if fit.solves else target
+        loss = weighted_cross_entropy(scores, labels, weights, **options._asdict(), total=total)
         rows = told._replace(
             **suggestions(solution, gathered, fit.settings.label_rule),
             weights=weights,
-            kept=left if dropped is None else left & ~dropped,
+            kept=kept,
         )
-        return fit.ranks.size * loss, SolvedTask(solution, target, left, passed, rows)
+        loss = fit.ranks.size * loss if fit.ranks.size > 1 else loss
+        return loss, SolvedTask(solution, target, left, rows)
 
     def _told(
         self, group: Tensor | None, index: Tensor | None, target: Tensor | None, mask: Tensor
@@ -350,9 +350,13 @@ class Step:
         return call
 
 
-def unrefined(scores: Tensor, target: Tensor, augmented: Tensor) -> SAflexSolution:
-    """Return the solution that leaves every row as it is."""
+def unrefined(
+    scores: Tensor, target: Tensor, augmented: Tensor, rows: GatheredRows | None
+) -> SAflexSolution:
+    """Return the solution that keeps labels; all rows are worth the same without evidence."""
     labels = dense_target(target, scores.shape[-1], scores.dtype)
+    if rows is not None:
+        return SAflexSolution(rows.weights, labels, rows.products, rows.rms, rows.finite)
     ones, zeros = torch.ones_like(scores[:, 0]), torch.zeros_like(scores)
     finite = (scores.isfinite().all(-1) | ~augmented).all()
     return SAflexSolution(ones, labels, zeros, zeros.sum(), finite)

@@ -28,53 +28,97 @@ class RowEvidence(NamedTuple):
 class RowAverages:
     """Average a number of each row over its visits; rows are known by their index.
 
-    Only indices that occur are held, whatever their size, on the CPU and the same on all ranks.
+    Only indices that occur are held, whatever their size, where the rows are and the same on all
+    ranks. What steps tell waits until it is taken in, so that a step finds its rows without waiting
+    for the device.
     """
 
     def __init__(self) -> None:
         self._index = torch.zeros(0, dtype=torch.int64)  # sorted
-        self._sums = torch.zeros(2, 0, dtype=torch.float64)  # of the numbers, and of visits
+        self._sums = torch.zeros(2, 0)  # of the numbers, and of visits
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # index and what is new, of each step
 
     def update(self, index: Tensor, values: Tensor, counted: Tensor, ranks: Ranks) -> Tensor:
-        """Take in the numbers of one step, of this rank and of the others.
+        """Let the numbers of one step wait, and return the averages of its rows with them.
 
-        Returns the averages of this rank's rows, ``(rows,)`` like ``values``; the value itself for
-        a row that was never ``counted``. What is not finite is left out.
+        These are ``(rows,)`` like ``values``; the value itself for a row that was never
+        ``counted``. What is not finite is left out.
         """
-        counted = counted & values.isfinite()
-        rows = torch.stack([torch.where(counted, values, 0), counted], 1).to(torch.float64)
-        room = ranks.most_rows(rows)
-        rows = ranks.gather(rows, room).cpu()
-        counts = rows[:, 1] > 0
-        places = self._places_of(ranks.gather(index, room).cpu()[counts])
-        visits = torch.zeros_like(self._sums).index_add_(1, places, rows[counts].T)
-        self._sums = torch.where(visits[1] > 0, _DECAY * self._sums + visits, self._sums)
-        if not len(self._index):
-            return values
-        own = torch.searchsorted(self._index, index.cpu()).clamp(max=len(self._index) - 1)
-        known = (self._index[own] == index.cpu()).to(values.device)
-        sums, visits = self._sums[:, own]
-        return torch.where(known, (sums / visits).to(values), values)
+        if not self._sums.shape[1]:
+            self._index, self._sums = self._index.to(index.device), self._sums.to(values)
+        counted = counted & (values.abs() < torch.inf)
+        new = torch.stack([torch.where(counted, values, 0), counted])
+        sums = new
+        if len(self._index):
+            own = torch.searchsorted(self._index, index).clamp(max=len(self._index) - 1)
+            known = self._index[own] == index
+            sums = torch.add(new, self._sums[:, own] * known, alpha=_DECAY)
+        if ranks.size > 1:
+            room = ranks.most_rows(values)
+            index, new = ranks.gather(index, room), ranks.gather(new.T, room).T
+        self._waiting.append((index, new))
+        totals, visits = sums
+        return torch.where(visits > 0, totals / visits, values)
+
+    def take_in(self) -> None:
+        """Take in what waits; this looks at values."""
+        self._index, self._sums = self._with_waiting()
+        self._waiting = []
 
     def read(self) -> RowEvidence:
         """Return the average of every index."""
-        sums, visits = self._sums
-        return RowEvidence(self._index, sums / visits)
+        index, (sums, visits) = self._with_waiting()
+        return RowEvidence(index.cpu(), (sums / visits).cpu().double())
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""
-        return {"index": self._index, "sums": self._sums}
+        index, new = zip(*self._waiting, strict=True) if self._waiting else ((), ())
+        return {
+            "index": self._index,
+            "sums": self._sums,
+            "waiting_index": index or None,
+            "waiting": new or None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._index, self._sums = state["index"], state["sums"]
+        if state["waiting"] is not None:
+            self._waiting = list(zip(state["waiting_index"], state["waiting"], strict=True))
 
-    def _places_of(self, wanted: Tensor) -> Tensor:
-        """Return where indices are held, having made room for new ones."""
-        known = torch.isin(wanted, self._index)
-        if not bool(known.all()):
-            merged = torch.cat([self._index, wanted[~known]]).unique()
-            sums = self._sums.new_zeros(2, len(merged))
-            sums[:, torch.searchsorted(merged, self._index)] = self._sums
-            self._index, self._sums = merged, sums
-        return torch.searchsorted(self._index, wanted)
+    def to(self, device: torch.device) -> None:
+        """Move to where the rows will be."""
+        self._index, self._sums = self._index.to(device), self._sums.to(device)
+        self._waiting = [(index.to(device), new.to(device)) for index, new in self._waiting]
+
+    def _with_waiting(self) -> tuple[Tensor, Tensor]:
+        """Return indices and sums with those that wait, in new tensors."""
+        counted = [new[1] > 0 for _, new in self._waiting]
+        waiting = [
+            (index[those], new[:, those])
+            for (index, new), those in zip(self._waiting, counted, strict=True)
+        ]
+        index, sums = self._index, self._sums
+        if waiting:
+            index, sums = _with_room(index, sums, torch.cat([rows for rows, _ in waiting]))
+        for rows, new in waiting:
+            places = torch.searchsorted(index, rows)
+            sums.index_copy_(1, places, _DECAY * sums[:, places])
+            sums.index_add_(1, places, new)
+        return index, sums
+
+
+def _with_room(index: Tensor, sums: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sorted indices, the wanted ones among them, and their sums, in new tensors."""
+    new = wanted.unique()
+    if len(index):
+        places = torch.searchsorted(index, new).clamp(max=len(index) - 1)
+        new = new[index[places] != new]
+    if not len(new):
+        return index, sums.clone()
+    places = torch.searchsorted(index, new) + torch.arange(len(new), device=new.device)
+    is_old = torch.ones(len(index) + len(new), dtype=torch.bool, device=index.device)
+    is_old[places] = False
+    merged, grown = index.new_empty(len(is_old)), sums.new_zeros(2, len(is_old))
+    merged[places], merged[is_old], grown[:, is_old] = new, index, sums
+    return merged, grown

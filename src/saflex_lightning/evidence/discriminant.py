@@ -85,11 +85,11 @@ def best_temperature(scores: Tensor, residuals: Tensor, labels: Tensor, present:
     """Return the tau under which each half of the rows is most likely by the other half, scalar."""
     choices = scores.new_tensor(_TEMPERATURES)
     even = (torch.arange(len(scores), device=scores.device) % 2 == 0).to(scores.dtype)
-    likelihoods = torch.zeros_like(choices)
-    for half in (even, 1 - even):
+
+    def likelihoods(half: Tensor) -> Tensor:
         h, r, y = (part * half.unsqueeze(1) for part in (scores, residuals, labels))
         logits, _ = fit_discriminant(h, r, y, present * half).judge(scores)
         tempered = torch.log_softmax(choices.view(-1, 1, 1) * logits, -1)
-        others = labels * (1 - half).unsqueeze(1)
-        likelihoods = likelihoods + (tempered * others).sum((1, 2))
-    return choices[likelihoods.argmax()]
+        return (tempered * (labels - y)).sum((1, 2))
+
+    return choices[torch.vmap(likelihoods)(torch.stack([even, 1 - even])).sum(0).argmax()]

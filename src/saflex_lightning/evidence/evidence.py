@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from saflex_lightning.functional.looking import looking_is_free
 from saflex_lightning.functional.losses import LossOptions
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.solve import loss_inner_products
@@ -15,7 +17,7 @@ from .averages import RowAverages
 from .discriminant import Discriminant, best_temperature, fit_discriminant
 from .gates import Gates
 from .memory import ValidationMemory
-from .weights import GroupWeights, log_likelihoods
+from .weights import Array, GroupWeights, log_likelihoods
 
 __all__ = ["Evidence", "GatheredRows", "GroupEvidence", "Judgement"]
 
@@ -99,14 +101,15 @@ class Evidence:
         self.averages = RowAverages()
         self.rule = GroupWeights(is_on=weighs_rows)
         self.gates = Gates() if has_gates else None
-        self.seen = torch.zeros(0)  # augmented rows of each group so far, ``(groups,)``
-        self.mean_weights = torch.zeros(0)  # of the newest step that showed the group
+        self.seen = np.zeros(0)  # augmented rows of each group so far, ``(groups,)``
+        self.mean_weights = np.zeros(0)  # of the newest step that showed the group
+        self.is_alone = True  # whether no clean row was shown when validation rows were last seen
+        self._alone = True  # the same, of now
         self._discriminant: Discriminant | None = None
         self._log_temperature: Tensor | None = None
         self._fitted = 0  # the step at which it was
         self._has_looked = False
-        self._alone = torch.tensor(True)  # whether no step has shown a clean row yet
-        self._is_alone = True  # the same, as of the newest validation rows, without waiting
+        self._waiting: list[tuple[int, Tensor]] = []  # numbers of steps, and what they showed
 
     def start(self, names: Sequence[str], num_rows: int | None, device: torch.device) -> None:
         """Take the groups of a fit and the number of its validation rows, where they are known.
@@ -123,13 +126,13 @@ class Evidence:
         self.names = tuple(names)
         groups = max(len(names), 2) if names else _UNNAMED
         self.memory.start(num_rows, device)
-        self.rule.start(groups, device)
+        self.averages.to(device)
+        self.rule.start(groups)
         if self.gates is not None:
-            self.gates.start(groups, device)
+            self.gates.start(groups)
         if not len(self.seen):
-            self.seen, self.mean_weights = torch.zeros(groups), torch.ones(groups)
-        self.seen, self.mean_weights = self.seen.to(device), self.mean_weights.to(device)
-        self._alone = self._alone.to(device)
+            self.seen, self.mean_weights = np.zeros(groups), np.ones(groups)
+        self._waiting = [(number, sums.to(device)) for number, sums in self._waiting]
         if self._discriminant is not None:
             self._discriminant = Discriminant(*(part.to(device) for part in self._discriminant))
         if self._log_temperature is not None:
@@ -140,7 +143,12 @@ class Evidence:
     def remember(
         self, number: int, scores: Tensor, residuals: Tensor, labels: Tensor, ranks: Ranks
     ) -> None:
-        """Take validation rows in before a step, and fit a new discriminant where it is due."""
+        """Take validation rows in before a step, and fit a new discriminant where it is due.
+
+        What steps have shown is taken in as well: this is when the device is waited for.
+        """
+        self._take_in()
+        self.averages.take_in()
         self.memory.add(scores, residuals, labels, ranks)
         if self._discriminant is None or number >= self._fitted + _REFIT:
             rows = self.memory.read()
@@ -149,7 +157,7 @@ class Evidence:
                 newest = _KEPT * self._log_temperature + (1 - _KEPT) * newest
             self._log_temperature, self._fitted = newest, number
             self._discriminant = fit_discriminant(*rows)
-        self._is_alone = bool(self._alone)
+        self.is_alone = self._alone
 
     def forget(self) -> None:
         """Let go of validation rows whose residuals are those of another loss."""
@@ -159,8 +167,8 @@ class Evidence:
     # Training rows
 
     def draw(self, group: Tensor, augmented: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Draw which rows are rejected; None without gates."""
-        if self.gates is None:
+        """Draw which rows are rejected; None where every gate is open."""
+        if self.gates is None or self.gates.all_open:
             return None
         return self.gates.draw(self._group(group, augmented), generator) & augmented
 
@@ -185,37 +193,39 @@ class Evidence:
         if self._discriminant is None:
             return None
         group = self._group(group, augmented)
-        classes, alone = scores.shape[-1], self._is_alone
-        finite = usable = scores.isfinite().all(1)
+        classes, alone = scores.shape[-1], self.is_alone
+        posteriors, given, products, suggested = self.judge(scores, target, options)
+        useless = (posteriors + given).isnan()  # of scores that are not finite
+        failed = useless & augmented
         if dropped is not None:
-            usable = usable & ~dropped
-        judged = augmented & usable
-        scores = scores.masked_fill(~usable.unsqueeze(1), 0)
-        posteriors, given, products, suggested = self.judge(scores, target, augmented, options)
+            useless = useless | dropped
+        ignored = useless | ~augmented
         if index is not None and self.rule.is_on:
-            posteriors = self.averages.update(index, posteriors, judged, ranks)
+            posteriors = self.averages.update(index, posteriors, ~ignored, ranks)
         log_beliefs = self.rule.log_beliefs(posteriors, group, classes, alone=alone)
         log_weights, own = self.rule.log_weights(log_beliefs, group)
-        weights, trust = torch.stack([log_weights, own]).masked_fill(~judged, 0).exp()
-        both = weights * torch.stack([given, log_beliefs])
-        square = products.square().mean(-1)
+        weights, trust = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)
-        columns = [weights, *both, both[0] * log_beliefs, trust, trust * given, ones, square]
+        shares = torch.stack([weights, weights, weights, weights, trust, trust, ones, ones], 1)
+        values = [ones, log_beliefs, given, given * log_beliefs, ones, given, ones]
+        columns = shares * torch.stack([*values, products.square().mean(-1)], 1)
         if alone and self.rule.is_on:
-            columns += log_likelihoods(posteriors, classes).unbind(1)
-        rows = torch.stack(columns, 1).masked_fill(~usable.unsqueeze(1), 0)
-        sums = rows.new_zeros(len(self.seen), rows.shape[1]).index_add_(0, group, rows)
-        rms = self._learn(number, ranks.sum(sums), alone=alone)
+            columns = torch.cat([columns, log_likelihoods(posteriors, classes)], 1)
+        places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
+        sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
+        sums = ranks.sum(sums.index_add_(0, places, columns)[:-1])
+        self._waiting.append((number, sums))
+        if looking_is_free(sums):
+            self._take_in()
         if alone and number < _WARM_UP_ALONE:
             weights = ones
-        products = (products / rms.clamp(min=_FLOOR)).masked_fill(~judged.unsqueeze(1), 0)
-        suggested = suggested.masked_fill(~usable, -1)
-        finite = (finite | ~augmented).all()
-        return GatheredRows(weights, products, rms, finite, suggested, posteriors)
+        count, squares = sums[:, 6:8].sum(0)
+        rms = (squares / count.clamp(min=1)).sqrt()
+        products = (products / rms.clamp(min=_FLOOR)).masked_fill(ignored.unsqueeze(1), 0)
+        suggested = suggested.masked_fill(useless, -1)
+        return GatheredRows(weights, products, rms, ~failed.any(), suggested, posteriors)
 
-    def judge(
-        self, scores: Tensor, target: Tensor, augmented: Tensor, options: LossOptions
-    ) -> Judgement:
+    def judge(self, scores: Tensor, target: Tensor, options: LossOptions) -> Judgement:
         """Return what the discriminant thinks of rows; of clean ones too."""
         assert self._discriminant is not None
         assert self._log_temperature is not None
@@ -240,66 +250,68 @@ class Evidence:
         """
         if group is None:
             return augmented.long()
-        if group.device.type == "cpu" or not self._has_looked:
+        if looking_is_free(group) or not self._has_looked:
             self._has_looked = True
-            most = len(self.seen) - 1
-            wrong = augmented & ((group < 1) | (group > most))
-            if bool(wrong.any()):
-                row = int(wrong.nonzero()[0])
-                named = f"there are {most + 1} group names" if self.names else "none is named"
-                raise ValueError(
-                    f"Expected the group of every augmented row to be in 1 to {most}, as {named}, "
-                    f"but got {int(group[row])} in row {row}. Tell which operation made each row "
-                    "in `AugmentedBatch.group`, and name all with `saflex_group_names()`."
-                )
+            self._check(group, augmented)
         return torch.where(augmented, group, 0)
 
-    def _learn(self, number: int, sums: Tensor, *, alone: bool) -> Tensor:
-        """Learn from the sums of a step, and return the root mean square of its products."""
-        v, vs, vl, vsl, u, us, count, squares = sums[:, :8].unbind(1)
-        rms = (squares.sum() / count.sum().clamp(min=1)).sqrt()
-        scale = rms.clamp(min=_FLOOR)
-        total, present = v.sum().clamp(min=_FLOOR), count > 0
-        taught = present[1:].any().to(torch.float32)
-        if self.rule.is_on:
-            if alone:
-                self.rule.watch(_of_groups(sums[:, 8:]), taught)
+    def _check(self, group: Tensor, augmented: Tensor) -> None:
+        most, groups = len(self.seen) - 1, group.cpu().numpy()
+        wrong = augmented.cpu().numpy() & ((groups < 1) | (groups > most))
+        if wrong.any():
+            row = int(wrong.argmax())
+            named = f"there are {most + 1} group names" if self.names else "none is named"
+            raise ValueError(
+                f"Expected the group of every augmented row to be in 1 to {most}, as {named}, "
+                f"but got {groups[row]} in row {row}. Tell which operation made each row "
+                "in `AugmentedBatch.group`, and name all with `saflex_group_names()`."
+            )
+
+    def _take_in(self) -> None:
+        """Learn from what steps have shown; this looks at values."""
+        waiting, self._waiting = self._waiting, []
+        for number, sums in waiting:
+            self._learn(number, sums.cpu().double().numpy())
+
+    def _learn(self, number: int, sums: Array) -> None:
+        """Learn from the sums of a step, ``(groups, columns)``."""
+        v, vl, vs, vsl, u, us, count, squares = sums[:, :8].T
+        scale = max((squares.sum() / max(count.sum(), 1)) ** 0.5, _FLOOR)
+        total, present = max(v.sum(), _FLOOR), count > 0
+        if self.rule.is_on and present[1:].any():
+            if self.is_alone:
+                self.rule.watch(_of_groups(sums[:, 8:]))
             if number >= _WARM_UP:
                 mean = vs.sum() / total
-                power, slope = torch.stack([vsl - mean * vl, vs - mean * v]) / (scale * total)
-                slope = torch.zeros_like(slope) if alone else _of_groups(slope)
-                self.rule.ascend(_of_groups(power), slope, taught)
-        if self.gates is not None and not alone and number >= _WARM_UP:
-            self.gates.update(us / (scale * u.clamp(min=_FLOOR)), present)
-        self._alone = self._alone & ~present[0]
-        self.seen = self.seen + count.to(self.seen)
-        newest = (v / count.clamp(min=1)).to(self.mean_weights)
-        self.mean_weights = torch.where(present, newest, self.mean_weights)
-        return rms
+                power, slope = np.stack([vsl - mean * vl, vs - mean * v]) / (scale * total)
+                slope = np.zeros_like(slope) if self.is_alone else _of_groups(slope)
+                self.rule.ascend(_of_groups(power), slope)
+        if self.gates is not None and not self.is_alone and number >= _WARM_UP:
+            self.gates.update(us / (scale * u.clip(_FLOOR)), present)
+        self._alone = self._alone and not present[0]
+        self.seen = self.seen + count
+        self.mean_weights = np.where(present, v / count.clip(1), self.mean_weights)
 
     # What was learned
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return each group's share of rows that pass, and mean weight of its rows, by its name.
-
-        Looks at which groups there are where they have no names, which waits for the device.
-        """
+        """Return each group's share of rows that pass, and mean weight of its rows, by its name."""
         found: dict[str, Tensor] = {}
         names = self.names or [f"group {number}" for number in range(len(self.seen))]
         numbers = range(1, len(names))
-        for number in numbers if self.names else [n for n in numbers if bool(self.seen[n])]:
-            if self.gates is not None and self.gates.log_weights is not None:
-                found[f"gate/{names[number]}"] = self.gates.log_weights[number].exp()
+        for number in numbers if self.names else [n for n in numbers if self.seen[n]]:
+            if self.gates is not None:
+                found[f"gate/{names[number]}"] = torch.tensor(self.gates.passing[number])
             if self.rule.is_on:
-                found[f"weight/{names[number]}"] = self.mean_weights[number]
+                found[f"weight/{names[number]}"] = torch.tensor(self.mean_weights[number])
         return found
 
     def read_groups(self) -> GroupEvidence | None:
         """Return what the newest steps tell of each group; None without gates."""
         if self.gates is None or self.gates.log_weights is None:
             return None
-        gate = self.gates.log_weights.exp()
-        return GroupEvidence(self.names or (), gate, *self.gates.read(), self.gates.steps)
+        columns = (self.gates.passing, *self.gates.read(), self.gates.steps)
+        return GroupEvidence(self.names or (), *(torch.from_numpy(part.copy()) for part in columns))
 
     # Checkpoints
 
@@ -311,13 +323,15 @@ class Evidence:
             "rows": self.averages.state_dict(),
             "rule": self.rule.state_dict(),
             "gates": self.gates and self.gates.state_dict(),
-            "seen": self.seen,
-            "mean_weights": self.mean_weights,
+            "seen": torch.from_numpy(self.seen),
+            "mean_weights": torch.from_numpy(self.mean_weights),
+            "waiting_numbers": [number for number, _ in self._waiting],
+            "waiting": tuple(sums for _, sums in self._waiting) or None,
             "discriminant": self._discriminant and tuple(self._discriminant),
             "log_temperature": self._log_temperature,
             "fitted": self._fitted,
             "alone": self._alone,
-            "is_alone": self._is_alone,
+            "is_alone": self.is_alone,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -328,14 +342,15 @@ class Evidence:
         self.rule.load_state_dict(state["rule"])
         if self.gates is not None and state["gates"] is not None:
             self.gates.load_state_dict(state["gates"])
-        self.seen, self.mean_weights = state["seen"], state["mean_weights"]
+        self.seen, self.mean_weights = (state[n].numpy() for n in ("seen", "mean_weights"))
+        self._waiting = list(zip(state["waiting_numbers"], state["waiting"] or (), strict=True))
         parts = state["discriminant"]
         self._discriminant = None if parts is None else Discriminant(*parts)
         self._log_temperature = state["log_temperature"]
         self._fitted = state["fitted"]
-        self._alone, self._is_alone = state["alone"], state["is_alone"]
+        self._alone, self.is_alone = state["alone"], state["is_alone"]
 
 
-def _of_groups(values: Tensor) -> Tensor:
+def _of_groups(values: Array) -> Array:
     """Return values of groups with 0 for the clean rows, of which nothing is learned."""
-    return torch.cat([torch.zeros_like(values[:1]), values[1:]])
+    return np.concatenate([np.zeros_like(values[:1]), values[1:]])

@@ -18,13 +18,16 @@ clean ones. The weight is
 where s is the gradient inner product of the given label over the root mean square of all of them.
 """
 
-import math
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["GroupWeights", "beliefs", "log_likelihoods"]
+__all__ = ["Array", "GroupWeights", "beliefs", "host_copy", "log_likelihoods"]
+
+Array = NDArray[np.float64]
 
 _NOISE = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MEMORY = 30  # steps in which a group's likelihoods fade
@@ -39,6 +42,8 @@ _SURE = 1e-4  # posteriors are between this and 1 minus this
 class GroupWeights:
     """Two numbers per group, learned, and the likelihood of each share of wrong labels.
 
+    They live on the host; what a batch needs of them is copied to where it is.
+
     Args:
         is_on: Otherwise all weights are 1.
     """
@@ -49,22 +54,19 @@ class GroupWeights:
             "powers": None,  # a, (groups,)
             "offsets": None,  # b, (groups,)
             "moments": None,  # of Adam: mean and square of the gradients of both, (2, 2, groups)
-            "steps": None,  # of Adam, scalar int64
+            "steps": 0,  # of Adam
             "likelihoods": None,  # of each share of wrong labels, in logarithms, (groups, shares)
         }
+        self._copies: dict[str, Tensor] = {}  # of what batches need, until it changes
 
-    def start(self, num_groups: int, device: torch.device) -> None:
+    def start(self, num_groups: int) -> None:
         """Make the numbers of a fit, unless a checkpoint brought them."""
         state = self._state
         if state["powers"] is None:
-            state["powers"] = torch.ones(num_groups)
-            state["offsets"] = torch.zeros(num_groups)
-            state["moments"] = torch.zeros(2, 2, num_groups)
-            state["steps"] = torch.zeros(())
-            state["likelihoods"] = torch.zeros(num_groups, len(_NOISE))
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                state[name] = value.to(device)
+            state["powers"], state["offsets"] = np.ones(num_groups), np.zeros(num_groups)
+            state["moments"] = np.zeros((2, 2, num_groups))
+            state["likelihoods"] = np.zeros((num_groups, len(_NOISE)))
+        self._copies.clear()
 
     def log_beliefs(
         self, posteriors: Tensor, group: Tensor, classes: int, *, alone: bool
@@ -72,7 +74,7 @@ class GroupWeights:
         """Return log r of rows, whose labels have these posteriors, ``(rows,)``."""
         posteriors = posteriors.clamp(_SURE, 1 - _SURE)
         if alone:
-            shares = self._state["likelihoods"].softmax(1)[group].to(posteriors)
+            shares = self._copy("likelihoods", posteriors).softmax(1)[group]
             posteriors = (beliefs(posteriors, classes) * shares).sum(1).clamp(min=_SURE)
         return posteriors.log()
 
@@ -80,44 +82,60 @@ class GroupWeights:
         """Return log v of rows, and what of it is due to the row and not to its group's offset."""
         if not self.is_on:
             return torch.zeros_like(log_beliefs), torch.zeros_like(log_beliefs)
-        own = self._state["powers"].clamp(min=0)[group].to(log_beliefs) * log_beliefs
-        return (own + self._state["offsets"][group].to(own)).clamp(max=_MOST), own
+        powers, offsets = self._copy("numbers", log_beliefs)[:, group]
+        own = powers * log_beliefs
+        return (own + offsets).clamp(max=_MOST), own
 
-    def ascend(self, powers: Tensor, offsets: Tensor, taught: Tensor) -> None:
-        """Take one step of Adam along the gradients of m, ``(groups,)`` each.
-
-        ``taught`` is 1, or 0 where the step showed no row: then nothing changes.
-        """
+    def ascend(self, powers: Array, offsets: Array) -> None:
+        """Take one step of Adam along the gradients of m, ``(groups,)`` each."""
         state = self._state
-        state["steps"] = state["steps"] + taught
-        gradient = torch.stack([powers, offsets]).nan_to_num(0, 0, 0).to(state["moments"])
-        changed = []
+        state["steps"] += 1
+        gradient = np.nan_to_num(np.stack([powers, offsets]), posinf=0, neginf=0)
+        changed: list[Array] = []
         for moment, new, beta in zip(
-            state["moments"], (gradient, gradient.square()), _BETAS, strict=True
+            state["moments"], (gradient, gradient**2), _BETAS, strict=True
         ):
-            moment.lerp_(new, (1 - beta) * taught)
-            # 1 - beta ** steps; where no step was taken there is nothing to divide.
-            changed.append(moment / -torch.expm1(math.log(beta) * state["steps"].clamp(min=1)))
+            moment += (1 - beta) * (new - moment)
+            changed.append(moment / (1 - beta ** state["steps"]))
         mean, square = changed
-        change = taught * _RATE * mean / (square.sqrt() + _EPSILON)
-        state["powers"] = (state["powers"] + change[0]).clamp(*_POWERS)
-        state["offsets"] = (state["offsets"] + change[1]).clamp(*_OFFSETS)
+        change = _RATE * mean / (np.sqrt(square) + _EPSILON)
+        state["powers"] = (state["powers"] + change[0]).clip(*_POWERS)
+        state["offsets"] = (state["offsets"] + change[1]).clip(*_OFFSETS)
+        self._copies.pop("numbers", None)
 
-    def watch(self, likelihoods: Tensor, taught: Tensor) -> None:
-        """Take in the sums of a step's log-likelihoods, ``(groups, shares)``; see `ascend`."""
-        kept = self._state["likelihoods"] * (1 - taught / _MEMORY)
-        self._state["likelihoods"] = kept + likelihoods.to(kept)
+    def watch(self, likelihoods: Array) -> None:
+        """Take in the sums of a step's log-likelihoods, ``(groups, shares)``."""
+        self._state["likelihoods"] = (1 - 1 / _MEMORY) * self._state["likelihoods"] + likelihoods
+        self._copies.pop("likelihoods", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""
-        moments = self._state["moments"]  # the only one that is updated in place
-        return {**self._state, "moments": None if moments is None else moments.clone()}
+        return {
+            name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+            for name, value in self._state.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._state = dict(state)
-        if state["moments"] is not None:
-            self._state["moments"] = state["moments"].clone()
+        self._state = {
+            name: value.cpu().double().numpy().copy() if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
+        self._copies.clear()
+
+    def _copy(self, name: str, like: Tensor) -> Tensor:
+        """Return the powers and offsets, or the likelihoods, where ``like`` is."""
+        if name not in self._copies:
+            values = self._state["likelihoods"]
+            if name == "numbers":
+                values = np.stack([self._state["powers"].clip(0), self._state["offsets"]])
+            self._copies[name] = host_copy(values, like)
+        return self._copies[name]
+
+
+def host_copy(values: Array, like: Tensor) -> Tensor:
+    """Return numbers of the host like a tensor, without waiting for its device."""
+    return torch.from_numpy(values).to(like.device, like.dtype, non_blocking=True)
 
 
 def beliefs(posteriors: Tensor, classes: int) -> Tensor:

@@ -58,8 +58,10 @@ def read_step(step: Step, val_gradient_norm: Tensor | None, skipped: Tensor) -> 
     tasks: list[dict[str, Tensor]] = []
     for task in step.tasks:
         metrics = solution_metrics(task.solution, task.target, task.augmented)
-        if task.passed is not None:  # rows that the gates turned down count as dropped
-            metrics["kept_fraction"] = task.passed
+        if step.fit.settings.gates:  # rows that they turned down count as dropped
+            shown = task.rows.shown.sum()
+            passed = task.rows.kept.sum() / shown.clamp(min=1)
+            metrics["kept_fraction"] = passed.masked_fill(shown == 0, 1.0)
         tasks.append(metrics)
     return {
         **{name: torch.stack([task[name].float() for task in tasks]).mean() for name in tasks[0]},

@@ -20,6 +20,7 @@ from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
 from saflex_lightning.engines.untouched import extra_pass
 from saflex_lightning.evidence.evidence import Evidence
+from saflex_lightning.functional.looking import looking_is_free
 from saflex_lightning.functional.losses import (
     NO_OPTIONS,
     LossOptions,
@@ -108,7 +109,7 @@ class Fit:
             return None
         started = time.perf_counter()
         if isinstance(batch, AugmentedBatch) and (
-            batch.augmented.device.type == "cpu" or trainer.fit_loop.batch_idx == 0
+            looking_is_free(batch.augmented) or trainer.fit_loop.batch_idx == 0
         ):  # elsewhere a look waits for the device
             check_rows(batch)
         if self._stream is None:
@@ -153,7 +154,7 @@ class Fit:
             self._looked = None
         self.options = step.options
         step.seconds += time.perf_counter() - started
-        return step.finite is not None and not step.finite.is_cuda and not bool(step.finite)
+        return step.finite is not None and looking_is_free(step.finite) and not bool(step.finite)
 
     def _look(
         self,
@@ -170,7 +171,7 @@ class Fit:
             run = partial(self._score, reading)
 
             # Looking at values waits for the device, so on others than the CPU it is done once.
-            look = module.device.type == "cpu" or not self.val_classes
+            look = looking_is_free(self.skipped) or not self.val_classes
 
             def loss(scores: Scores) -> Tensor:
                 check = "values" if look else "shapes"

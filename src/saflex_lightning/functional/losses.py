@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -96,13 +97,14 @@ def widen(tensor: Tensor) -> Tensor:
 def dense_target(target: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     """Return ``(batch,)`` labels or ``(batch, classes)`` probabilities as the latter."""
     if target.ndim == 1:
-        return torch.nn.functional.one_hot(target.long(), num_classes).to(dtype)
+        labels = torch.zeros(len(target), num_classes, dtype=dtype, device=target.device)
+        return labels.scatter_(1, target.long().unsqueeze(1), 1)
     return target.to(dtype)
 
 
 def weighted_cross_entropy(
     logits: Float[Tensor, "batch classes"],
-    soft_labels: Float[Tensor, "batch classes"],
+    labels: Tensor,
     weights: Float[Tensor, " batch"],
     *,
     class_weight: Float[Tensor, " classes"] | None = None,
@@ -116,7 +118,8 @@ def weighted_cross_entropy(
 
     Args:
         logits: Model scores, ``(batch, classes)``.
-        soft_labels: Label distributions y, ``(batch, classes)``; rows sum to 1.
+        labels: Label distributions y, ``(batch, classes)``, whose rows sum to 1; or classes,
+            ``(batch,)`` integers.
         weights: Sample weights w, ``(batch,)``, non-negative.
         class_weight: c, ``(classes,)``; None means 1 for every class.
         label_smoothing: epsilon, in [0, 1).
@@ -134,16 +137,21 @@ def weighted_cross_entropy(
         Ding et al. 2024, Eq. 1 (the loss whose weights and labels are learned).
     """
     log_p = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
-    labels = soft_labels.to(log_p.dtype)
-    if label_smoothing:
-        labels = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
     if class_weight is not None:
-        labels = labels * class_weight.to(log_p)
-    # A class that is ruled out by a score of minus infinity costs nothing where no label is on it.
-    losses = -(labels * log_p.masked_fill(labels == 0, 0)).sum(-1)
+        class_weight = class_weight.to(log_p)
+    if labels.ndim == 1 and not label_smoothing:
+        losses = torch.nn.functional.nll_loss(log_p, labels.long(), class_weight, reduction="none")
+    else:
+        labels = dense_target(labels, log_p.shape[-1], log_p.dtype)
+        if label_smoothing:
+            labels = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
+        if class_weight is not None:
+            labels = labels * class_weight
+        # A class that is ruled out by a score of minus infinity costs nothing without a label.
+        losses = -(labels * log_p.masked_fill(labels == 0, 0)).sum(-1)
     total = weights.sum() if total is None else total
     losses = losses.masked_fill(weights == 0, 0)  # infinite ones too
-    return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
+    return (weights * losses).sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def mean_cross_entropy(
@@ -227,7 +235,8 @@ def check_target(target: Tensor, logits: Tensor, *, values: bool = True) -> None
 
 
 def _check_values(target: Tensor, num_classes: int) -> None:
-    low, high = target.min().item(), target.max().item()
+    values = widen(target).cpu().numpy() if target.is_floating_point() else target.cpu().numpy()
+    low, high = values.min(), values.max()
     if target.ndim == 1 and (low < 0 or high >= num_classes):
         hint = (
             "`ignore_index` is not supported: drop those rows before the loss."
@@ -239,12 +248,11 @@ def _check_values(target: Tensor, num_classes: int) -> None:
             f"{hint}"
         )
     if target.ndim == 2:
-        sums = widen(target).sum(-1)
+        sums = values.sum(-1)
         tolerance = 1e-3 + torch.finfo(target.dtype).eps / 2  # entries may have been rounded
-        if low < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=tolerance):
+        if low < 0 or not np.allclose(sums, 1, rtol=1e-5, atol=tolerance):
             raise ValueError(
                 "Expected rows of `target` to be probabilities that sum to 1, but got values from "
-                f"{low:.3g} and row sums from {sums.min().item():.3g} to "
-                f"{sums.max().item():.3g}. Multi-label (binary cross-entropy) targets are not "
-                "supported; normalise the rows."
+                f"{low:.3g} and row sums from {sums.min():.3g} to {sums.max():.3g}. Multi-label "
+                "(binary cross-entropy) targets are not supported; normalise the rows."
             )

@@ -100,7 +100,8 @@ def solve(
     if augmented is None:
         augmented = torch.ones(probs.shape[0], dtype=torch.bool, device=probs.device)
     rows = augmented.unsqueeze(-1)
-    jvp = torch.where(rows, jvp.to(probs.dtype), 0)
+    clean = ~rows
+    jvp = jvp.to(probs.dtype).masked_fill(clean, 0)
 
     numbers = torch.stack([augmented.sum().to(probs.dtype), jvp.square().sum()])
     sums = ranks.sum(torch.cat([jvp.sum(0), numbers]))
@@ -108,12 +109,12 @@ def solve(
     # Where centring leaves nothing but rounding, that must not be blown up to size 1.
     rounding = 8 * torch.finfo(probs.dtype).eps * (sums[-1] / (count * probs.shape[-1])).sqrt()
     if settings.normalize:
-        jvp = torch.where(rows, jvp - sums[:-2] / count, 0)
+        jvp = (jvp - sums[:-2] / count).masked_fill(clean, 0)
     products = inner_products(jvp, probs, settings.score_space)
     products = loss_inner_products(products, *options)
-    products = torch.where(rows, products, 0)
+    products = products.masked_fill(clean, 0)
     rms = (ranks.sum(products.square().sum()) / (count * probs.shape[-1])).sqrt()
-    finite = torch.isfinite(rms)
+    finite = rms < torch.inf
     if settings.normalize:
         products = products / rms.clamp(min=_FLOOR).maximum(rounding)
 
@@ -129,7 +130,7 @@ def solve(
         balance_classes=balance_classes,
         ranks=ranks,
     )
-    weights = torch.where(augmented & finite, weights, 1)
+    weights = weights.masked_fill(~(augmented & finite), 1)
     return SAflexSolution(weights, soft_labels, products, rms, finite)
 
 
@@ -221,10 +222,9 @@ def learned_weights(
     """
     mask = augmented.to(products.dtype)
     raw = mask * _raw_weights(products, labels, soft_labels, settings.weight_rule)
-    weighted = raw.unsqueeze(-1) * labels
-    sums = torch.stack([(mask.unsqueeze(-1) * labels).sum(0), weighted.sum(0)])
-    rows_of_class, weight_of_class = ranks.sum(sums)
-    count, total = rows_of_class.sum(), weight_of_class.sum()
+    sums = (torch.stack([mask, raw]).unsqueeze(-1) * labels).sum(1)
+    rows_of_class, weight_of_class = sums = ranks.sum(sums)
+    count, total = sums.sum(1)
     if settings.weight_rule == "sigmoid" and balance_classes:
         prior = _CLASS_PRIOR * total / count.clamp(min=1)
         factors = (rows_of_class + _CLASS_PRIOR) / (weight_of_class + prior).clamp(min=_FLOOR)

@@ -14,7 +14,9 @@ KEYS = torch.tensor([-(2**63), -7, 0, 3, 4, 10**6, 2**40, 2**62, 2**63 - 1])
 def update(averages, index, values, counted=None, ranks=ALONE):
     index, values = torch.as_tensor(index), torch.as_tensor(values)
     counted = torch.ones(len(values), dtype=torch.bool) if counted is None else counted
-    return averages.update(index, values, torch.as_tensor(counted), ranks)
+    found = averages.update(index, values, torch.as_tensor(counted), ranks)
+    averages.take_in()
+    return found
 
 
 def faded(values):
@@ -40,11 +42,35 @@ class TestAverages:
         assert evidence.tolist() == pytest.approx([faded(seen[key]) for key in sorted(seen)])
 
     def test_a_row_may_stand_in_a_batch_twice(self):
+        """Both count from the next batch on."""
         averages = RowAverages()
         assert update(averages, [5, 5, 2], [0.2, 0.4, 0.9]).tolist() == pytest.approx(
-            [0.3, 0.3, 0.9]
+            [0.2, 0.4, 0.9]
         )
-        assert averages.read().index.tolist() == [2, 5]
+        index, evidence = averages.read()
+        assert index.tolist() == [2, 5]
+        assert evidence.tolist() == pytest.approx([0.9, 0.3])
+        assert update(averages, [5], [0.9]).item() == pytest.approx((0.7 * 0.6 + 0.9) / 2.4)
+
+    def test_what_waits_is_read_saved_and_taken_in_step_by_step(self):
+        generator = torch.Generator().manual_seed(0)
+        at_once, waiting = RowAverages(), RowAverages()
+        for _ in range(6):
+            index = KEYS[torch.randint(len(KEYS), (5,), generator=generator)]
+            values = torch.rand(5, generator=generator)
+            update(at_once, index, values)
+            waiting.update(index, values, torch.ones(5, dtype=torch.bool), ALONE)
+        copy = RowAverages()
+        copy.load_state_dict(waiting.state_dict())
+        before = deepcopy(waiting.state_dict())
+        for one in (waiting, copy):
+            for found, expected in zip(one.read(), at_once.read(), strict=True):
+                torch.testing.assert_close(found, expected)
+        after = waiting.state_dict()
+        assert len(before["waiting"]) == len(after["waiting"]) == 6, "reading takes nothing in"
+        copy.take_in()
+        assert copy.state_dict()["waiting"] is None
+        torch.testing.assert_close(copy.state_dict()["sums"], at_once.state_dict()["sums"])
 
     def test_rows_that_do_not_count_or_have_no_finite_number_are_left_out(self):
         averages = RowAverages()
@@ -83,7 +109,7 @@ class TestAverages:
         before = deepcopy(state)
         copy.load_state_dict(state)
         update(copy, [3, 9], [0.6, 0.7])
-        assert all(torch.equal(state[name], before[name]) for name in before)
+        assert all(torch.equal(state[name], before[name]) for name in ("index", "sums"))
 
     def test_ranks_share_the_averages_of_the_whole_batch(self):
         index, values = KEYS[[8, 0, 3, 3, 5]], torch.rand(5)

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from math import log
 
+import numpy as np
 import pytest
 import torch
 from helpers.solving import ALONE, in_parts
@@ -38,7 +39,7 @@ def test_the_share_of_wrong_labels_is_estimated(share):
     """From posteriors that are calibrated: right labels are drawn from them."""
     generator = torch.Generator().manual_seed(0)
     rule = GroupWeights(is_on=True)
-    rule.start(2, CPU)
+    rule.start(2)
     for _ in range(200):
         probs = (4 * torch.randn(64, CLASSES, generator=generator)).softmax(1)
         given = torch.multinomial(probs, 1, generator=generator).squeeze(1)
@@ -46,9 +47,9 @@ def test_the_share_of_wrong_labels_is_estimated(share):
         shift = torch.randint(1, CLASSES, (64,), generator=generator)
         given = torch.where(wrong, (given + shift) % CLASSES, given)
         posteriors = probs.gather(1, given.unsqueeze(1)).squeeze(1)
-        sums = torch.zeros(2, len(_NOISE))
+        sums = np.zeros((2, len(_NOISE)))
         sums[1] = log_likelihoods(posteriors, CLASSES).sum(0)
-        rule.watch(sums, torch.tensor(1.0))
+        rule.watch(sums)
     likelihoods = rule.state_dict()["likelihoods"][1]
     expected = (likelihoods.softmax(0) * torch.tensor(_NOISE)).sum()
     assert expected.item() == pytest.approx(share, abs=0.05)
@@ -64,7 +65,7 @@ def problem(seed=0, *, alone=False, dtype=torch.float64):
     scores = scores + 2 * one_hot(labels, CLASSES)
     onehot = one_hot(labels, CLASSES).to(dtype)
     evidence.remember(0, scores, scores.softmax(1) - onehot, onehot, ALONE)
-    evidence._is_alone = alone  # as the next validation rows would find
+    evidence.is_alone = alone  # as the next validation rows would find
     size = 24
     batch = {
         "scores": 2 * torch.randn(size, CLASSES, generator=generator, dtype=dtype),
@@ -88,22 +89,22 @@ def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     if target == "soft":
         batch["target"] = torch.rand(24, CLASSES, dtype=torch.float64).softmax(1)
     state = evidence.rule._state
-    state["powers"] = torch.tensor([1.0, 0.6, 1.7])
-    state["offsets"] = torch.tensor([0.0, -0.4, 0.1])
+    state["powers"] = np.array([1.0, 0.6, 1.7])
+    state["offsets"] = np.array([0.0, -0.4, 0.1])
     seen = {}
-    evidence.rule.ascend = lambda a, b, taught: seen.update(powers=a, offsets=b, taught=taught)
+    evidence.rule.ascend = lambda a, b: seen.update(powers=a, offsets=b)
     averages = deepcopy(evidence.averages)
     rows = weigh(evidence, batch)
 
     labels = batch["target"]
     labels = one_hot(labels, CLASSES).double() if labels.ndim == 1 else labels
-    judgement = evidence.judge(batch["scores"], batch["target"], batch["augmented"], NO_OPTIONS)
+    judgement = evidence.judge(batch["scores"], batch["target"], NO_OPTIONS)
     q = averages.update(batch["index"], judgement.posteriors, batch["augmented"], ALONE)
     q = q.clamp(1e-4, 1 - 1e-4)
     rms = judgement.products.square().mean().sqrt()
     s = (labels * judgement.products).sum(1) / rms
-    a = state["powers"].double().requires_grad_()
-    b = state["offsets"].double().requires_grad_()
+    a = torch.tensor(state["powers"], requires_grad=True)
+    b = torch.tensor(state["offsets"], requires_grad=True)
     log_v = a[batch["group"]] * q.log() + b[batch["group"]]
     v = torch.where(batch["augmented"], log_v, 0).exp()
     assert v.max() < 2.01, "no weight is capped, where the gradient would be another"
@@ -111,23 +112,24 @@ def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     slope_a, slope_b = torch.autograd.grad(m, (a, b))
     torch.testing.assert_close(rows.weights, v.detach())
     torch.testing.assert_close(rows.rms, rms)
-    torch.testing.assert_close(seen["powers"][1:], slope_a[1:])
-    torch.testing.assert_close(seen["offsets"][1:], slope_b[1:])
+    torch.testing.assert_close(torch.from_numpy(seen["powers"])[1:], slope_a[1:])
+    torch.testing.assert_close(torch.from_numpy(seen["offsets"])[1:], slope_b[1:])
     assert seen["powers"][0] == seen["offsets"][0] == 0
 
 
 def test_the_step_is_that_of_torch_s_adam():
     rule = GroupWeights(is_on=True)
-    rule.start(GROUPS, CPU)
-    a, b = torch.ones(GROUPS, requires_grad=True), torch.zeros(GROUPS, requires_grad=True)
+    rule.start(GROUPS)
+    a, b = torch.ones(GROUPS).double().requires_grad_(), torch.zeros(GROUPS).double()
+    b.requires_grad_()
     optimizer = torch.optim.Adam([a, b], 0.02, maximize=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
-        a.grad, b.grad = torch.randn(2, GROUPS, generator=generator)
-        rule.ascend(a.grad.clone(), b.grad.clone(), torch.tensor(1.0))
+        a.grad, b.grad = torch.randn(2, GROUPS, generator=generator).double()
+        rule.ascend(a.grad.numpy(), b.grad.numpy())
         optimizer.step()
-    torch.testing.assert_close(rule._state["powers"], a.detach())
-    torch.testing.assert_close(rule._state["offsets"], b.detach())
+    torch.testing.assert_close(rule.state_dict()["powers"], a.detach())
+    torch.testing.assert_close(rule.state_dict()["offsets"], b.detach())
 
 
 def test_clean_rows_count_in_full_and_nothing_is_learned_of_them():
@@ -148,10 +150,10 @@ def test_rows_that_stand_alone_all_count_until_their_noise_is_known():
     assert weigh(evidence, batch, 99).weights.eq(1).all()
     later = weigh(evidence, batch, 100).weights
     assert later.std() > 0.05
-    assert evidence.rule._state["offsets"].eq(0).all()
+    assert not evidence.rule._state["offsets"].any()
     assert evidence.rule._state["powers"][1] != 1
     assert evidence.gates is not None
-    assert evidence.gates.read()[0].eq(0).all()
+    assert not evidence.gates.read()[0].any()
 
 
 def test_ranks_learn_from_the_whole_batch():
@@ -244,12 +246,12 @@ def test_a_group_that_cannot_be_is_named_with_its_row(group, row):
 
 def test_clean_rows_are_noticed_with_the_next_validation_rows():
     evidence, batch = problem()
-    evidence._is_alone = True
+    evidence.is_alone = True
     weigh(evidence, batch)
     rows = evidence.memory.read()
-    assert evidence._is_alone
+    assert evidence.is_alone
     evidence.remember(1, *(part[:4] for part in rows[:3]), ALONE)
-    assert not evidence._is_alone
+    assert not evidence.is_alone
 
 
 def test_a_step_without_rows_to_judge_changes_nothing():
@@ -259,4 +261,4 @@ def test_a_step_without_rows_to_judge_changes_nothing():
     before = deepcopy(evidence.rule.state_dict())
     weigh(evidence, {**batch, "augmented": torch.zeros(24, dtype=torch.bool)}, 25)
     for name, value in evidence.rule.state_dict().items():
-        assert torch.equal(value, before[name]), name
+        assert np.array_equal(value, before[name]), name

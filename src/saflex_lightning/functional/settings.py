@@ -34,7 +34,7 @@ class Settings:
     each step, and is the one for contrastive scores; ``"paper"`` is Algorithm 1.
 
     Args:
-        engine: How the scores' derivative is computed, see ``engines/README.md``: ``"head"`` (the
+        engine: How the scores' derivative is computed, see ``docs/how-to/engines.md``: ``"head"`` (the
             last linear layer, in closed form), ``"forward_mode"`` (exact, all parameters),
             ``"finite_difference"`` (first order, all parameters), or ``"auto"``: ``"head"`` where
             a linear layer makes the scores, else ``"forward_mode"`` for the layer that makes them,

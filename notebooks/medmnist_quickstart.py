@@ -75,7 +75,7 @@ given = data.make_splits().train.target
 def show(rows, titles, colors):
     _, axes = plt.subplots(2, 6, figsize=(12, 4.6))
     for ax, row, title, color in zip(axes.flat, rows, titles, colors, strict=True):
-        ax.imshow(truth.images[row].permute(1, 2, 0))
+        ax.imshow(truth.images[row].permute(1, 2, 0).numpy())
         ax.set_title(title, color=color, fontsize=8)
     for ax in axes.flat:
         ax.axis("off")

@@ -1,6 +1,7 @@
 """What the documentation prints runs as printed, and its links, columns and messages are real."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -125,3 +126,16 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_package():
 
 def _pattern(words):
     return r".*?".join(re.escape(part.strip()) for part in words.split("..."))
+
+
+def test_functions_of_the_paper_table_exist():
+    page = FILES["docs/paper_to_code.md"]
+    names = re.findall(r"`((?:functional|engines|step|batch|data|validation)\.[\w.]+)`", page)
+    assert len(set(names)) > 10
+    for name in names:
+        pkgutil.resolve_name(f"saflex_lightning.{name}")
+
+
+def test_no_term_stands_twice_in_the_glossary():
+    terms = re.findall(r"^\| ([^|]+) \|", FILES["docs/glossary.md"], flags=re.MULTILINE)[1:]
+    assert terms == sorted(set(terms), key=str.lower)

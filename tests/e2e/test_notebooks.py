@@ -1,6 +1,7 @@
 """Every notebook runs on small settings, and its two files hold the same cells."""
 
 import re
+from base64 import b64decode
 from pathlib import Path
 
 import jupytext
@@ -65,7 +66,9 @@ def test_the_first_notebook_shows_one_whole_run():
     cells = [c for c in jupytext.read(NOTEBOOKS / f"{FIRST}.ipynb").cells if c.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    figures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert len(figures) == 5
+    assert b64decode(figures[2]) == (NOTEBOOKS.parent / "docs/images/belief.png").read_bytes()
     streams = [output for output in outputs if output.output_type == "stream"]
     assert {output.name for output in streams} == {"stdout"}
     # The numbers that the README prints are those of this run.

@@ -1,6 +1,7 @@
 """What the documentation prints runs as printed, and its links, columns and messages are real."""
 
 import ast
+import importlib
 import pkgutil
 import re
 import subprocess
@@ -139,3 +140,10 @@ def test_functions_of_the_paper_table_exist():
 def test_no_term_stands_twice_in_the_glossary():
     terms = re.findall(r"^\| ([^|]+) \|", FILES["docs/glossary.md"], flags=re.MULTILINE)[1:]
     assert terms == sorted(set(terms), key=str.lower)
+
+
+@pytest.mark.parametrize("package", ["", ".data", ".engines", ".functional", ".recipes"])
+def test_every_public_name_is_in_the_reference(package):
+    reference = "".join(text for name, text in FILES.items() if name.startswith("docs/api/"))
+    shown = set(re.findall(r"^::: \S+\.(\w+)$", reference, flags=re.MULTILINE))
+    assert set(importlib.import_module(f"saflex_lightning{package}").__all__) <= shown

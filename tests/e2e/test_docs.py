@@ -147,3 +147,10 @@ def test_every_public_name_is_in_the_reference(package):
     reference = "".join(text for name, text in FILES.items() if name.startswith("docs/api/"))
     shown = set(re.findall(r"^::: \S+\.(\w+)$", reference, flags=re.MULTILINE))
     assert set(importlib.import_module(f"saflex_lightning{package}").__all__) <= shown
+
+
+def test_files_that_the_pages_name_exist():
+    for name, text in FILES.items():
+        named = re.findall(r"`((?:tests|benchmarks|docs)/[\w./-]+\.\w+)`", text)
+        missing = [path for path in named if not (ROOT / path).exists()]
+        assert name == "CHANGELOG.md" or missing == [], name

@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py run --tier cpu --seeds 1 2 3     # what is missing, then the table
     python benchmarks/accuracy.py run --benches qsar_mlp --methods upstream robust --jobs 2
     python benchmarks/accuracy.py table                            # from the results alone
-    python benchmarks/accuracy.py run --tier gpu --save benchmarks/results/accuracy_gpu
+    python benchmarks/accuracy.py run --tier gpu --save docs/results/accuracy_gpu
 
 `registry.py` names the benches, the methods and which benches may decide what. A run is one job of
 `saflex-train`; its ``result.json`` is kept under ``outputs/accuracy/BENCH/METHOD/SEED`` and never

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py run --data FOLDER --seeds 1 2 3
     python benchmarks/evidence.py run --benches "digits symmetric" --methods union robust
-    python benchmarks/evidence.py table --save benchmarks/results/evidence_cpu
+    python benchmarks/evidence.py table --save docs/results/evidence_cpu
 
 FOLDER holds ``medmnist/bloodmnist.npz`` and ``tabular/standin_letter.npz`` and, in ``fashion``, the
 four files of Fashion-MNIST. A finished run is kept under ``outputs/evidence`` and never computed

@@ -151,7 +151,7 @@ for name, value in accuracy.items():
     print(f"test accuracy, {name:25s} {value:.1%}")
 
 # %% [markdown]
-# One seed does not rank methods; `benchmarks/results/0.1/generated_pool_cpu.md` has what was
+# One seed does not rank methods; `docs/results/0.1/generated_pool_cpu.md` has what was
 # measured.
 #
 # ## What the weights say

@@ -1,6 +1,7 @@
 """What an engine is: the derivative of a batch's scores along a direction of parameters.
 
-README.md compares the engines. A new one is a class with these methods, and a line in `choose.py`.
+docs/how-to/engines.md compares them. A new one is a class with these methods, and a line in
+`choose.py`.
 """
 
 from collections.abc import Callable

@@ -30,8 +30,8 @@ class FiniteDifferenceEngine:
 
     The second point is the training forward itself, so the cost is one forward without a graph.
     The parameters move by a fixed Euclidean length, ``3 * sqrt(machine epsilon)`` of their coarsest
-    dtype (0.001 in float32; ``README.md`` has the measurements behind it). Parameters in half
-    precision, autocast and TF32 are refused: the difference would drown in rounding.
+    dtype (0.001 in float32). Parameters in half precision, autocast and TF32 are refused: the
+    difference would drown in rounding.
 
     Before its first use the engine looks whether a pass repeats itself, and whether the backward
     pass of the model is its derivative: straight-through estimators, fake quantisation and gradient

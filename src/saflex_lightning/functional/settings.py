@@ -34,12 +34,12 @@ class Settings:
     each step, and is the one for contrastive scores; ``"paper"`` is Algorithm 1.
 
     Args:
-        engine: How the scores' derivative is computed, see ``engines/README.md``: ``"head"`` (the
-            last linear layer, in closed form), ``"forward_mode"`` (exact, all parameters),
-            ``"finite_difference"`` (first order, all parameters), or ``"auto"``: ``"head"`` where
-            a linear layer makes the scores, else ``"forward_mode"`` for the layer that makes them,
-            and for tuples of scores for all parameters. Without effect, which is said, where
-            nothing is learned from gradients; so is ``params``.
+        engine: How the scores' derivative is computed: ``"head"`` (the last linear layer, in
+            closed form), ``"forward_mode"`` (exact, all parameters), ``"finite_difference"``
+            (first order, all parameters), or ``"auto"``: ``"head"`` where a linear layer makes the
+            scores, else ``"forward_mode"`` for the layer that makes them, and for tuples of scores
+            for all parameters. Without effect, which is said, where nothing is learned from
+            gradients; so is ``params``.
         params: Name patterns of the parameters to match, such as ``"head.*"``; None leaves the
             choice to the engine, among those that an optimizer holds. Each new gradient looks
             anew, so fine-tuning schedules may freeze and unfreeze.

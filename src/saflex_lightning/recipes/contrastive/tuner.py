@@ -32,7 +32,7 @@ class ContrastiveTuner(SAflexMixin, TowerModule):
 
     A row is an image with the caption of its class; the loss is the symmetric contrastive one over
     the pairs of all processes, with a learned scale. Validation and test rows are classified by
-    the captions of the tower as it is then. README.md beside this file says what each choice
+    the captions of the tower as it is then. ``docs/contrastive.md`` says what each choice
     means for SAFLEX.
 
     Args:

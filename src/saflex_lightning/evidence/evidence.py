@@ -269,9 +269,12 @@ class Evidence:
 
     def _take_in(self) -> None:
         """Learn from what steps have shown; this looks at values."""
-        waiting, self._waiting = self._waiting, []
-        for number, sums in waiting:
-            self._learn(number, sums.cpu().double().numpy())
+        if not self._waiting:
+            return
+        numbers, sums = zip(*self._waiting, strict=True)
+        self._waiting = []
+        for number, shown in zip(numbers, torch.stack(sums).cpu().double().numpy(), strict=True):
+            self._learn(number, shown)
 
     def _learn(self, number: int, sums: Array) -> None:
         """Learn from the sums of a step, ``(groups, columns)``."""

@@ -78,8 +78,12 @@ def test_rows_equal_cross_entropy(target, class_weight, label_smoothing) -> None
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("class_weight", [None, CLASS_WEIGHT], ids=["plain", "weighted"])
-@pytest.mark.parametrize("target", [HARD, SOFT], ids=["hard", "soft"])
-def test_mean_equals_cross_entropy(target, class_weight, label_smoothing) -> None:
+@pytest.mark.parametrize(
+    ("target", "given"),
+    [(HARD, HARD), (HARD, dense_target(HARD, CLASSES, torch.float64)), (SOFT, SOFT)],
+    ids=["classes", "hard", "soft"],
+)
+def test_mean_equals_cross_entropy(target, given, class_weight, label_smoothing) -> None:
     # F.cross_entropy divides by the class weights of hard targets, and by the rows of soft ones.
     total = torch.tensor(6.0, dtype=torch.float64)
     if target.ndim == 1 and class_weight is not None:
@@ -88,7 +92,7 @@ def test_mean_equals_cross_entropy(target, class_weight, label_smoothing) -> Non
     value, gradient = value_and_gradient(
         lambda logits: weighted_cross_entropy(
             logits,
-            dense_target(target, CLASSES, logits.dtype),
+            given,
             torch.ones(6, dtype=torch.float64),
             class_weight=class_weight,
             total=total,
@@ -196,9 +200,10 @@ def test_weighted_mean_by_hand() -> None:
     assert found.item() == pytest.approx(0.5)
 
 
-def test_weighted_mean_of_no_weight_is_zero_and_connected() -> None:
+@pytest.mark.parametrize("labels", [HARD, SOFT], ids=["hard", "soft"])
+def test_weighted_mean_of_no_weight_is_zero_and_connected(labels) -> None:
     logits = make_logits().requires_grad_()
-    loss = weighted_cross_entropy(logits, SOFT, torch.zeros(6, dtype=torch.float64))
+    loss = weighted_cross_entropy(logits, labels, torch.zeros(6, dtype=torch.float64))
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))

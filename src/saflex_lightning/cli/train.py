@@ -1,4 +1,4 @@
-"""``saflex-train``: one run, or a sweep with ``-m``, composed by Hydra."""
+"""What ``saflex-train`` does: one run, or a run and its rivals."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning as L
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from saflex_lightning import SAflexCallback, SAflexInsight
+from saflex_lightning.cli.entry import main
 from saflex_lightning.cli.quiet import silence_hints
 from saflex_lightning.cli.report import RunReport, make_run_table, read_report
 from saflex_lightning.cli.sweep import make_sweep_table, read_results
@@ -160,21 +160,6 @@ def compare(cfg: DictConfig) -> None:
     results = read_results(home, since=start)
     console.print(make_sweep_table(results, title=f"the same rows, seed {result['seed']}"))
     console.print(Text(f"Results of all runs: {home}"))
-
-
-@hydra.main(version_base="1.3", config_path="pkg://saflex_lightning.configs", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Run `train` with the configuration that Hydra composed, and its rivals beside it.
-
-    Rivals are run where the command line chose neither a method nor several devices.
-    """
-    settings = HydraConfig.get()
-    chosen = any(item.startswith(("method=", "debug=")) for item in settings.overrides.task)
-    alone = settings.mode == RunMode.MULTIRUN or cfg.trainer.get("devices", 1) != 1
-    if cfg.rivals and not chosen and not alone:
-        compare(cfg)
-    else:
-        train(cfg)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """``saflex-train``: one run, or a sweep with ``-m``, composed by Hydra."""
 
+import logging
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -16,6 +18,8 @@ def main(cfg: DictConfig) -> None:
     """
     from saflex_lightning.cli.train import compare, train  # a run needs torch, `--help` does not
 
+    # Lightning prints its messages itself, and Hydra's handler would again.
+    logging.getLogger("lightning").propagate = False
     settings = HydraConfig.get()
     chosen = any(
         item.startswith(("method=", "debug=", "ckpt_path=")) for item in settings.overrides.task

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 
 import saflex_lightning
+from saflex_lightning.cli.report_page import make_page
 from saflex_lightning.cli.saflex import compose_experiment, find_config, main
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
@@ -57,6 +58,7 @@ def test_shipped_config_fits_tests_and_fits_again(saflex):
     (callback,) = written["trainer"]["callbacks"]
     assert callback["class_path"] == "saflex_lightning.SAflexCallback"
     assert "saflex/solve_seconds" in (RUN / "version_0" / "metrics.csv").read_text()
+    assert "not judged" in make_page(RUN / "version_0")  # of the tables of SAflexInsight
 
     (checkpoint,) = (RUN / "version_0" / "checkpoints").glob("*.ckpt")
     saflex("test", f"--config={SHIPPED}", *SHORT, "--ckpt_path", str(checkpoint))

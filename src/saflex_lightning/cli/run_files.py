@@ -17,7 +17,7 @@ from saflex_lightning.insight.write import CLASSES, DOUBTED, GROUPS, HISTORY, RO
 __all__ = ["Run", "read_results_of", "read_run"]
 
 RESULT, METRICS, SETTINGS = "result.json", "metrics.csv", "hparams.yaml"
-MOST_ROWS = 50  # doubted rows that a page shows
+MOST_ROWS = 25  # doubted rows that a page shows
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def find_config(value: str) -> str:
 def compose_experiment(name: str, *overrides: str) -> dict[str, Any]:
     """Return a job of ``saflex-train`` as LightningCLI writes it, with class paths.
 
-    It differs in one thing: every run has a folder of its own, ``outputs/NAME/version_N``, and there
-    Lightning keeps the weights.
+    It differs in one thing: every run has a folder of its own, ``outputs/NAME/version_N``, and
+    Lightning keeps the weights there.
 
     Args:
         name: An experiment, or ``main``.

@@ -71,7 +71,8 @@ def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)
     model = instantiate(cfg.model)
-    callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), RunReport()]
+    callbacks: list[L.Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
+    callbacks.append(RunReport())
     add_insight(callbacks, cfg.output_dir)
     has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     if cfg.trainer.get("enable_progress_bar", True) and not has_bar:

@@ -161,8 +161,6 @@ def test_a_run_without_saflex_says_so(run):
         (lambda path: path / "nowhere", "but there is nothing. Give the folder"),
         (lambda path: path, "but found neither. Train with `saflex-train`"),
         (lambda path: path.parent, "It holds 1 runs; give one"),
-        (lambda path: path / "broken", "it cannot be read"),
-        (lambda path: path / "cut", "a line is cut short or too long"),
     ],
 )
 def test_what_is_no_run_is_refused_in_words(make, message, tmp_path, monkeypatch):
@@ -172,14 +170,65 @@ def test_what_is_no_run_is_refused_in_words(make, message, tmp_path, monkeypatch
     if message.startswith("It holds"):
         (tmp_path / "a" / "b").mkdir(parents=True)
         (tmp_path / "a" / "b" / "result.json").write_text("{}")
-    if given.name in {"broken", "cut"}:
-        given.mkdir()
-        (given / "result.json").write_text("{" if given.name == "broken" else "{}")
-        (given / "saflex_groups.csv").write_text("group,name\n1\n")
     monkeypatch.setattr(sys, "argv", ["saflex-report", str(given)])
     with pytest.raises(SystemExit, match=re.escape(message)):
         main()
     assert not list(tmp_path.rglob("*.html"))
+
+
+DAMAGES = {
+    ("result.json", "cut"): (lambda text: text[:40], "it cannot be read"),
+    ("result.json", "a list"): (lambda text: "[]", "it holds no mapping of names"),
+    ("result.json", "a word"): (lambda text: '{"steps": "many"}', "its `steps` is no number"),
+    ("saflex_groups.csv", "a word"): (
+        lambda text: re.sub(r",\d+,", ",abc,", text),
+        "could not convert string to float: 'abc'",
+    ),
+    ("saflex_groups.csv", "bytes"): (lambda text: "\udcff" + text, "can't decode byte 0xff"),
+    ("saflex_classes.csv", "a column"): (
+        lambda text: text.replace("mean_belief", "belief"),
+        "there is no column ['mean_belief']",
+    ),
+    ("saflex_rows.csv", "a cell"): (lambda text: text + "1,2\r\n", "is cut short or too long"),
+    ("saflex_rows.csv", "its end"): (lambda text: text[:-4], "its end is cut off"),
+    ("saflex_history.csv", "empty"): (lambda text: "", "there is no column ['group', 'kept'"),
+    ("csv/metrics.csv", "a word"): (
+        lambda text: re.sub(r"0\.\d+", "x", text, count=1),
+        "could not convert string to float",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "damage"), DAMAGES.items(), ids=[f"{file}-{what}" for file, what in DAMAGES]
+)
+def test_a_damaged_file_is_named_and_nothing_written(run, tmp_path, monkeypatch, place, damage):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "saflex_report.html").unlink(missing_ok=True)
+    file, (spoil, message) = tmp_path / "run" / place[0], damage
+    text = file.read_bytes().decode()
+    file.write_bytes(spoil(text).encode(errors="surrogateescape"))
+    assert file.read_bytes() != text.encode()
+    monkeypatch.setattr(sys, "argv", ["saflex-report", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=rf"{re.escape(str(file))} as .*{re.escape(message)}"):
+        main()
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_folder_of_runs_is_no_run(run, tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        shutil.copytree(run / "rivals" / "upstream", tmp_path / name)
+    monkeypatch.setattr(sys, "argv", ["saflex-report", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"It holds 2 runs; give one, .*first for instance"):
+        main()
+
+
+def test_a_page_that_cannot_be_written_is_said(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    given = ["saflex-report", str(run), "-o", str(tmp_path / "file" / "page.html")]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit, match=r"Expected to write the page to .* with --output"):
+        main()
 
 
 def test_another_run_without_result_is_refused(run, tmp_path):

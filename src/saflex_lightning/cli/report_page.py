@@ -82,11 +82,17 @@ def main() -> None:
     given = parser.parse_args()
     try:
         page = make_page(given.run, given.others)
-        output = given.output or given.run / PAGE
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"saflex-report: {error}")
+    output = given.output or given.run / PAGE
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        sys.exit(
+            f"saflex-report: Expected to write the page to {output}, but got {error!r}. Name "
+            "a file that can be written with --output."
+        )
     print(output)
 
 

@@ -73,6 +73,11 @@ def test_saved_config_may_be_written_twice_into_one_directory(saflex):
     assert (RUN / "config.yaml").is_file()
 
 
+def test_a_dry_run_leaves_no_tables(saflex):
+    saflex("fit", "-c", SHIPPED, *SHORT, "--trainer.fast_dev_run=true")
+    assert not list(Path().rglob("saflex_*"))
+
+
 def test_callback_is_added_by_class_path(saflex):
     saflex(
         "fit",

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 
 import saflex_lightning
+from saflex_lightning.cli.report_page import make_page
 from saflex_lightning.cli.saflex import compose_experiment, find_config, main
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
@@ -57,6 +58,7 @@ def test_shipped_config_fits_tests_and_fits_again(saflex):
     (callback,) = written["trainer"]["callbacks"]
     assert callback["class_path"] == "saflex_lightning.SAflexCallback"
     assert "saflex/solve_seconds" in (RUN / "version_0" / "metrics.csv").read_text()
+    assert "not judged" in make_page(RUN / "version_0")  # of the tables of SAflexInsight
 
     (checkpoint,) = (RUN / "version_0" / "checkpoints").glob("*.ckpt")
     saflex("test", f"--config={SHIPPED}", *SHORT, "--ckpt_path", str(checkpoint))
@@ -69,6 +71,11 @@ def test_saved_config_may_be_written_twice_into_one_directory(saflex):
     saflex(*args, "--trainer.enable_checkpointing=false")
     saflex(*args, "--trainer.enable_checkpointing=false")
     assert (RUN / "config.yaml").is_file()
+
+
+def test_a_dry_run_leaves_no_tables(saflex):
+    saflex("fit", "-c", SHIPPED, *SHORT, "--trainer.fast_dev_run=true")
+    assert not list(Path().rglob("saflex_*"))
 
 
 def test_callback_is_added_by_class_path(saflex):
@@ -177,6 +184,7 @@ def test_every_leaf_of_an_experiment_is_that_of_hydra(name):
     expected = OmegaConf.to_container(cfg, resolve=True)
     expected["trainer"]["logger"] |= {"name": "", "version": None}
     trainer = {"_target_": "lightning.Trainer", **job["trainer"]}
+    del expected["callbacks"]["last"]  # Lightning keeps the last weights in the run's own folder
     assert trainer.pop("callbacks") == list(expected["callbacks"].values())
     assert (trainer, job["model"], job["data"]) == tuple(
         expected[part] for part in ("trainer", "model", "data")

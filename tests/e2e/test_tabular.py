@@ -111,7 +111,9 @@ def test_same_rows_with_and_without_saflex(tmp_path, monkeypatch):
     seen = {}
 
     def rows_of(method):
-        cfg = compose_config(tmp_path, "experiment=tabular_mlp", *SHORT, f"method={method}")
+        cfg = compose_config(
+            tmp_path, "experiment=tabular_mlp", *SHORT, "callbacks=none", f"method={method}"
+        )
         data = instantiate(cfg.data)
         batches = seen.setdefault(method, [])
         hook = data.on_after_batch_transfer
@@ -217,7 +219,7 @@ def test_a_resumed_run_draws_the_steering_batches_of_an_uninterrupted_one(tmp_pa
     path = write_npz(tmp_path / "table.npz", make_table(400))
     settings = (
         *("experiment=tabular_mlp", "data=tabular", "data.dataset=null", f"data.path={path}"),
-        *("data.batch_size=60", "model.network.dropout=0", *SHORT),
+        *("data.batch_size=60", "model.network.dropout=0", *SHORT, "callbacks=none"),
         *("callbacks.saflex.refresh_every_n_steps=1", "callbacks.saflex.val_batch_size=10"),
     )
 

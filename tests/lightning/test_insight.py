@@ -14,7 +14,6 @@ from helpers.insight import collect, collect_and_fit, gated_run, read_csv, sums_
 from helpers.processes import run_in_processes
 from helpers.training import Classifier, assert_same_state, fit, make_rows, seeded, state_of
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from saflex_lightning import SAflexCallback, SAflexInsight, SAflexWarning
@@ -207,45 +206,43 @@ def test_the_table_of_groups_is_printed(tmp_path, capsys):
     assert "Tables of rows and groups: " in printed
 
 
-class Board(DummyLogger):
-    """Takes figures as TensorBoard's logger does."""
+def test_tensorboard_gets_the_figures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def __init__(self):
-        super().__init__()
-        self.figures = {}
-
-    @property
-    def experiment(self):
-        return self
-
-    def add_figure(self, name, figure, step):
-        self.figures[name] = (len(figure.axes), step)
-
-
-def test_a_logger_that_takes_figures_gets_them(tmp_path):
-    board = Board()
+    logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="")
     callbacks = (SAflexCallback(steering()), SAflexInsight(tmp_path))
-    fit(Gated(), *callbacks, train=gated_loader(), max_epochs=1, logger=board)
-    assert board.figures == {
-        "saflex/gates": (2, 6),
-        "saflex/weights": (1, 6),
-        "saflex/labels": (1, 6),
-    }
+    fit(Gated(), *callbacks, train=gated_loader(), max_epochs=1, logger=logger)
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["images"] == ["saflex/gates", "saflex/weights", "saflex/labels"]
+    for name in events.Tags()["images"]:
+        (image,) = events.Images(name)
+        assert image.step == 6
+        assert min(image.width, image.height) > 100
 
 
 def test_without_matplotlib_there_are_tables_alone(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with caplog.at_level("INFO"):
         gated_run(tmp_path, max_epochs=2)
-    assert {path.name for path in tmp_path.iterdir()} == set(TABLES)
+    assert {path.name for path in tmp_path.glob("*.csv")} == set(TABLES)
+    assert not list(tmp_path.glob("*.png"))
     assert caplog.text.count("matplotlib is not installed") == 1
 
 
 def test_parquet_has_the_rows_too(run):
     parquet = pytest.importorskip("pyarrow.parquet")
     folder, _, _ = run
-    rows = parquet.read_table(folder / "saflex_rows.parquet").to_pylist()
-    assert [row["index"] for row in rows] == [int(r["index"]) for r in read_csv(folder, "rows")]
+    table = parquet.read_table(folder / "saflex_rows.parquet")
+    rows = read_csv(folder, "rows")
+    assert table.column_names == list(rows[0])
+    for found, row in zip(table.to_pylist(), rows, strict=True):
+        assert (found["index"], found["visits"]) == (int(row["index"]), int(row["visits"]))
+        for name in ("given", "suggested", "group"):
+            assert found[name] == from_cell(row[name])
+        for name in ("belief", "mean_weight"):
+            assert found[name] == pytest.approx(float(row[name]), rel=1e-5)
 
 
 # What rows tell

@@ -12,57 +12,61 @@ Line = tuple[Sequence[float], Sequence[float]]  # x and y
 _INK = "#123456"  # stands for the colour of the text around the chart
 # Of Okabe and Ito: told apart by everyone, on white and on black.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_HARMS, _HELPS = "#d55e00", "#009e73"
-_MOST_LINES = 12
+_VERDICTS = {"harms": "#d55e00", "helps": "#009e73"}
+_STYLES = ("-", "--", ":")
+_MOST_LINES = len(_COLORS) * len(_STYLES)
 
 
 def draw_lines(lines: Mapping[str, Line], label: str) -> str:
-    """Return a chart of lines over training steps; at most twelve are drawn.
+    """Return a chart of lines over training steps; of more than eighteen the first are drawn.
 
     Args:
         lines: Points by the name of the line.
         label: What y is.
     """
-    figure, axes = _make(3.0)
-    for number, (name, (x, y)) in enumerate(list(lines.items())[:_MOST_LINES]):
-        style = "-" if number < len(_COLORS) else "--"
-        axes.plot(x, y, style, color=_COLORS[number % len(_COLORS)], label=_plain(name))
+    shown = list(lines.items())[:_MOST_LINES]
+    columns = min(3, len(shown))
+    figure, axes = _make(2.7 + 0.22 * -(-len(shown) // columns))
+    for number, (name, (x, y)) in enumerate(shown):
+        style, color = _STYLES[number // len(_COLORS)], _COLORS[number % len(_COLORS)]
+        axes.plot(x, y, style, color=color, label=_plain(name))
     axes.set_xlabel("training step")
     axes.set_ylabel(label)
-    axes.legend(frameon=False, fontsize="small", labelcolor=_INK)
+    figure.legend(
+        loc="outside lower center",
+        ncols=columns,
+        title=f"the first {len(shown)} of {len(lines)}" if len(shown) < len(lines) else None,
+        frameon=False,
+        fontsize="small",
+        labelcolor=_INK,
+    )
     return _svg(figure)
 
 
-def draw_evidence(groups: Sequence[tuple[str, float, float]], errors: float) -> str:
+def draw_evidence(groups: Sequence[tuple[str, float, float, str]], errors: float) -> str:
     """Return a chart of each group's mean evidence.
 
     Args:
-        groups: Name, mean and standard error.
+        groups: Name, mean, standard error and verdict.
         errors: Standard errors that the bars show.
     """
     figure, axes = _make(0.8 + 0.3 * len(groups))
-    for place, (name, mean, error) in enumerate(reversed(groups)):
-        color = _HELPS if mean - errors * error > 0 else _HARMS if mean < 0 else _INK
+    places = range(len(groups))[::-1]
+    for place, (_, mean, error, verdict) in zip(places, groups, strict=True):
+        color = _VERDICTS.get(verdict, _INK)
         axes.errorbar(mean, place, xerr=errors * error, fmt="o", color=color, capsize=3)
-        axes.text(
-            0,
-            place,
-            f"{_plain(name)}  ",
-            ha="right",
-            va="center",
-            color=_INK,
-            transform=axes.get_yaxis_transform(),
-        )
     axes.axvline(0, color=_INK, linewidth=0.8)
-    axes.set_yticks([])
-    axes.set_xlabel(f"harms   |   helps    (mean evidence, {errors:.0f} standard errors)")
+    axes.set_yticks(places, [_plain(name) for name, *_ in groups])
+    axes.tick_params(axis="y", length=0)
+    arrows = "\N{LEFTWARDS ARROW} harms | helps \N{RIGHTWARDS ARROW}"
+    axes.set_xlabel(f"{arrows} (mean evidence, {errors:.0f} standard errors)")
     return _svg(figure)
 
 
 def _make(height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, height), layout="constrained")
+    figure = Figure(figsize=(5.5, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes: Any = figure.subplots()
     axes.patch.set_alpha(0)

@@ -11,11 +11,12 @@ from rich.text import Text
 from torch import Tensor
 
 from saflex_lightning import SAflexCallback
+from saflex_lightning.fit.report import varying_fractions
 from saflex_lightning.recipes.label_noise import detection_auroc
 
 __all__ = ["RunReport", "make_run_table", "read_report"]
 
-# Metrics that `SAflexCallback` logs at every step; without the callback there are none.
+# Entries of the report that are None without the callback.
 FRACTIONS = ("kept_fraction", "relabelled_fraction", "effective_fraction")
 SOLVE_SECONDS = "solve_seconds"
 PREFIX = "report/"
@@ -58,9 +59,11 @@ class RunReport(L.Callback):
     ) -> None:
         """Add up the step. Sums stay on their device, so that no step waits for a copy."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            metrics = callback.read_metrics() if isinstance(callback, SAflexCallback) else {}
+            if not isinstance(callback, SAflexCallback):
+                continue
+            metrics = callback.read_metrics()
             self._refined_steps += bool(metrics)
-            for name in (*FRACTIONS, SOLVE_SECONDS):
+            for name in (*varying_fractions(callback.settings), SOLVE_SECONDS):
                 if name in metrics:
                     self._sums[name] = self._sums.get(name, 0.0) + metrics[name]
         now = perf_counter()
@@ -104,7 +107,8 @@ def read_report(metrics: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Returns:
         Number of optimizer steps, means over the steps of the last epoch, seconds, and
-        `detection_auroc` where labels were planted; None for what SAFLEX did not log.
+        `detection_auroc` where labels were planted; None for what SAFLEX does not have or its
+        settings make constant.
     """
     logged = {
         name.removeprefix(PREFIX): value.item()
@@ -117,8 +121,7 @@ def read_report(metrics: Mapping[str, Tensor]) -> dict[str, Any]:
 def make_run_table(result: dict[str, Any]) -> Table:
     """Return the table that ends a run.
 
-    A dash stands for what the method does not have; metrics that the model does not log are left
-    out.
+    What the method does not have, or the model does not log, is left out.
 
     Args:
         result: What `saflex_lightning.cli.train.train` returns.
@@ -140,8 +143,6 @@ def make_run_table(result: dict[str, Any]) -> Table:
     name = Column(Text(str(result["name"])))
     table = Table("result", name, title=Text(f"seed {result['seed']}"))
     for label, (key, form) in rows.items():
-        if key not in result:
-            continue
-        value = result[key]
-        table.add_row(label, "-" if value is None else form.format(value))
+        if result.get(key) is not None:
+            table.add_row(label, form.format(result[key]))
     return table

@@ -82,11 +82,17 @@ def main() -> None:
     given = parser.parse_args()
     try:
         page = make_page(given.run, given.others)
-        output = given.output or given.run / PAGE
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"saflex-report: {error}")
+    output = given.output or given.run / PAGE
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        sys.exit(
+            f"saflex-report: Expected to write the page to {output}, but got {error!r}. Name "
+            "a file that can be written with --output."
+        )
     print(output)
 
 
@@ -95,7 +101,12 @@ def main() -> None:
 
 def _evidence_chart(run: Run) -> str:
     judged = [
-        (group["name"], float(group["evidence"]), float(group["standard_error"]))
+        (
+            group["name"],
+            float(group["evidence"]),
+            float(group["standard_error"]),
+            group["verdict"],
+        )
         for group in run.groups
         if group["evidence"]
     ]
@@ -182,16 +193,20 @@ def _remarks(run: Run, results: Sequence[dict[str, Any]]) -> list[str]:
         return []
     rival = max((name for name in accuracy if name != run.name), key=lambda name: accuracy[name])
     gain = 100 * (accuracy[run.name] - accuracy[rival])
-    remarks = [
+    is_single = len({(result.get("name"), result.get("seed")) for result in results}) == len(
+        accuracy
+    )
+    found = (
         f"{run.name} has {abs(gain):.1f} points {'more' if gain > 0 else 'less'} test accuracy "
-        f"than {rival}, the best of the others."
+        f"than {rival}, the best of the others"
         if round(gain, 1)
-        else f"{run.name} and {rival}, the best of the others, have the same test accuracy."
-    ]
-    if len({(result.get("name"), result.get("seed")) for result in results}) == len(accuracy):
+        else f"{run.name} and {rival}, the best of the others, have the same test accuracy"
+    )
+    remarks = [f"{found}, with one seed each." if is_single else f"{found}."]
+    if is_single:
         remarks.append(
-            "That is one seed each, and another seed may turn it: run several, with "
-            "`saflex-train -m ... seed=1,2,3`, and give their folders here."
+            "Another seed may turn it: run several, with `saflex-train -m ... seed=1,2,3`, and "
+            "give their folders here."
         )
     if len({result.get("steps") for result in results}) > 1:
         remarks.append("The runs did not take the same number of steps; see the table.")
@@ -199,7 +214,10 @@ def _remarks(run: Run, results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _number(cell: Any) -> str:
-    return f"{float(cell):.3f}" if cell not in {None, ""} else "-"
+    if cell in {None, ""}:
+        return "-"
+    number = float(cell)
+    return f"{number:.3f}" if abs(number) >= 0.0005 or not number else f"{number:.0e}"
 
 
 def _need(name: str) -> Any:

@@ -4,7 +4,8 @@ import base64
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import yaml
 
 from saflex_lightning.data.cells import from_cell
+from saflex_lightning.insight.summary import ClassSummary, GroupSummary, RowSummary
 from saflex_lightning.insight.write import CLASSES, DOUBTED, GROUPS, HISTORY, ROWS
 
 __all__ = ["Run", "read_results_of", "read_run"]
 
 RESULT, METRICS, SETTINGS = "result.json", "metrics.csv", "hparams.yaml"
-MOST_ROWS = 50  # doubted rows that a page shows
+MOST_ROWS = 25  # doubted rows that a page shows
+TEXTS = {"name", "verdict", "group", "given", "suggested", "paper"}  # all else is a number
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Return what a run has left in its folder, or in a folder of its logger there.
+    """Return what a run has left in its folder, and its logger there or in a folder of it.
 
     Args:
         path: The run's folder.
@@ -51,7 +54,7 @@ def read_run(path: Path) -> Run:
         ValueError: If a file cannot be read.
     """
     _check_folder(path)
-    if not any(_find(path, name) for name in (RESULT, GROUPS)):
+    if not any((path / name).is_file() for name in (RESULT, GROUPS)):
         runs = sorted({file.parent for name in (RESULT, GROUPS) for file in path.rglob(name)})
         advice = (
             f"It holds {len(runs)} runs; give one, {runs[0]} for instance."
@@ -62,17 +65,17 @@ def read_run(path: Path) -> Run:
         raise FileNotFoundError(
             f"Expected {RESULT} or {GROUPS} of a run in {path}, but found neither. {advice}"
         )
-    image = _find(path, DOUBTED)
+    image = path / DOUBTED
     return Run(
         path=path,
         result=_read_json(path),
-        groups=list(_read_csv(path, GROUPS)),
-        classes=list(_read_csv(path, CLASSES)),
-        rows=_doubted(_read_csv(path, ROWS)),
-        history=list(_read_csv(path, HISTORY)),
-        metrics=list(_read_csv(path, METRICS)),
+        groups=list(_read_csv(path / GROUPS, GroupSummary._fields)),
+        classes=list(_read_csv(path / CLASSES, ClassSummary._fields)),
+        rows=_doubted(_read_csv(path / ROWS, RowSummary._fields)),
+        history=list(_read_csv(path / HISTORY, ("step", "group", "mean_weight", "kept"))),
+        metrics=list(_read_csv(_find(path, METRICS), ("step",))),
         settings=_read_settings(path),
-        images=base64.b64encode(image.read_bytes()).decode() if image else "",
+        images=base64.b64encode(image.read_bytes()).decode() if image.is_file() else "",
     )
 
 
@@ -111,22 +114,31 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def _find(path: Path, name: str) -> Path | None:
-    """Return a file of a run, or of a folder of its logger."""
+def _find(path: Path, name: str) -> Path:
+    """Return where the logger of a run has its file, in the run's folder or in one there."""
     files = [path / name, *sorted(path.glob(f"*/{name}"))]
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if file.is_file()), files[0])
 
 
-def _read_csv(path: Path, name: str) -> Iterator[dict[str, str]]:
-    file = _find(path, name)
-    if file is None:
+def _read_csv(file: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table, none where it is not there; cells but `TEXTS` are numbers."""
+    if not file.is_file():
         return
     try:
         with file.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream, strict=True):
+            line = ""
+            reader = csv.DictReader((line := each for each in stream), strict=True)
+            if missing := sorted({*columns} - {*(reader.fieldnames or ())}):
+                raise ValueError(f"there is no column {missing}")
+            for row in reader:
                 if None in row or None in row.values():
-                    raise ValueError("a line is cut short or too long")
+                    raise ValueError(f"line {reader.line_num} is cut short or too long")
+                for column, cell in row.items():
+                    if cell and column not in TEXTS:
+                        float(cell)
                 yield {column: from_cell(cell) for column, cell in row.items()}
+            if not line.endswith("\n"):
+                raise ValueError("its end is cut off")
     except (csv.Error, ValueError) as error:
         raise _unreadable(file, error) from error
 
@@ -141,13 +153,16 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise _unreadable(file, error) from error
     if not isinstance(found, dict):
         raise _unreadable(file, "it holds no mapping of names")
+    for name, value in found.items():
+        if name not in TEXTS and not isinstance(value, (int, float, type(None))):
+            raise _unreadable(file, f"its `{name}` is no number")
     return found
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """Return SAFLEX's settings where the logger of the run wrote them."""
     file = _find(path, SETTINGS)
-    if file is None:
+    if not file.is_file():
         return {}
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -160,7 +175,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _doubted(rows: Iterator[dict[str, str]]) -> list[dict[str, str]]:
     """Return rows that should have another label; they come in the order of doubt."""
     doubted = (row for row in rows if row["suggested"] not in {"", row["given"]} and row["belief"])
-    return list(itertools.islice(doubted, MOST_ROWS))
+    first = list(itertools.islice(doubted, MOST_ROWS))
+    deque(doubted, maxlen=0)  # read to the end: the rest may be damaged
+    return first
 
 
 def _unreadable(file: Path, error: object) -> ValueError:

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 
 from saflex_lightning.cli.quiet import silence_hints
+from saflex_lightning.cli.watch import add_insight
 from saflex_lightning.fit.checks import check_launch
 
 __all__ = ["compose_experiment", "find_config", "main"]
@@ -49,8 +50,8 @@ def find_config(value: str) -> str:
 def compose_experiment(name: str, *overrides: str) -> dict[str, Any]:
     """Return a job of ``saflex-train`` as LightningCLI writes it, with class paths.
 
-    It differs in one thing: fit and test are two commands here, so weights are kept, and every run
-    has a folder of its own, ``outputs/NAME/version_N``.
+    It differs in one thing: every run has a folder of its own, ``outputs/NAME/version_N``, and
+    Lightning keeps the weights there.
 
     Args:
         name: An experiment, or ``main``.
@@ -61,6 +62,7 @@ def compose_experiment(name: str, *overrides: str) -> dict[str, Any]:
     with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
         cfg = compose("train", [*chosen, *own, *overrides])
     job: Any = OmegaConf.to_container(cfg, resolve=True)
+    job["callbacks"].pop("last", None)
     logger = job["trainer"]["logger"]
     if logger:
         logger |= {"name": "", "version": None}
@@ -86,12 +88,17 @@ def _with_class_paths(value: Any) -> Any:
 
 
 class CheckedCLI(LightningCLI):
-    """LightningCLI that refuses a Trainer its launcher or its GPUs cannot serve."""
+    """LightningCLI that refuses a Trainer its launcher or its GPUs cannot serve.
+
+    `SAflexInsight` writes what `SAflexCallback` has learned into the folder of the logger.
+    """
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Compare the Trainer with its launcher and GPUs before it starts."""
         trainer = super().instantiate_trainer(**kwargs)
         check_launch(trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves no files
+            add_insight(trainer.callbacks)  # type: ignore[attr-defined]
         return trainer
 
 

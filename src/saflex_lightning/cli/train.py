@@ -1,4 +1,4 @@
-"""``saflex-train``: one run, or a sweep with ``-m``, composed by Hydra."""
+"""What ``saflex-train`` does: one run, or a run and its rivals."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning as L
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -16,25 +15,29 @@ from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
 
-from saflex_lightning import SAflexCallback, SAflexInsight
+from saflex_lightning.cli.entry import main
 from saflex_lightning.cli.quiet import silence_hints
 from saflex_lightning.cli.report import RunReport, make_run_table, read_report
 from saflex_lightning.cli.sweep import make_sweep_table, read_results
+from saflex_lightning.cli.watch import add_insight, make_progress
 from saflex_lightning.fit.checks import check_launch
 
-__all__ = ["compare", "main", "train"]
+__all__ = ["CONFIG", "compare", "main", "train"]
+
+CONFIG = "config.yaml"  # what was run, with every interpolation resolved
 
 
 def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
     """Fit, test, print the table and write ``result.json`` into ``cfg.output_dir``.
 
-    Where SAFLEX refines, `SAflexInsight` writes its tables beside it.
+    Beside it come ``config.yaml``, weights in ``checkpoints``, and where SAFLEX refines the tables
+    of `SAflexInsight`.
 
     Args:
         cfg: A composition of the groups in ``saflex_lightning/configs``.
@@ -42,12 +45,13 @@ def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
 
     Returns:
         What ``result.json`` holds: method, seed, steps, processes, every test metric (``test/f1``
-        as ``test_f1``), the validation metrics of the last epoch, fractions and times (None for
-        what the method does not have), and the cells of the paper's tables that the run stands
-        beside.
+        as ``test_f1``), the validation metrics of the last epoch, fractions (None for what the
+        method does not have or keeps constant) and times, and the cells of the paper's tables that
+        the run stands beside.
 
     Raises:
         ValueError: If ``cfg.seed`` is no seed.
+        FileNotFoundError: If there is nothing at ``cfg.ckpt_path``.
         MisconfigurationException: If the launcher or the GPUs do not fit the Trainer, its
             processes would not share one directory, or a metric is to select an epoch and there
             are no validation rows.
@@ -59,31 +63,45 @@ def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
             f"Expected `seed` to be an integer from 0 to {2**32 - 1}, but got {cfg.seed!r}. Every "
             "run has one; pass `seed=0`."
         )
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).exists():
+        raise FileNotFoundError(
+            f"Expected a checkpoint at `ckpt_path`, but there is nothing at {cfg.ckpt_path}. Pass "
+            "the file `checkpoints/last.ckpt` of a run's folder."
+        )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)
     model = instantiate(cfg.model)
-    callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), RunReport()]
-    if any(isinstance(callback, SAflexCallback) for callback in callbacks):
-        callbacks.append(SAflexInsight(cfg.output_dir))
+    callbacks: list[L.Callback] = [instantiate(callback) for callback in cfg.callbacks.values()]
+    callbacks.append(RunReport())
+    add_insight(callbacks, cfg.output_dir)
+    has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    if cfg.trainer.get("enable_progress_bar", True) and not has_bar:
+        callbacks.insert(0, make_progress())
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks)
     check_launch(trainer)
     _check_directories(trainer)
-    # Where a metric selects, its best epoch is tested.
-    selects = isinstance(trainer.checkpoint_callback, ModelCheckpoint) and (
-        trainer.checkpoint_callback.monitor is not None
-    )
-    if selects:
+    selecting = [
+        callback
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+    ]
+    if selecting:
         _check_selection(trainer, datamodule)
+    directory = Path(cfg.output_dir)
+    if trainer.is_global_zero:
+        directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, directory / CONFIG, resolve=True)
 
-    trainer.fit(model, datamodule=datamodule)
+    trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
     report = read_report(trainer.callback_metrics)
     validated = {
         name: value.item()
         for name, value in trainer.callback_metrics.items()
         if name.startswith("val/")
     }
-    ckpt_path = "best" if selects else None
-    tests = trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+    # Where a metric selects, its best epoch is tested.
+    best = selecting[0].best_model_path or None if selecting else None
+    tests = trainer.test(model, datamodule=datamodule, ckpt_path=best, verbose=False)
 
     result = {
         "name": cfg.name,
@@ -99,14 +117,17 @@ def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
         "paper": paper,
     }
     if trainer.is_global_zero:
-        directory = Path(cfg.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
         (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         if table:
             Console().print(make_run_table(result))
-            page = Text(f"A page of this run: saflex-report {shlex.quote(str(directory))}")
-            Console().print(page, soft_wrap=True)
+            _say_where(directory)
     return result
+
+
+def _say_where(directory: Path) -> None:
+    """Print where the results are, and how to look at them."""
+    print(f"Results and weights: {directory}")
+    print(f"A page of them: saflex-report {shlex.quote(str(directory))}", flush=True)
 
 
 def _check_selection(trainer: L.Trainer, datamodule: Any) -> None:
@@ -114,7 +135,7 @@ def _check_selection(trainer: L.Trainer, datamodule: Any) -> None:
     if getattr(datamodule, "merge_val", False) or not trainer.limit_val_batches:
         raise MisconfigurationException(
             "Expected validation rows for `callbacks=best` to select an epoch by, but they are "
-            "trained on, or `limit_val_batches` is 0. Pass `callbacks=none` to test the last epoch."
+            "trained on, or `limit_val_batches` is 0. Pass `callbacks=last` to test the last epoch."
         )
 
 
@@ -156,25 +177,11 @@ def compare(cfg: DictConfig) -> None:
         own = [f"method={rival}", f"output_dir={home / 'rivals' / rival}"]
         train(compose("train", overrides=[*given, *own]), table=False)
     console.print(Text(f"SAFLEX: {cfg.name}"))
-    result = train(cfg)
+    result = train(cfg, table=False)
     results = read_results(home, since=start)
+    console.print(make_run_table(result))
     console.print(make_sweep_table(results, title=f"the same rows, seed {result['seed']}"))
-    console.print(Text(f"Results of all runs: {home}"))
-
-
-@hydra.main(version_base="1.3", config_path="pkg://saflex_lightning.configs", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Run `train` with the configuration that Hydra composed, and its rivals beside it.
-
-    Rivals are run where the command line chose neither a method nor several devices.
-    """
-    settings = HydraConfig.get()
-    chosen = any(item.startswith(("method=", "debug=")) for item in settings.overrides.task)
-    alone = settings.mode == RunMode.MULTIRUN or cfg.trainer.get("devices", 1) != 1
-    if cfg.rivals and not chosen and not alone:
-        compare(cfg)
-    else:
-        train(cfg)
+    _say_where(home)
 
 
 if __name__ == "__main__":

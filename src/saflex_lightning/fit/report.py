@@ -21,6 +21,7 @@ __all__ = [
     "log_settings",
     "read_step",
     "solution_metrics",
+    "varying_fractions",
 ]
 
 
@@ -102,22 +103,27 @@ def solution_metrics(
     }
 
 
+def varying_fractions(settings: Settings) -> set[str]:
+    """Return the fractions that the settings do not make constant."""
+    varies = {
+        "kept_fraction": settings.weight_rule in {"expected", "sum", "positive"} or settings.gates,
+        "relabelled_fraction": settings.label_rule != "keep",
+        "effective_fraction": settings.weight_rule != "ones" or settings.row_evidence,
+    }
+    return {name for name, does in varies.items() if does}
+
+
 def log_metrics(module: pl.LightningModule, step: Step, values: Mapping[str, Tensor]) -> None:
     """Log what a step learned, by names that begin with ``saflex/``.
 
     What the settings make constant is left out of the progress bar.
     """
-    settings = step.fit.settings
-    shown = {
-        "kept_fraction": settings.weight_rule in {"expected", "sum", "positive"} or settings.gates,
-        "relabelled_fraction": settings.label_rule != "keep",
-        "effective_fraction": settings.weight_rule != "ones" or settings.row_evidence,
-    }
+    shown = varying_fractions(step.fit.settings)
     for name, value in values.items():
         module.log(
             f"saflex/{name}",
             value,
-            prog_bar=shown.get(name, False),
+            prog_bar=name in shown,
             on_step=True,
             on_epoch=False,
             batch_size=step.batch_size,

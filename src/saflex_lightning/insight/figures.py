@@ -85,7 +85,7 @@ def draw_images(images: Sequence[DoubtedImage], names: Names) -> Any:
     """Draw images with the label they have and the one that is suggested."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
-    figure = _figure(2 * columns, 2.4 * rows)
+    figure = _figure(2 * columns, 2.6 * rows)
     for axes, doubted in zip(
         figure.subplots(rows, columns, squeeze=False).flat, images, strict=False
     ):
@@ -93,7 +93,8 @@ def draw_images(images: Sequence[DoubtedImage], names: Names) -> Any:
         shown = ((doubted.image - low) / (high - low).clamp(min=1e-12)).movedim(0, -1)
         axes.imshow(shown.squeeze(-1).numpy(), cmap="gray")
         given, suggested = (plain_text(names.label(n)) for n in (doubted.given, doubted.suggested))
-        axes.set_title(f"{given} \N{RIGHTWARDS ARROW} {suggested}\nrow {doubted.index}", fontsize=8)
+        title = f"row {doubted.index}\n{given}\n\N{RIGHTWARDS ARROW} {suggested}"
+        axes.set_title(title, fontsize=9)
     for axes in figure.axes:
         axes.set_axis_off()
     return figure

@@ -1,5 +1,6 @@
 """A MedMNIST set as a Lightning datamodule."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -82,10 +83,12 @@ class MedMNISTDataModule(ImageDataModule):
         self.root = root
         self.download = download and dataset in MEDMNIST_SETS and path is None
         self.check_md5 = check_md5
+        self._class_names: Sequence[str] | None = None
         if path is None:
             facts = MEDMNIST_SETS[dataset.removesuffix("_subset")]
             num_classes = facts.num_classes if num_classes is None else num_classes
             in_channels = facts.in_channels if in_channels is None else in_channels
+            self._class_names = facts.class_names
         self.num_classes, self.in_channels = num_classes, in_channels
 
     def prepare_data(self) -> None:
@@ -123,3 +126,7 @@ class MedMNISTDataModule(ImageDataModule):
     def sizes(self) -> dict[str, int]:
         """Return the number of classes and of channels; needs `setup`."""
         return self._sizes
+
+    def saflex_class_names(self) -> Sequence[str] | None:
+        """Return the names of the classes, for `SAflexInsight`; None for a file of one's own."""
+        return self._class_names

@@ -1,5 +1,6 @@
 """Image folders and a pool of generated images as a Lightning datamodule."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -154,6 +155,10 @@ class GeneratedDataModule(ImageDataModule):
     def sizes(self) -> dict[str, int]:
         """Return the number of classes and of channels; needs `setup`."""
         return {"num_classes": len(self._classes), "in_channels": 3}
+
+    def saflex_class_names(self) -> Sequence[str]:
+        """Return the names of the class folders, for `SAflexInsight`; needs `setup`."""
+        return self._classes
 
     def _read_pool(self, real: ClassFolders) -> Pool:
         assert self.generated is not None

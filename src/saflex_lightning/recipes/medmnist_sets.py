@@ -21,25 +21,59 @@ class MedMNISTSet(NamedTuple):
         in_channels: 1 for grey images, 3 for colour.
         rows: Images of the official training, validation and test split.
         md5: Checksum of the official file.
+        class_names: Names of the classes, in their order.
     """
 
     num_classes: int
     in_channels: int
     rows: tuple[int, int, int]
     md5: str
+    class_names: tuple[str, ...]
 
+
+_PATH = (
+    *("adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle"),
+    *("normal colon mucosa", "cancer-associated stroma", "colorectal adenocarcinoma epithelium"),
+)
+_DERMA = (
+    *("actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma"),
+    *("benign keratosis-like lesions", "dermatofibroma", "melanoma", "melanocytic nevi"),
+    "vascular lesions",
+)
+_TISSUE = (
+    *("Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule"),
+    *("Glomerular endothelial cells", "Interstitial endothelial cells", "Leukocytes", "Podocytes"),
+    *("Proximal Tubule Segments", "Thick Ascending Limb"),
+)
+_BLOOD = (
+    *("basophil", "eosinophil", "erythroblast", "immature granulocytes", "lymphocyte", "monocyte"),
+    *("neutrophil", "platelet"),
+)
+_OCT = ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal")
+_ORGAN = (
+    *("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver"),
+    *("lung-left", "lung-right", "pancreas", "spleen"),
+)
 
 # Yang et al. 2023, files of version 3; DermaMNIST is CC BY-NC 4.0, the others are CC BY 4.0.
 MEDMNIST_SETS: Mapping[str, MedMNISTSet] = MappingProxyType(
     {
-        "path": MedMNISTSet(9, 3, (89996, 10004, 7180), "a8b06965200029087d5bd730944a56c1"),
-        "derma": MedMNISTSet(7, 3, (7007, 1003, 2005), "0744692d530f8e62ec473284d019b0c7"),
-        "tissue": MedMNISTSet(8, 1, (165466, 23640, 47280), "ebe78ee8b05294063de985d821c1c34b"),
-        "blood": MedMNISTSet(8, 3, (11959, 1712, 3421), "7053d0359d879ad8a5505303e11de1dc"),
-        "oct": MedMNISTSet(4, 1, (97477, 10832, 1000), "c68d92d5b585d8d81f7112f81e2d0842"),
-        "organa": MedMNISTSet(11, 1, (34561, 6491, 17778), "68e3f8846a6bd62f0c9bf841c0d9eacc"),
-        "organc": MedMNISTSet(11, 1, (12975, 2392, 8216), "b9ceb9546e10131b32923c5bbeaea2b1"),
-        "organs": MedMNISTSet(11, 1, (13932, 2452, 8827), "9ab87b696fb54e2a387ebe992d6ed5f1"),
+        "path": MedMNISTSet(9, 3, (89996, 10004, 7180), "a8b06965200029087d5bd730944a56c1", _PATH),
+        "derma": MedMNISTSet(7, 3, (7007, 1003, 2005), "0744692d530f8e62ec473284d019b0c7", _DERMA),
+        "tissue": MedMNISTSet(
+            8, 1, (165466, 23640, 47280), "ebe78ee8b05294063de985d821c1c34b", _TISSUE
+        ),
+        "blood": MedMNISTSet(8, 3, (11959, 1712, 3421), "7053d0359d879ad8a5505303e11de1dc", _BLOOD),
+        "oct": MedMNISTSet(4, 1, (97477, 10832, 1000), "c68d92d5b585d8d81f7112f81e2d0842", _OCT),
+        "organa": MedMNISTSet(
+            11, 1, (34561, 6491, 17778), "68e3f8846a6bd62f0c9bf841c0d9eacc", _ORGAN
+        ),
+        "organc": MedMNISTSet(
+            11, 1, (12975, 2392, 8216), "b9ceb9546e10131b32923c5bbeaea2b1", _ORGAN
+        ),
+        "organs": MedMNISTSet(
+            11, 1, (13932, 2452, 8827), "9ab87b696fb54e2a387ebe992d6ed5f1", _ORGAN
+        ),
     }
 )
 

@@ -17,7 +17,9 @@ def test_facts_are_those_of_the_medmnist_package():
     for name, facts in MEDMNIST_SETS.items():
         theirs = info[f"{name}mnist"]
         assert facts.md5 == theirs["MD5"]
-        assert facts.num_classes == len(theirs["label"])
+        assert facts.num_classes == len(theirs["label"]) == len(facts.class_names)
+        names = zip(facts.class_names, theirs["label"].values(), strict=True)
+        assert all(whole.startswith(name) for name, whole in names)
         assert facts.in_channels == theirs["n_channels"]
         assert facts.rows == tuple(theirs["n_samples"].values())
 

@@ -81,7 +81,7 @@ def fit_images(module, data, *callbacks, gates, ckpt_path=None):
         *callbacks,
         max_epochs=-1,
         max_steps=8,
-        enable_checkpointing=True,
+        enable_checkpointing=bool(callbacks),
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
 

@@ -54,7 +54,7 @@ class ImageInputs(Sequence[Tensor]):
             return
         for file in self.images.files:
             facts = file.stat() if file.is_file() else None
-            yield f"{file.resolve()} {facts and (facts.st_size, facts.st_mtime_ns)}"
+            yield str(facts and (facts.st_size, facts.st_mtime_ns))
 
 
 class TableInputs(Sequence[TabularInputs]):

@@ -203,12 +203,11 @@ def _judge_batch(
     for row, (is_known, given, score, error, suggested, decision) in enumerate(
         zip(known.tolist(), target.tolist(), *judged, strict=True), audit.rows
     ):
-        item = JudgedItem(items.names[row], items.classes[given], None, None, "", UNREADABLE)
+        item = JudgedItem(items.names[row], items.classes[int(given)], None, None, "", UNREADABLE)
         if is_known:
-            words = items.classes[suggested], DECISIONS[decision]
+            words = items.classes[int(suggested)], DECISIONS[decision]
             item = JudgedItem(*item[:2], score, error, *words)
-            if item.decision != "keep":
-                audit.doubted.append((score, row))
+            audit.doubted.append((score, row))
         audit.decisions[item.decision] += 1
         found.append(item)
     audit.doubted = heapq.nsmallest(_MOST_DOUBTED, audit.doubted)

@@ -151,20 +151,19 @@ def _show(sources: Sources, audit: Audit, folder: Path) -> None:
         places[row]: (row, item) for row, item in enumerate(read_items(folder)) if row in places
     }
     items = [doubted[place] for place in sorted(doubted)]
-    if items:
-        table = Table("item", "given", "suggested", "right with", "decision", box=box.SIMPLE)
-        table.title = "The labels that are doubted most"
-        for _, item in items:
-            chance = f"{item.score:.3f} ± {item.standard_error:.3f}"
-            words = (item.item, item.given, item.suggested, chance, item.decision)
-            table.add_row(*map(Text, words))  # `Text` is printed as it is
-        console.print(table)
+    table = Table("item", "given", "suggested", "right with", "decision", box=box.SIMPLE)
+    table.title = "The labels that are doubted most"
+    for _, item in items:
+        chance = f"{item.score:.3f} ± {item.standard_error:.3f}"
+        words = (item.item, item.given, item.suggested, chance, item.decision)
+        table.add_row(*map(Text, words))  # `Text` is printed as it is
+    console.print(table)
     table = Table("decision", "items", "the given label is", box=box.SIMPLE)
     for decision, number in audit.decisions.items():
         if number or decision != UNREADABLE:
             table.add_row(decision, str(number), _MEANING[decision])
     console.print(table)
-    console.print(f"About {audit.wrong_share:.0%} of the labels are wrong.")
+    console.print(f"Estimated share of wrong labels: {audit.wrong_share:.0%}")
     if sources.wrong is not None:
         scores = torch.tensor([item.score or 0.0 for item in read_items(folder)])
         console.print(
@@ -173,7 +172,7 @@ def _show(sources: Sources, audit: Audit, folder: Path) -> None:
         )
     console.print(Text(f"All items: {folder / ROWS}"), soft_wrap=True)
     inputs = sources.doubted.inputs
-    if not isinstance(inputs, ImageInputs) or not items:
+    if not isinstance(inputs, ImageInputs):
         return
     if not can_draw():
         console.print("For a grid of images: pip install 'saflex-lightning[report]'")

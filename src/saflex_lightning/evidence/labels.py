@@ -93,7 +93,7 @@ class LabelJudge:
         """
         fitting = self._posteriors(scores).gather(2, self._column(given))[..., 0]
         likelihoods = log_likelihoods(fitting.flatten(), self.num_classes)
-        self._shares = likelihoods.view(*fitting.shape, -1).sum(1, keepdim=True).softmax(-1)
+        self._shares = likelihoods.view(*fitting.shape, len(NOISE)).sum(1, keepdim=True).softmax(-1)
         return float(self._shares[0, 0] @ self._shares.new_tensor(NOISE))
 
     def judge(self, scores: Tensor, given: Tensor) -> JudgedLabels:
@@ -107,7 +107,7 @@ class LabelJudge:
         fitting = posteriors.gather(2, column)
         belief = beliefs(fitting.clamp(min=_FLOOR).flatten(), self.num_classes)
         shares = (1 - _OPEN) * self._shares + _OPEN / len(NOISE)
-        belief = (belief.view(*fitting.shape[:2], -1) * shares).sum(-1, keepdim=True)
+        belief = (belief.view(*fitting.shape[:2], len(NOISE)) * shares).sum(-1, keepdim=True)
         others = posteriors.scatter(2, column, 0)
         others = others / others.sum(-1, keepdim=True).clamp(min=_FLOOR)
         probable = ((1 - belief) * others).scatter(2, column, belief)

@@ -7,7 +7,7 @@ each other class as likely; 20 to 25 rows of each class are trusted. Two kinds o
 judged:
 
 *patches*: features that no label was used for. cleanlab gets the probabilities of a logistic
-regression on them, fitted on the trusted rows.
+regression on them, fitted on the trusted rows, its penalty chosen by cross-validation.
 
 *network*: logits of small CNNs, cross-validated in five folds on the pool with its wrong labels,
 for 30 epochs; every trusted row is scored by one of them. cleanlab gets their probabilities, as it
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchmetrics.functional.classification import binary_auroc
@@ -74,7 +74,9 @@ def patch_outputs(trusted, pool, labels, given, seed):
     sized = [F.interpolate(images, (32, 32), mode="bilinear") for images in (trusted, pool)]
     encoder = PatchEncoder(sized[0])
     scores = [torch.cat([encoder(part) for part in images.split(256)]) for images in sized]
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    fitted = make_pipeline(
+        StandardScaler(), LogisticRegressionCV(Cs=[1e-3, 1e-2, 0.1, 1.0], max_iter=1000)
+    )
     fitted.fit(scores[0].numpy(), labels.numpy())
     return *scores, fitted.predict_proba(scores[1].numpy())
 

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.configs import compose_config
+from helpers.folders import make_image_folders, make_pool
 from helpers.tables import make_table, write_csv, write_npz
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from saflex_lightning.audit.judging import judge_items
-from saflex_lightning.audit.sources import open_run, read_paths, read_run_rows, read_shipped
+from saflex_lightning.audit.sources import Run, open_run, read_paths, read_run_rows, read_shipped
 from saflex_lightning.cli.audit import main
 from saflex_lightning.cli.train import train
+from saflex_lightning.recipes import GeneratedDataModule, SmallCNN
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
 
 TRUSTED, POOL = 110, 90
@@ -289,6 +291,25 @@ def test_the_rows_of_a_run_are_judged_by_its_network(run, call, tmp_path):
     assert expected.shape == (2, 8)
 
 
+def test_of_a_run_with_a_pool_the_pool_is_judged(tmp_path):
+    data = GeneratedDataModule(
+        str(make_image_folders(tmp_path / "real")),
+        str(make_pool(tmp_path / "pool")),
+        image_size=8,
+        label_noise=0.5,
+    )
+    data.setup("fit")
+    file = tmp_path / "a.ckpt"
+    file.write_bytes(b"")
+    sources = read_run_rows(Run(file, SmallCNN(3, 3), data))
+    assert list(sources.doubted.classes) == ["cat", "dog", "eel"]
+    truth = [Path(name).parent.name for name in sources.doubted.names]
+    given = [sources.doubted.classes[label] for label in sources.doubted.target]
+    assert [a != b for a, b in zip(truth, given, strict=True)] == sources.wrong.tolist()
+    assert 0 < sources.wrong.sum() < len(truth) == 48
+    assert len(sources.trusted.target) == 6
+
+
 @pytest.mark.slow
 def test_a_folder_is_judged_by_the_network_of_a_run(run, digits, call, tmp_path):
     """Its scores are those of other classes, and of images of its own size."""
@@ -369,6 +390,8 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(digits, run, call
     steered = shutil.copytree(run, tmp_path / "steered")
     config = steered / ".hydra" / "config.yaml"
     config.write_text(config.read_text().replace("steering: val", "steering: train"))
+    garbled = shutil.copytree(run, tmp_path / "garbled")
+    (garbled / ".hydra" / "config.yaml").write_text("data: [")
     table, other = tmp_path / "table.csv", tmp_path / "other.csv"
     cases = [
         ([tmp_path / "no", "--trusted", trusted], "there is nothing"),
@@ -388,6 +411,7 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(digits, run, call
         (["--run", alone], "there is none. Train with"),
         (["--run", odd], "KeyError"),
         (["--run", torn], "cannot be loaded"),
+        (["--run", garbled], "as `saflex-train` writes it"),
         (["--run", steered], "trusted rows beside the training rows"),
         ([table, "--trusted", table, "--target", "answer", "--run", run], "of one kind"),
     ]

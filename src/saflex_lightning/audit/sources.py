@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from saflex_lightning.recipes import MedMNISTDataModule, TabularDataModule
 from saflex_lightning.recipes.datamodule import UnionDataModule
@@ -163,16 +165,22 @@ def open_run(path: Path) -> Run:
             "that `saflex-train` printed at its end. For a network of your own write its scores "
             "into a table, and give that."
         )
-    files = sorted(path.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    files = [file for file in path.rglob("*.ckpt") if "rivals" not in file.relative_to(path).parts]
+    files.sort(key=lambda file: file.stat().st_mtime_ns)
     if path.is_dir() and not files:
         raise FileNotFoundError(
             f"Expected a checkpoint (*.ckpt) in {path}, but there is none. Train with "
             "`trainer.enable_checkpointing=true`."
         )
     checkpoint = files[-1] if path.is_dir() else path
-    settings = OmegaConf.load(home / _CONFIG)
-    assert isinstance(settings, DictConfig)
-    data = instantiate(settings.data)
+    try:
+        settings: Any = OmegaConf.load(home / _CONFIG)
+        data = instantiate(settings.data)
+    except (AttributeError, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(
+            f"Expected {home / _CONFIG} as `saflex-train` writes it, but it cannot be read "
+            f"({error!s:.300}). Give another run."
+        ) from error
     if not isinstance(data, UnionDataModule):
         raise ValueError(
             f"Expected a run on images or a table, but the data of {home} are "

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from saflex_lightning.functional.solve import inner_products
 
-__all__ = ["Discriminant", "best_temperature", "fit_discriminant"]
+__all__ = ["TEMPERATURES", "Discriminant", "best_temperature", "fit_discriminant"]
 
 _PRIOR = 1.0  # rows of average scores that every class has beside its own
 _RIDGE = 0.1  # in units of the covariance's mean diagonal
 _FLOOR = 1e-12  # below this, a variance counts as zero
-_TEMPERATURES = (0.03, 0.06, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)
+TEMPERATURES = (0.03, 0.06, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)
 
 
 class Discriminant(NamedTuple):
@@ -91,7 +91,7 @@ def fit_discriminant(
 
 def best_temperature(scores: Tensor, residuals: Tensor, labels: Tensor, present: Tensor) -> Tensor:
     """Return the tau under which each half of the rows is most likely by the other half, scalar."""
-    choices = scores.new_tensor(_TEMPERATURES)
+    choices = scores.new_tensor(TEMPERATURES)
     even = (torch.arange(len(scores), device=scores.device) % 2 == 0).to(scores.dtype)
     likelihoods = torch.zeros_like(choices)
     for half in (even, 1 - even):

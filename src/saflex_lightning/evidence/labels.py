@@ -1,16 +1,15 @@
 r"""How likely is a label right? Judged by trusted rows, without training.
 
-The tempered discriminant of `discriminant.py`, fitted on trusted rows, gives posteriors q of the
-classes. With them the share of wrong labels among the rows in doubt is estimated by likelihood, and
-the score of a row is the belief r of `weights.py`: the probability that its given label y is right.
-What is left goes to the other classes,
+The discriminant of `discriminant.py`, fitted on trusted rows and tempered as ten-fold likelihood
+asks for, gives posteriors q of the classes. With them the share of wrong labels among the rows in
+doubt is estimated by likelihood, and the score of a row is the belief r of `weights.py`: the
+probability that its given label y is right. What is left goes to the other classes,
 
 .. math::
     p_{iy} = r_i, \qquad p_{ik} = (1 - r_i)\, \frac{q_{ik}}{1 - q_{iy}} \quad (k \ne y),
 
-and the largest of them is the suggested label. Standard errors are those of a jackknife: the
-discriminant and the share are fitted again without each tenth of the trusted rows, at the same
-temperature.
+and the largest of them is the suggested label. Standard errors are those of a jackknife on the same
+ten folds: the discriminant and the share are fitted again without each of them.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .discriminant import best_temperature, fit_discriminant
+from .discriminant import TEMPERATURES, Discriminant, fit_discriminant
 from .weights import NOISE, beliefs, log_likelihoods
 
 __all__ = ["DECISIONS", "Decision", "JudgedLabels", "LabelJudge"]
 
-_PARTS = 10  # of the jackknife
+_FOLDS = 10
 _ERRORS = 2.0  # standard errors by which the new label of a relabelled row is likely
 _OPEN = 0.01  # probability of shares of any size, whatever was seen: so all scores have an order
 _FLOOR = 1e-12  # of posteriors
@@ -65,16 +64,15 @@ class LabelJudge:
 
     def __init__(self, scores: Tensor, labels: Tensor, num_classes: int) -> None:
         self.num_classes = num_classes
-        # Class by class, so that every part and both folds of the temperature have all classes.
-        order = labels.argsort(stable=True)
+        order = labels.argsort(stable=True)  # so that every fold has all classes
         scores, target = scores[order].double(), one_hot(labels[order], num_classes).double()
         self._directions = _directions(scores, max(_MOST_SCORES, num_classes))
         scores = scores @ self._directions
         rows = scores, torch.zeros_like(target), target, torch.ones_like(target[:, 0])
-        tau = best_temperature(*rows)
-        part = torch.arange(len(order)) % _PARTS
-        kept = [part >= 0, *(part != number for number in range(_PARTS))]
+        fold = torch.arange(len(order)) % _FOLDS
+        kept = [fold != number for number in range(-1, _FOLDS)]  # all, and all but one fold
         fits = [fit_discriminant(*(each[some] for each in rows)) for some in kept]
+        tau = _temperature(fits[1:], scores, target, fold)
         self._centers = torch.stack([fit.center for fit in fits]).unsqueeze(1)
         self._matrices = tau * torch.stack([fit.matrix[:, :num_classes] for fit in fits])
         self._offsets = tau * torch.stack([fit.offsets[:num_classes] for fit in fits]).unsqueeze(1)
@@ -134,6 +132,17 @@ def _directions(scores: Tensor, most: int) -> Tensor:
     return torch.linalg.svd(scores - scores.mean(0), full_matrices=False)[2][:most].T
 
 
+def _temperature(fits: list[Discriminant], scores: Tensor, labels: Tensor, fold: Tensor) -> Tensor:
+    """Return the tau under which each fold is most likely by the fit without it, scalar."""
+    choices = scores.new_tensor(TEMPERATURES)
+    likelihoods = torch.zeros_like(choices)
+    for number, fit in enumerate(fits):
+        left_out = fold == number
+        tempered = (choices.view(-1, 1, 1) * fit.logits(scores[left_out])).log_softmax(-1)
+        likelihoods += (tempered * labels[left_out]).sum((1, 2))
+    return choices[likelihoods.argmax()]
+
+
 def _jackknife(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the value of the first fit, and the standard error by the others."""
-    return values[0], ((_PARTS - 1) * values[1:].var(0, correction=0)).sqrt()
+    return values[0], ((_FOLDS - 1) * values[1:].var(0, correction=0)).sqrt()

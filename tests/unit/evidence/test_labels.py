@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import one_hot
 
-from saflex_lightning.evidence.discriminant import best_temperature, fit_discriminant
+from saflex_lightning.evidence.discriminant import TEMPERATURES, fit_discriminant
 from saflex_lightning.evidence.labels import DECISIONS, LabelJudge
 from saflex_lightning.evidence.weights import NOISE
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
@@ -41,10 +41,17 @@ def test_scores_are_those_of_bayes_rule(digits):
     given = plant(digits[1][60:100], 0.5)
     found = judge.judge(digits[0][60:100], given)
     order = target.argsort(stable=True)
-    labels = one_hot(target[order], CLASSES).double()
-    rows = inputs[order], torch.zeros_like(labels), labels, torch.ones(60).double()
-    tempered = best_temperature(*rows) * fit_discriminant(*rows).logits(digits[0][60:100].double())
-    right = tempered.softmax(1)[torch.arange(40), given]
+    inputs, labels = inputs[order], one_hot(target[order], CLASSES).double()
+    rows = inputs, torch.zeros_like(labels), labels, torch.ones(60).double()
+    likelihood = dict.fromkeys(TEMPERATURES, 0.0)
+    for row in range(60):  # of each row, by the folds that it is not in
+        others = torch.arange(60) % 10 != row % 10
+        logits = fit_discriminant(*(part[others] for part in rows)).logits(inputs[[row]])
+        for tau in TEMPERATURES:
+            likelihood[tau] += (tau * logits).log_softmax(1)[0, labels[row].argmax()].item()
+    tau = max(likelihood, key=likelihood.get)
+    posteriors = (tau * fit_discriminant(*rows).logits(digits[0][60:100].double())).softmax(1)
+    right = posteriors[torch.arange(40), given]
     expected = 0.8 * right / (0.8 * right + 0.2 * (1 - right) / (CLASSES - 1))
     # A hundredth is left to the other shares.
     torch.testing.assert_close(found.score, expected, atol=0.01, rtol=0)

@@ -117,7 +117,7 @@ def measure(source, noise, outputs, seed):
     wrong = given != truth
     trusted_scores, scores, probabilities = OUTPUTS[outputs](images, pool, labels, given, seed)
     judge = LabelJudge(trusted_scores, labels, classes)
-    share = judge.watch(scores, given)
+    share, _ = judge.watch(scores, given)
     judged = judge.judge(scores, given)
     found = {"saflex-audit": auroc(judged.score, wrong)}
     for method in METHODS:

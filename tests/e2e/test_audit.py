@@ -99,7 +99,7 @@ def test_wrong_labels_of_a_folder_are_found(digits, judged, call):
     state = json.loads((judged / "saflex_audit.json").read_text())
     assert state["decisions"]["doubt"] + state["decisions"]["relabel"] == len(doubted)
     assert worst[0]["item"] in printed
-    assert f"share of wrong labels: {state['wrong_share']:.0%}" in printed
+    assert f"share of wrong labels: {100 * state['wrong_share'][0]:.0f} ±" in printed
 
 
 def test_an_audit_that_was_stopped_goes_on_to_the_same_file(digits, tmp_path):
@@ -420,7 +420,14 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(digits, run, call
             call(*arguments, "-o", output)
         assert "Expected" in str(error.value), arguments
         assert not output.exists(), arguments
-    for arguments in ([pool], ["--trusted", trusted], ["--batch-size", "0"], ["--workers", "-1"]):
+    with pytest.raises(SystemExit, match="to be a folder"):
+        call(pool, "--trusted", trusted, "-o", table)
+    for arguments in (
+        [pool],
+        ["--trusted", trusted],
+        ["--batch-size", "0"],
+        ["--device", "abacus"],
+    ):
         with pytest.raises(SystemExit):
             call(*arguments, "-o", output)
         assert "expected" in capsys.readouterr().err

@@ -11,10 +11,10 @@ _CONTRAST, _WHITENING, _THRESHOLD = 0.01, 0.1, 0.25
 
 
 class PatchEncoder(nn.Module):
-    """Features of small images: which of some of their patches lie where.
+    """Features of small images: which patches and which colours their quarters have.
 
     Patches of the trusted images, normalised and whitened, are the filters; what they find is
-    rectified and averaged over the quarters of an image.
+    rectified and averaged over the quarters of an image, and so are the pixels.
 
     Args:
         images: Some of the trusted items, ``(n, channels, height, width)`` float, of 6 pixels or
@@ -41,12 +41,13 @@ class PatchEncoder(nn.Module):
         self.register_buffer("filters", whitening @ filters.T)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features, ``(batch, 512)``."""
+        """Return features, ``(batch, 512 + 4 channels)``."""
         found = (_patches(images) - self.center) @ self.filters
         both = torch.cat([found - _THRESHOLD, -found - _THRESHOLD], 2).relu()
         height = images.shape[2] - _SIDE + 1
         maps = both.transpose(1, 2).unflatten(2, (height, -1))
-        return F.adaptive_avg_pool2d(maps, _POOLED).flatten(1)
+        pooled = (F.adaptive_avg_pool2d(part, _POOLED).flatten(1) for part in (maps, images))
+        return torch.cat(list(pooled), 1)
 
 
 class TableEncoder(nn.Module):

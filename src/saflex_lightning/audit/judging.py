@@ -53,7 +53,7 @@ class Audit:
         stamp: Tells what is judged, and by what, from everything else.
         rows: Items that were judged.
         size: Bytes of the file that hold them.
-        wrong_share: Estimated share of wrong labels, in [0, 1].
+        wrong_share: Estimated share of wrong labels, in [0, 1], and its standard error.
         decisions: Items of each decision.
         doubted: Score and number of the items whose labels are least likely right.
     """
@@ -61,7 +61,7 @@ class Audit:
     stamp: str
     rows: int = 0
     size: int = 0
-    wrong_share: float | None = None
+    wrong_share: tuple[float, float] = (0.0, 1.0)
     decisions: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys([*DECISIONS, UNREADABLE], 0)
     )
@@ -150,12 +150,17 @@ def read_items(folder: Path) -> Iterator[JudgedItem]:
 def _open(folder: Path, stamp: str) -> Audit:
     """Return how far an audit has come; refuse a folder that holds another one."""
     file = folder / ROWS
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(
+            f"Expected `--output` to be a folder, but {folder} is a file. Give another one."
+        )
     if not file.exists():
         return Audit(stamp)
     found: Any = None
     with suppress(OSError, TypeError, ValueError):
         found = Audit(**json.loads((folder / STATE).read_text()))
-        found.doubted = [(score, row) for score, row in found.doubted]  # JSON made lists of them
+        found.wrong_share = tuple(found.wrong_share)  # JSON has lists
+        found.doubted = [(score, row) for score, row in found.doubted]
     if found is None or found.stamp != stamp or found.size > file.stat().st_size:
         raise FileExistsError(
             f"Expected {file} to be a part of this audit, to go on with, but it is from other "
@@ -179,7 +184,7 @@ def _make_judge(trusted: Items, score: Any) -> LabelJudge:
     return LabelJudge(torch.cat(found), trusted.target, len(trusted.classes))
 
 
-def _watch(judge: LabelJudge, items: Items, score: Any) -> float:
+def _watch(judge: LabelJudge, items: Items, score: Any) -> tuple[float, float]:
     """Let the judge estimate the share of wrong labels, by items drawn at random."""
     draws = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(items.target), generator=draws)[:_WATCHED].sort().values

@@ -97,7 +97,7 @@ def _read_arguments() -> argparse.Namespace:
     add("--numeric", nargs="+", help="of CSV tables: columns of numbers; all others")
     add("--batch-size", type=_positive, default=256, help="items at a time; %(default)s")
     add("--workers", type=_count, default=0, help="processes that load images; %(default)s")
-    add("--device", default="cpu", help="of the network, cuda for instance; %(default)s")
+    add("--device", type=_device, default="cpu", help="of the network, as cuda; %(default)s")
     given = parser.parse_args()
     if (given.pool is None) != (given.trusted is None):
         parser.error(
@@ -132,6 +132,16 @@ def _count(text: str) -> int:
     return _integer(text, 0)
 
 
+def _device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text)
+    except (AssertionError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a device of torch, but {text!r} is none"
+        ) from error
+    return text
+
+
 def _integer(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(
@@ -163,7 +173,8 @@ def _show(sources: Sources, audit: Audit, folder: Path) -> None:
         if number or decision != UNREADABLE:
             table.add_row(decision, str(number), _MEANING[decision])
     console.print(table)
-    console.print(f"Estimated share of wrong labels: {audit.wrong_share:.0%}")
+    share, error = (100 * part for part in audit.wrong_share)
+    console.print(f"Estimated share of wrong labels: {share:.0f} ± {error:.0f} %")
     if sources.wrong is not None:
         scores = torch.tensor([item.score or 0.0 for item in read_items(folder)])
         console.print(

@@ -79,7 +79,7 @@ class LabelJudge:
         self._shares = scores.new_zeros(len(fits), 1, len(NOISE))  # probability of each one
         self._shares[..., 0] = 1
 
-    def watch(self, scores: Tensor, given: Tensor) -> float:
+    def watch(self, scores: Tensor, given: Tensor) -> tuple[float, float]:
         """Estimate the share of wrong labels among the rows in doubt by some of them.
 
         Args:
@@ -87,12 +87,16 @@ class LabelJudge:
             given: Their labels, ``(rows,)`` int64.
 
         Returns:
-            The share, in [0, 0.9].
+            The share, in [0, 0.9], and its standard error; both are large where scores tell little.
         """
         fitting = self._posteriors(scores).gather(2, self._column(given))[..., 0]
         likelihoods = log_likelihoods(fitting.flatten(), self.num_classes)
-        self._shares = likelihoods.view(*fitting.shape, len(NOISE)).sum(1, keepdim=True).softmax(-1)
-        return float(self._shares[0, 0] @ self._shares.new_tensor(NOISE))
+        likelihoods = likelihoods.view(*fitting.shape, len(NOISE)).sum(1, keepdim=True)
+        self._shares = likelihoods.softmax(-1)
+        noise = self._shares.new_tensor(NOISE)
+        share, error = _jackknife(self._shares @ noise)
+        spread = self._shares[0] @ noise.square() - share.square()
+        return float(share), float((spread.clamp(min=0) + error.square()).sqrt())
 
     def judge(self, scores: Tensor, given: Tensor) -> JudgedLabels:
         """Return what is thought of rows.

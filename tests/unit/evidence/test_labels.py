@@ -29,7 +29,8 @@ def judge_digits(digits, share, trusted=200):
     inputs, target = digits
     given = plant(target[trusted:], share)
     judge = LabelJudge(inputs[:trusted], target[:trusted], CLASSES)
-    found = judge.watch(inputs[trusted:], given)
+    found, error = judge.watch(inputs[trusted:], given)
+    assert error < 0.06
     return judge.judge(inputs[trusted:], given), given, target[trusted:], found
 
 
@@ -119,6 +120,13 @@ def test_more_scores_than_trusted_rows(digits):
     score = judge.judge(wide[200:], given).score
     wrong = given != target[200:]
     assert wrong[score.argsort()[: int(wrong.sum())]].float().mean() > 0.8
+
+
+def test_scores_that_tell_nothing_say_so(digits):
+    noise = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    judge = LabelJudge(noise[:200], digits[1][:200], CLASSES)
+    _, error = judge.watch(noise[200:], digits[1][200:400])
+    assert error > 0.2
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 12])

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 __all__ = ["PatchEncoder", "TableEncoder"]
 
 _SIDE, _PATCHES, _FILTERS, _POOLED = 6, 20_000, 64, 2
+_AT_ONCE = 16  # images whose patches stay in the cache of a processor
 _CONTRAST, _WHITENING, _THRESHOLD = 0.01, 0.1, 0.25
 
 
@@ -42,6 +43,9 @@ class PatchEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features, ``(batch, 512 + 4 channels)``."""
+        return torch.cat([self._encode(part) for part in images.split(_AT_ONCE)])
+
+    def _encode(self, images: Tensor) -> Tensor:
         found = (_patches(images) - self.center) @ self.filters
         both = torch.cat([found - _THRESHOLD, -found - _THRESHOLD], 2).relu()
         height = images.shape[2] - _SIDE + 1

@@ -29,8 +29,9 @@ LAYERS = {
     "__init__": 8,
     "data": 3,
     "recipes": 9,
-    "cli": 10,
-    "configs": 10,
+    "audit": 10,
+    "cli": 11,
+    "configs": 11,
 }
 PUBLIC = {
     "saflex_lightning": {

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from saflex_lightning.functional.solve import inner_products
 
-__all__ = ["Discriminant", "best_temperature", "fit_discriminant"]
+__all__ = ["TEMPERATURES", "Discriminant", "best_temperature", "fit_discriminant"]
 
 _PRIOR = 1.0  # rows of average scores that every class has beside its own
 _RIDGE = 0.1  # in units of the covariance's mean diagonal
 _FLOOR = 1e-12  # below this, a variance counts as zero
-_TEMPERATURES = (0.03, 0.06, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)
+TEMPERATURES = (0.03, 0.06, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)
 
 
 class Discriminant(NamedTuple):
-    """What rows are judged with; ``scores`` is the number of scores, equal to that of classes.
+    """What rows are judged with; ``scores`` is the number of scores.
 
     Attributes:
         center: mu, ``(scores,)``.
@@ -48,10 +48,18 @@ class Discriminant(NamedTuple):
     def judge(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return the untempered logits and Pi, where positive lowers the validation loss.
 
-        Both are ``(rows, classes)``.
+        Both are ``(rows, classes)``; there must be as many scores as classes.
         """
-        logits, moves = torch.addmm(self.offsets, scores - self.center, self.matrix).chunk(2, 1)
+        logits, moves = self._logits_and_moves(scores)
         return logits, inner_products(moves, scores.softmax(-1))
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Return the untempered logits, ``(rows, classes)``, of any number of scores."""
+        return self._logits_and_moves(scores)[0]
+
+    def _logits_and_moves(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        logits, moves = torch.addmm(self.offsets, scores - self.center, self.matrix).chunk(2, 1)
+        return logits, moves
 
 
 def fit_discriminant(
@@ -83,12 +91,12 @@ def fit_discriminant(
 
 def best_temperature(scores: Tensor, residuals: Tensor, labels: Tensor, present: Tensor) -> Tensor:
     """Return the tau under which each half of the rows is most likely by the other half, scalar."""
-    choices = scores.new_tensor(_TEMPERATURES)
+    choices = scores.new_tensor(TEMPERATURES)
     even = (torch.arange(len(scores), device=scores.device) % 2 == 0).to(scores.dtype)
 
     def likelihoods(half: Tensor) -> Tensor:
         h, r, y = (part * half.unsqueeze(1) for part in (scores, residuals, labels))
-        logits, _ = fit_discriminant(h, r, y, present * half).judge(scores)
+        logits = fit_discriminant(h, r, y, present * half).logits(scores)
         tempered = torch.log_softmax(choices.view(-1, 1, 1) * logits, -1)
         return (tempered * (labels - y)).sum((1, 2))
 

@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Array", "GroupWeights", "beliefs", "host_copy", "log_likelihoods"]
+__all__ = ["NOISE", "Array", "GroupWeights", "beliefs", "host_copy", "log_likelihoods"]
 
 Array = NDArray[np.float64]
 
-_NOISE = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+NOISE = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MEMORY = 30  # steps in which a group's likelihoods fade
 _RATE = 0.02  # of Adam
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
@@ -65,7 +65,7 @@ class GroupWeights:
         if state["powers"] is None:
             state["powers"], state["offsets"] = np.ones(num_groups), np.zeros(num_groups)
             state["moments"] = np.zeros((2, 2, num_groups))
-            state["likelihoods"] = np.zeros((num_groups, len(_NOISE)))
+            state["likelihoods"] = np.zeros((num_groups, len(NOISE)))
         self._copies.clear()
 
     def log_beliefs(
@@ -151,5 +151,5 @@ def log_likelihoods(posteriors: Tensor, classes: int) -> Tensor:
 
 
 def _right_and_wrong(posteriors: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    noise, column = posteriors.new_tensor(_NOISE), posteriors.unsqueeze(1)
+    noise, column = posteriors.new_tensor(NOISE), posteriors.unsqueeze(1)
     return column * (1 - noise), (1 - column) * noise / max(classes - 1, 1)

@@ -9,7 +9,16 @@ from typing import Any
 
 from saflex_lightning.data.cells import as_cell
 
-__all__ = ["CLASSES", "DOUBTED", "GROUPS", "HISTORY", "ROWS", "write_parquet", "write_table"]
+__all__ = [
+    "CLASSES",
+    "DOUBTED",
+    "GROUPS",
+    "HISTORY",
+    "ROWS",
+    "as_cells",
+    "write_parquet",
+    "write_table",
+]
 
 ROWS = "saflex_rows.csv"
 GROUPS = "saflex_groups.csv"
@@ -25,7 +34,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
     with unfinished.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)
-        writer.writerows([_cell(value) for value in row] for row in rows)
+        writer.writerows(map(as_cells, rows))
     unfinished.replace(path)
 
 
@@ -39,6 +48,11 @@ def write_parquet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[An
             arrow.table({name: list(column) for name, column in zip(columns, values, strict=True)}),
             path,
         )
+
+
+def as_cells(row: Sequence[Any]) -> list[Any]:
+    """Return what a row of a CSV file holds; None becomes an empty cell."""
+    return [_cell(value) for value in row]
 
 
 def _cell(value: Any) -> Any:

@@ -162,6 +162,10 @@ class UnionDataModule(L.LightningDataModule):
         """Return the number of training rows of each class, ``(classes,)`` int64; needs `setup`."""
         return self._train.target.bincount(minlength=self.sizes()["num_classes"])
 
+    def doubted_rows(self) -> Any:
+        """Return the dataset of the rows whose labels may be wrong, as they are; needs `setup`."""
+        return self._train
+
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
         """Return the loader of training batches; its order is a function of seed and epoch.
 

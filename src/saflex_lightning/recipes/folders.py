@@ -39,10 +39,10 @@ class FileImages(Sequence[Tensor]):
 
     Args:
         files: Paths of the images.
-        size: Side to resize to, in pixels; None keeps images as they are.
+        size: Side, or height and width, to resize to, in pixels; None keeps images as they are.
     """
 
-    def __init__(self, files: Sequence[Path], size: int | None) -> None:
+    def __init__(self, files: Sequence[Path], size: int | Sequence[int] | None) -> None:
         self.files = files
         self.size = size
 
@@ -66,7 +66,8 @@ class FileImages(Sequence[Tensor]):
         with _opened(self.files[row]) as opened:
             image: Any = opened.convert("RGB")
         if self.size is not None:
-            image = v2.functional.resize(image, [self.size, self.size])
+            sides = [self.size] * 2 if isinstance(self.size, int) else list(self.size)
+            image = v2.functional.resize(image, sides)
         return v2.functional.pil_to_tensor(image)
 
 

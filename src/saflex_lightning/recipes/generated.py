@@ -21,7 +21,7 @@ from saflex_lightning.recipes.folders import (
     read_class_folders,
 )
 from saflex_lightning.recipes.image_data import ImageDataModule
-from saflex_lightning.recipes.images import Split
+from saflex_lightning.recipes.images import ImageRows, Split
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
 from saflex_lightning.recipes.paired import MixedImages, PairedBatches, make_paired_loader
 from saflex_lightning.recipes.pool import Pool, read_pool
@@ -133,7 +133,7 @@ class GeneratedDataModule(ImageDataModule):
         root = Path(self.root).expanduser()
         real = read_class_folders(root / "train", num_classes=self.num_classes)
         val, test = (read_class_folders(root / name, real.classes) for name in ("val", "test"))
-        self._classes = real.classes
+        self.classes = real.classes
         files = [*real.files, *val.files, *test.files]
         if self.pooled:
             self._pool = self._read_pool(real)
@@ -154,11 +154,11 @@ class GeneratedDataModule(ImageDataModule):
 
     def sizes(self) -> dict[str, int]:
         """Return the number of classes and of channels; needs `setup`."""
-        return {"num_classes": len(self._classes), "in_channels": 3}
+        return {"num_classes": len(self.classes), "in_channels": 3}
 
     def saflex_class_names(self) -> Sequence[str]:
         """Return the names of the class folders, for `SAflexInsight`; needs `setup`."""
-        return self._classes
+        return self.classes
 
     def _read_pool(self, real: ClassFolders) -> Pool:
         assert self.generated is not None
@@ -175,17 +175,17 @@ class GeneratedDataModule(ImageDataModule):
         return pool._replace(target=given)
 
     def _count_wanted(self) -> Tensor:
-        found = self._pool.target[self._usable()].bincount(minlength=len(self._classes))
+        found = self._pool.target[self._usable()].bincount(minlength=len(self.classes))
         if self.per_class == "all":
             return found
         if self.per_class == "extra":
             folder = Path(self.root).expanduser() / "extra"
-            wanted = read_class_folders(folder, self._classes).target.bincount()
+            wanted = read_class_folders(folder, self.classes).target.bincount()
         else:
             wanted = self.class_counts().mul(self.generated_per_real).round().long()
         if (found < wanted).any():
             lacking = {
-                self._classes[label]: f"{found[label]} of {wanted[label]}"
+                self.classes[label]: f"{found[label]} of {wanted[label]}"
                 for label in (found < wanted).nonzero().flatten().tolist()
             }
             rank_zero_warn(
@@ -208,6 +208,12 @@ class GeneratedDataModule(ImageDataModule):
         if not self.pooled or not self.label_noise:
             return None
         return torch.cat([torch.zeros(len(self._whole.target), dtype=torch.bool), self._wrong])
+
+    def doubted_rows(self) -> ImageRows:
+        """Return the images of the pool, or the training images where there is none."""
+        if not self.pooled:
+            return super().doubted_rows()
+        return ImageRows(Split(FileImages(self._pool.files, self.image_size), self._pool.target))
 
     def train_dataloader(self) -> DataLoader[AugmentedBatch]:
         """Return the loader of training batches; its order is a function of seed and epoch.

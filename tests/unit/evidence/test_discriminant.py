@@ -7,7 +7,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn.functional import cross_entropy, one_hot
 
 from saflex_lightning.evidence.discriminant import (
-    _TEMPERATURES,
+    TEMPERATURES,
     best_temperature,
     fit_discriminant,
 )
@@ -50,14 +50,14 @@ def test_temperature_equals_brute_force_over_two_folds(rows):
     scores, _, labels, _ = rows
     even = torch.arange(ROWS) % 2 == 0
     totals = []
-    for tau in _TEMPERATURES:
+    for tau in TEMPERATURES:
         total = 0.0
         for fold in (even, ~even):
             # Densities of the rest, of which the absent rows are no part.
             logits = fit_discriminant(*(part[fold] for part in rows)).judge(scores[~fold])[0]
             total += (torch.log_softmax(tau * logits, 1) * labels[~fold]).sum().item()
         totals.append(total)
-    best = _TEMPERATURES[max(range(len(totals)), key=totals.__getitem__)]
+    best = TEMPERATURES[max(range(len(totals)), key=totals.__getitem__)]
     assert best_temperature(*rows).item() == best
     assert best > 0.03
 

@@ -10,7 +10,7 @@ from helpers.solving import ALONE, in_parts
 from torch.nn.functional import one_hot
 
 from saflex_lightning.evidence.evidence import Evidence
-from saflex_lightning.evidence.weights import _NOISE, GroupWeights, beliefs, log_likelihoods
+from saflex_lightning.evidence.weights import NOISE, GroupWeights, beliefs, log_likelihoods
 from saflex_lightning.functional.losses import NO_OPTIONS, LossOptions
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def test_beliefs_and_likelihoods_are_bayes_rule():
     posteriors = torch.tensor([0.9, 0.5, 0.05], dtype=torch.float64)
     found, likelihood = beliefs(posteriors, CLASSES), log_likelihoods(posteriors, CLASSES)
     for row, q in enumerate(posteriors.tolist()):
-        for column, noise in enumerate(_NOISE):
+        for column, noise in enumerate(NOISE):
             right, wrong = q * (1 - noise), (1 - q) * noise / (CLASSES - 1)
             assert found[row, column].item() == pytest.approx(right / (right + wrong))
             assert likelihood[row, column].item() == pytest.approx(log(right + wrong))
@@ -31,7 +31,7 @@ def test_a_label_that_tells_nothing_leaves_the_posterior():
     """The belief at a noise of 1 - 1/K is q itself, as for rows beside clean ones."""
     posteriors = torch.rand(7, dtype=torch.float64)
     assert 1 - 1 / CLASSES == 0.8
-    torch.testing.assert_close(beliefs(posteriors, CLASSES)[:, _NOISE.index(0.8)], posteriors)
+    torch.testing.assert_close(beliefs(posteriors, CLASSES)[:, NOISE.index(0.8)], posteriors)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4])
@@ -47,11 +47,11 @@ def test_the_share_of_wrong_labels_is_estimated(share):
         shift = torch.randint(1, CLASSES, (64,), generator=generator)
         given = torch.where(wrong, (given + shift) % CLASSES, given)
         posteriors = probs.gather(1, given.unsqueeze(1)).squeeze(1)
-        sums = np.zeros((2, len(_NOISE)))
+        sums = np.zeros((2, len(NOISE)))
         sums[1] = log_likelihoods(posteriors, CLASSES).sum(0)
         rule.watch(sums)
     likelihoods = rule.state_dict()["likelihoods"][1]
-    expected = (likelihoods.softmax(0) * torch.tensor(_NOISE)).sum()
+    expected = (likelihoods.softmax(0) * torch.tensor(NOISE)).sum()
     assert expected.item() == pytest.approx(share, abs=0.05)
 
 

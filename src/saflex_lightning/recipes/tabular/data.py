@@ -131,11 +131,11 @@ class TabularDataModule(UnionDataModule):
 
     def fit_to(self, train: Table) -> None:
         """Fit means, deviations and codes."""
-        self._preprocessing = Preprocessing(train)
+        self.preprocessing = Preprocessing(train)
 
     def make_clean(self, rows: Table) -> CleanTable:
         """Return model inputs and labels."""
-        return CleanTable(self._preprocessing.transform(rows), torch.from_numpy(rows.target))
+        return CleanTable(self.preprocessing.transform(rows), torch.from_numpy(rows.target))
 
     def make_augmented(self, clean: CleanTable) -> TrainingTable:
         """Return training batches."""

@@ -18,6 +18,9 @@ class Preprocessing:
     Args:
         train: The training rows, and no others.
 
+    Attributes:
+        columns: A table without rows that has their columns, levels and classes.
+
     Raises:
         ImportError: If scikit-learn is not installed.
     """
@@ -32,6 +35,7 @@ class Preprocessing:
                 "Expected scikit-learn for tabular data, but it is not installed. Run "
                 "`pip install 'saflex-lightning[tabular]'`."
             ) from error
+        self.columns = train.take(np.arange(0))
         self._scale = make_pipeline(
             SimpleImputer(strategy="mean", keep_empty_features=True), StandardScaler()
         )

@@ -147,7 +147,7 @@ print(json.dumps(rows[0], indent=1))
 
 # %%
 doubted = position[:12]
-suggested = [int(row["suggested"]) for row in rows]
+suggested = [names.index(row["suggested"]) for row in rows]
 titles = [
     f"{names[given[row]]}\n→ {names[suggestion]}"
     for row, suggestion in zip(doubted, suggested, strict=False)

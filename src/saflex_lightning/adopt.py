@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .batch import AugmentedBatch
 from .engines.untouched import untouched_generators
-from .functional.looking import looking_is_free
-from .functional.losses import LossOptions, check_target
+from .functional.losses import LossOptions, check_target, looking_is_free
 from .module import Edited, Reading, SAflexMixin
 from .step import Step
 from .validation.stream import overrides

@@ -16,7 +16,6 @@ from .engines.head import same_values
 from .engines.untouched import unwritten
 from .evidence.evidence import GatheredRows
 from .functional.contrastive import contrastive_target
-from .functional.looking import looking_is_free
 from .functional.losses import (
     LossOptions,
     Scores,
@@ -24,6 +23,7 @@ from .functional.losses import (
     check_target,
     check_tasks,
     dense_target,
+    looking_is_free,
     mean_cross_entropy,
     weighted_cross_entropy,
     widen,

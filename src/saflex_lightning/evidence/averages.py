@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saflex_lightning.functional.losses import looking_is_free
 from saflex_lightning.functional.ranks import Ranks
 
 __all__ = ["RowAverages", "RowEvidence"]
@@ -30,13 +31,14 @@ class RowAverages:
 
     Only indices that occur are held, whatever their size, where the rows are and the same on all
     ranks. What steps tell waits until it is taken in, so that a step finds its rows without waiting
-    for the device.
+    for the device; on one, a row that comes again before that has its earlier visits alone.
     """
 
     def __init__(self) -> None:
         self._index = torch.zeros(0, dtype=torch.int64)  # sorted
         self._sums = torch.zeros(2, 0)  # of the numbers, and of visits
         self._waiting: list[tuple[Tensor, Tensor]] = []  # index and what is new, of each step
+        self._those: set[int] = set()  # indices that wait, where looking at them is free
 
     def update(self, index: Tensor, values: Tensor, counted: Tensor, ranks: Ranks) -> Tensor:
         """Let the numbers of one step wait, and return the averages of its rows with them.
@@ -48,22 +50,28 @@ class RowAverages:
             self._index, self._sums = self._index.to(index.device), self._sums.to(values)
         counted = counted & (values.abs() < torch.inf)
         new = torch.stack([torch.where(counted, values, 0), counted])
+        rows = index, new
+        if ranks.size > 1:
+            room = ranks.most_rows(values)
+            rows = ranks.gather(index, room), ranks.gather(new.T, room).T
+        if looking_is_free(index):
+            those = set(rows[0].tolist())
+            if not self._those.isdisjoint(those):
+                self.take_in()
+            self._those |= those
         sums = new
         if len(self._index):
             own = torch.searchsorted(self._index, index).clamp(max=len(self._index) - 1)
             known = self._index[own] == index
             sums = torch.add(new, self._sums[:, own] * known, alpha=_DECAY)
-        if ranks.size > 1:
-            room = ranks.most_rows(values)
-            index, new = ranks.gather(index, room), ranks.gather(new.T, room).T
-        self._waiting.append((index, new))
+        self._waiting.append(rows)
         totals, visits = sums
         return torch.where(visits > 0, totals / visits, values)
 
     def take_in(self) -> None:
         """Take in what waits; this looks at values."""
         self._index, self._sums = self._with_waiting()
-        self._waiting = []
+        self._waiting, self._those = [], set()
 
     def read(self) -> RowEvidence:
         """Return the average of every index."""
@@ -85,6 +93,7 @@ class RowAverages:
         self._index, self._sums = state["index"], state["sums"]
         if state["waiting"] is not None:
             self._waiting = list(zip(state["waiting_index"], state["waiting"], strict=True))
+            self._those = set(torch.cat(state["waiting_index"]).tolist())
 
     def to(self, device: torch.device) -> None:
         """Move to where the rows will be."""

@@ -8,8 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from saflex_lightning.functional.looking import looking_is_free
-from saflex_lightning.functional.losses import LossOptions
+from saflex_lightning.functional.losses import LossOptions, looking_is_free
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.solve import loss_inner_products
 

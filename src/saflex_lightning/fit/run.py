@@ -20,7 +20,6 @@ from saflex_lightning.engines.choose import Matching
 from saflex_lightning.engines.direction import adam_second_moments
 from saflex_lightning.engines.untouched import extra_pass
 from saflex_lightning.evidence.evidence import Evidence
-from saflex_lightning.functional.looking import looking_is_free
 from saflex_lightning.functional.losses import (
     NO_OPTIONS,
     LossOptions,
@@ -28,6 +27,7 @@ from saflex_lightning.functional.losses import (
     as_tuple,
     dense_target,
     is_probabilities,
+    looking_is_free,
     mean_cross_entropy,
     widen,
 )

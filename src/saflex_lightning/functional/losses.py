@@ -19,6 +19,7 @@ __all__ = [
     "check_tasks",
     "dense_target",
     "is_probabilities",
+    "looking_is_free",
     "map_scores",
     "mean_cross_entropy",
     "weighted_cross_entropy",
@@ -87,6 +88,11 @@ class LossOptions(NamedTuple):
 
 
 NO_OPTIONS = LossOptions()
+
+
+def looking_is_free(tensor: Tensor) -> bool:
+    """Say whether a look at values does not wait for a device that works through its queue."""
+    return tensor.device.type == "cpu"
 
 
 def widen(tensor: Tensor) -> Tensor:

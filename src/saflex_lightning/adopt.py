@@ -221,7 +221,7 @@ class Adopted:
                     "computes several, and which one to refine cannot be told. Derive the module "
                     "from `SAflexMixin` and name it by `saflex_forward` and `saflex_loss`."
                 )
-            look = not self._has_looked or looking_is_free(call.target)
+            look = not self._has_looked or looking_is_free(call.target.device)
             _check_call(call, batch, look=look)
             self._has_looked = True
             step.end(call.input)

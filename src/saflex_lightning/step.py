@@ -23,7 +23,6 @@ from .functional.losses import (
     check_target,
     check_tasks,
     dense_target,
-    looking_is_free,
     mean_cross_entropy,
     weighted_cross_entropy,
     widen,
@@ -128,10 +127,12 @@ class Step:
         self.rejected: Tensor | None = None
         self._given_way: Tensor | None = None
         self._places: Tensor | None = None
-        source = None
-        if isinstance(batch, AugmentedBatch) and batch.group is not None:
-            self.rejected = self._draw(batch.group, batch.augmented)
-            source = batch.source
+        source, group = None, None
+        if isinstance(batch, AugmentedBatch):
+            source, group = batch.source, batch.group
+        self._has_drawn = group is not None
+        if group is not None:
+            self.rejected = self._draw(group, batch.augmented)
         if self.rejected is not None and source is not None:
             here = torch.arange(len(source), device=source.device)
             self._given_way = self.rejected & (source >= 0)
@@ -226,7 +227,7 @@ class Step:
         fit, size = self.fit, len(scores)
         contrastive = target is None
         target = contrastive_target(scores) if target is None else target
-        check_target(target, scores, values=looking_is_free(target))
+        check_target(target, scores, values=fit.looks)
         # Where each process scores its own pairs alone, a column means something else on each.
         ranks = Ranks() if contrastive and scores.shape[0] == scores.shape[1] else fit.ranks
         mask = row_field(self.batch, "augmented", augmented, size)
@@ -299,10 +300,9 @@ class Step:
 
     def _rejected(self, rows: StepRows) -> Tensor | None:
         """Return which rows are rejected, where that is known."""
-        rejected = self.rejected
-        if rejected is None and rows.group is not None:
-            rejected = self._draw(rows.group, rows.shown)
-        return rejected
+        if self._has_drawn or rows.group is None:
+            return self.rejected
+        return self._draw(rows.group, rows.shown)
 
     def _draw(self, group: Tensor, augmented: Tensor) -> Tensor | None:
         """Return which rows the gates turn down; None without gates."""

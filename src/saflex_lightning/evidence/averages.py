@@ -54,7 +54,7 @@ class RowAverages:
         if ranks.size > 1:
             room = ranks.most_rows(values)
             rows = ranks.gather(index, room), ranks.gather(new.T, room).T
-        if looking_is_free(index):
+        if looking_is_free(index.device):
             those = set(rows[0].tolist())
             if not self._those.isdisjoint(those):
                 self.take_in()

@@ -107,6 +107,7 @@ class Evidence:
         self._discriminant: Discriminant | None = None
         self._log_temperature: Tensor | None = None
         self._fitted = 0  # the step at which it was
+        self._looks = True  # at values, in every step
         self._has_looked = False
         self._waiting: list[tuple[int, Tensor]] = []  # numbers of steps, and what they showed
 
@@ -123,6 +124,7 @@ class Evidence:
                 "run."
             )
         self.names = tuple(names)
+        self._looks = looking_is_free(device)
         groups = max(len(names), 2) if names else _UNNAMED
         self.memory.start(num_rows, device)
         self.averages.to(device)
@@ -214,7 +216,7 @@ class Evidence:
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
         sums = ranks.sum(sums.index_add_(0, places, columns)[:-1])
         self._waiting.append((number, sums))
-        if looking_is_free(sums):
+        if self._looks:
             self._take_in()
         if alone and number < _WARM_UP_ALONE:
             weights = ones
@@ -249,7 +251,7 @@ class Evidence:
         """
         if group is None:
             return augmented.long()
-        if looking_is_free(group) or not self._has_looked:
+        if self._looks or not self._has_looked:
             self._has_looked = True
             self._check(group, augmented)
         return torch.where(augmented, group, 0)

@@ -53,6 +53,7 @@ class Fit:
     def __init__(self, settings: Settings, report: Report) -> None:
         self.settings = settings
         self.solves = settings.solves
+        self.looks = True  # at values, in every step
         self.report = report
         self.ranks = Ranks()
         self.served: Adopted | Edited  # from `start` on
@@ -87,6 +88,7 @@ class Fit:
             MisconfigurationException: If a gradient from a checkpoint does not fit the module.
         """
         self.ranks = Ranks(trainer.global_rank, trainer.world_size)
+        self.looks = looking_is_free(module.device)
         self._loader, self._keep_batch_size = loader, keep_batch_size
         self.report.say_no_engine(self.settings)
         self.served = serve(module)
@@ -109,7 +111,7 @@ class Fit:
             return None
         started = time.perf_counter()
         if isinstance(batch, AugmentedBatch) and (
-            looking_is_free(batch.augmented) or trainer.fit_loop.batch_idx == 0
+            self.looks or trainer.fit_loop.batch_idx == 0
         ):  # elsewhere a look waits for the device
             check_rows(batch)
         if self._stream is None:
@@ -154,7 +156,7 @@ class Fit:
             self._looked = None
         self.options = step.options
         step.seconds += time.perf_counter() - started
-        return step.finite is not None and looking_is_free(step.finite) and not bool(step.finite)
+        return step.finite is not None and self.looks and not bool(step.finite)
 
     def _look(
         self,
@@ -171,7 +173,7 @@ class Fit:
             run = partial(self._score, reading)
 
             # Looking at values waits for the device, so on others than the CPU it is done once.
-            look = looking_is_free(self.skipped) or not self.val_classes
+            look = self.looks or not self.val_classes
 
             def loss(scores: Scores) -> Tensor:
                 check = "values" if look else "shapes"

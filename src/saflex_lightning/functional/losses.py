@@ -90,9 +90,9 @@ class LossOptions(NamedTuple):
 NO_OPTIONS = LossOptions()
 
 
-def looking_is_free(tensor: Tensor) -> bool:
-    """Say whether a look at values does not wait for a device that works through its queue."""
-    return tensor.device.type == "cpu"
+def looking_is_free(device: torch.device) -> bool:
+    """Say whether a look at values waits for no device that works through its queue."""
+    return device.type == "cpu"
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.solving import ALONE, in_parts
 
+from saflex_lightning.evidence import averages as averages_module
 from saflex_lightning.evidence.averages import RowAverages
 
 KEYS = torch.tensor([-(2**63), -7, 0, 3, 4, 10**6, 2**40, 2**62, 2**63 - 1])
@@ -52,7 +53,17 @@ class TestAverages:
         assert evidence.tolist() == pytest.approx([0.9, 0.3])
         assert update(averages, [5], [0.9]).item() == pytest.approx((0.7 * 0.6 + 0.9) / 2.4)
 
-    def test_what_waits_is_read_saved_and_taken_in_step_by_step(self):
+    def test_a_row_that_comes_again_is_found_before_it_is_taken_in(self):
+        averages = RowAverages()
+        for values, expected in (([0.2, 0.5], [0.2, 0.5]), ([0.6, 0.1], [0.74 / 1.7, 0.45 / 1.7])):
+            found = averages.update(
+                torch.tensor([7, 3]), torch.tensor(values), torch.ones(2, dtype=torch.bool), ALONE
+            )
+            assert found.tolist() == pytest.approx(expected)
+
+    def test_what_waits_is_read_saved_and_taken_in_step_by_step(self, monkeypatch):
+        """As on a device that would be waited for."""
+        monkeypatch.setattr(averages_module, "looking_is_free", lambda device: False)
         generator = torch.Generator().manual_seed(0)
         at_once, waiting = RowAverages(), RowAverages()
         for _ in range(6):

@@ -177,17 +177,18 @@ def read_batch(batch: Any) -> tuple[Any, Tensor | None]:
     return found[inputs[0]], found[targets[0]]
 
 
-def replace_rows(values: Any, places: Tensor) -> Any:
+def replace_rows(values: Any, places: Tensor | None, size: int) -> Any:
     """Return values with row ``places[i]`` in the place of row i, in new tensors.
+
+    Without places they are only looked at, so that none is refused in the middle of a run.
 
     Raises:
         MisconfigurationException: If a leaf is no tensor with these rows.
     """
-    size = len(places)
 
     def replace(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size:
-            return leaf[places]
+            return leaf if places is None else leaf[places]
         if leaf is None or isinstance(leaf, (bool, int, float)):
             return leaf
         found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__

@@ -133,6 +133,8 @@ class Step:
         self._has_drawn = group is not None
         if group is not None:
             self.rejected = self._draw(group, batch.augmented)
+        has_gates = fit.evidence is not None and fit.evidence.gates is not None
+        self._may_replace = has_gates and group is not None and source is not None
         if self.rejected is not None and source is not None:
             here = torch.arange(len(source), device=source.device)
             self._given_way = self.rejected & (source >= 0)
@@ -153,7 +155,10 @@ class Step:
 
     def replaced(self, values: Any) -> Any:
         """Return values of the batch's rows, with rejected rows as those they were made from."""
-        return values if self._places is None else replace_rows(values, self._places)
+        if not self._may_replace:
+            return values
+        replaced = replace_rows(values, self._places, len(self.batch.augmented))
+        return values if self._places is None else replaced
 
     def begin(self, run: Callable[[], Scores], inputs: Any) -> None:
         """Do what must come before the training forward; ``run`` is for passes beside it."""

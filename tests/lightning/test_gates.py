@@ -99,11 +99,12 @@ def test_replaced_rows_are_their_source_in_every_input_and_in_new_tensors():
     inputs = torch.arange(24.0).view(12, 2)
     batch = {"x": inputs, "more": (inputs * 2, True, None)}
     places = torch.tensor([0, 1, 2, 3, 4, 5, 6, 1, 8, 9, 4, 11])
-    found = replace_rows(batch, places)
+    found = replace_rows(batch, places, 12)
     assert found["x"].equal(inputs[places])
     assert found["more"][0].equal(2 * inputs[places])
     assert found["more"][1:] == (True, None)
     assert inputs.equal(torch.arange(24.0).view(12, 2))
+    assert replace_rows(batch, None, 12)["x"] is inputs, "no copy where every gate is open"
 
 
 class Repeated:

@@ -80,7 +80,12 @@ def test_the_first_notebook_shows_one_whole_run():
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+SLOW = {"purify_generated_pool", "tabular"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES]
+)
 def test_runs_on_small_settings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_medmnist(tmp_path, "blood")

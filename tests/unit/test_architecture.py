@@ -134,8 +134,13 @@ def test_recipes_use_only_the_public_api():
     ("settings", "files", "changes"),
     [
         ({}, 17, 108),
-        ({"preset": "gradient", "engine": "head"}, 14, 104),
-        ({"preset": "gradient", "gates": True, "row_evidence": True}, 20, 150),
+        pytest.param({"preset": "gradient", "engine": "head"}, 14, 104, marks=pytest.mark.slow),
+        pytest.param(
+            {"preset": "gradient", "gates": True, "row_evidence": True},
+            20,
+            150,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_step_is_read_in_few_files(settings, files, changes):

@@ -212,6 +212,7 @@ class TestCsv:
         assert table.classes == table.levels[0] == expected
         assert [table.classes[code] for code in table.target] == levels * 2
 
+    @pytest.mark.slow
     def test_codes_are_the_same_in_every_process(self, tmp_path):
         """Rows of a table that two processes read, whose sets of text have other orders."""
         rows = [f"{row % 7},{row},{['NAN', 'b', '3'][row % 3]}" for row in range(60)]

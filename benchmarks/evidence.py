@@ -13,12 +13,14 @@ by seed. Accuracy is that of the whole test split, after the last step; loss is 
 import argparse
 import json
 import logging
+import platform
 import statistics
 import time
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
+from operator import add
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,6 +43,7 @@ METHODS = {
     "label smoothing": None,
     "merged": None,  # trains on the validation rows too
     "merged by rows": None,  # the same after a first run, on the rows that this one believed
+    "merged by confident learning": None,
     "small loss": None,
     "early-learning regularization": None,
     "gold loss correction": None,
@@ -80,7 +83,7 @@ class Classifier(SAflexMixin, pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         """Return the loss."""
-        if self.method == "confident learning" and self.kept is not None:
+        if self.kept is not None:
             kept = ~batch.augmented | self.kept[batch.index]
             return F.cross_entropy(self(batch.inputs[kept]), batch.target[kept])
         if self.looks_ahead is not None:
@@ -179,7 +182,7 @@ def run(name, method, seed, folder):
     if METHODS[method] is not None:
         callbacks.append(steering(data, method))
         module.saflex_group_names = lambda: data.names
-    if method in {"gold loss correction", "confident learning"}:
+    if method == "gold loss correction" or method.endswith("confident learning"):
         learn_from_a_first_run(module, bench, data, seed)
     start = time.perf_counter()
     fit(module, bench, data, seed, method, callbacks)
@@ -217,7 +220,7 @@ def rows_of_a_first_run(bench, data, seed):
 
 def can_merge(method, bench):
     """Rows that are made anew are not known to a first run, nor do they stand beside others."""
-    return bench.rows[2] > 0 or not (bench.alone or method == "merged by rows")
+    return bench.rows[2] > 0 or (not bench.alone and method == "merged")
 
 
 def merge(data, bench, weights=None):
@@ -250,7 +253,7 @@ def learn_from_a_first_run(module, bench, data, seed):
         classes = probs.shape[1]
         means = [probs[data.validation[1] == label].mean(0) for label in range(classes)]
         module.transition = torch.stack(means)
-        if isinstance(data.make, Pool) and module.method == "confident learning":
+        if isinstance(data.make, Pool) and module.method.endswith("confident learning"):
             from cleanlab.filter import find_label_issues
 
             probs = torch.cat([first(part).softmax(1) for part in data.make.inputs.split(500)])
@@ -298,27 +301,33 @@ def of_kind(kind):
 
 
 def mean_table(found, methods, kind, key, digits):
-    """Yield the lines of a table of means over seeds."""
+    """Yield the lines of a table of means over seeds; how many, where they are fewer."""
     yield "| bench (seeds) | " + " | ".join(methods) + " |"
     yield "|" + "---|" * (len(methods) + 1)
     for bench in of_kind(kind):
         seeds = {seed for b, _, seed in found if b == bench}
-        runs = [[found[bench, m, s] for s in seeds if (bench, m, s) in found] for m in methods]
-        means = [statistics.mean([one[key] for one in some]) if some else None for some in runs]
-        cells = ["-" if mean is None else f"{mean:.{digits}f}" for mean in means]
+        runs = [[found[bench, m, s][key] for s in seeds if (bench, m, s) in found] for m in methods]
+        cells = [f"{statistics.mean(some):.{digits}f}" if some else "-" for some in runs]
+        few = [f" ({len(some)})" if 0 < len(some) < len(seeds) else "" for some in runs]
         if seeds:
-            yield f"| {bench} ({len(seeds)}) | " + " | ".join(cells) + " |"
+            yield f"| {bench} ({len(seeds)}) | " + " | ".join(map(add, cells, few)) + " |"
 
 
-def pair_table(found, rivals, kind):
+def pair_table(found, method, rivals, kind):
     """Yield the lines of a table of paired differences."""
-    yield "| bench | " + " | ".join(rivals) + " |"
-    yield "|" + "---|" * (len(rivals) + 1)
+    rows = []
     for bench in of_kind(kind):
-        pairs = [difference(found, bench, "robust", rival) for rival in rivals]
-        if any(pairs):
-            cells = ["-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" for p in pairs]
-            yield f"| {bench} | " + " | ".join(cells) + " |"
+        pairs = [difference(found, bench, method, rival) for rival in rivals]
+        cells = ["-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" for p in pairs]
+        rows += [f"| {bench} | " + " | ".join(cells) + " |"] if any(pairs) else []
+    if rows:
+        yield (
+            f"\nPaired differences of `{method}`, points of accuracy, with standard error, over "
+            "the seeds of both.\n"
+        )
+        yield "| bench | " + " | ".join(rivals) + " |"
+        yield "|" + "---|" * (len(rivals) + 1)
+        yield from rows
 
 
 def tables(found):
@@ -329,8 +338,8 @@ def tables(found):
         yield from mean_table(found, methods, kind, "accuracy", 1)
         yield "\nTest loss, nats, mean over seeds.\n"
         yield from mean_table(found, methods, kind, "loss", 3)
-        yield "\nPaired differences of `robust`, points of accuracy, with standard error.\n"
-        yield from pair_table(found, [m for m in methods if m != "robust"], kind)
+        for method in ("robust", "merged by rows"):
+            yield from pair_table(found, method, [m for m in methods if m != method], kind)
     aurocs: dict[str, list[float]] = {}
     for (bench, method, _), result in found.items():
         if method == "robust" and "auroc" in result:
@@ -372,7 +381,9 @@ def main():
     if options.save:
         options.save.with_suffix(".md").write_text(
             "# What evidence is worth\n\nMade by `python benchmarks/evidence.py`; see its first "
-            "lines, and `evidence_benches.py` for the benches.\n" + text + "\n"
+            "lines, and `evidence_benches.py` for the benches. Python "
+            f"{platform.python_version()}, torch {torch.__version__}, lightning {pl.__version__}, "
+            f"one CPU core.\n{text}\n"
         )
 
 

@@ -13,29 +13,42 @@ by seed. Accuracy is that of the whole test split, after the last step; loss is 
 import argparse
 import json
 import logging
+import platform
 import statistics
 import time
 import warnings
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from operator import add
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from evidence_benches import BENCHES, KINDS, Batches, make_data
+from evidence_benches import BENCHES, KINDS, Batches, Pool, make_data
+from evidence_rivals import LearningToReweight, MetaWeightNet
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
-from saflex_lightning import SAflexCallback, SAflexMixin
+from saflex_lightning import SAflexCallback, SAflexInsight, SAflexMixin
+from saflex_lightning.data import read_row_weights
+from saflex_lightning.insight.write import ROWS
 
 OUTPUTS = Path("outputs/evidence")
 METHODS = {
     "no augmentation": None,
     "union": None,
     "label smoothing": None,
-    "merged": None,  # validation rows among the clean ones; not where rows stand alone
+    "merged": None,  # trains on the validation rows too
+    "merged by rows": None,  # the same after a first run, on the rows that this one believed
+    "merged by confident learning": None,
     "small loss": None,
     "early-learning regularization": None,
     "gold loss correction": None,
+    "learning to reweight": None,
+    "meta-weight-net": None,
     "confident learning": None,
     "oracle": None,
     "gradient": {"preset": "gradient"},
@@ -44,6 +57,7 @@ METHODS = {
     "rows only": {"gates": False},
     "gates only": {"row_evidence": False},
 }
+LOOKING_AHEAD = {"learning to reweight": LearningToReweight, "meta-weight-net": MetaWeightNet}
 SMOOTHING = 0.1
 CONTROL, PLAIN = "shuffled", "union"
 
@@ -59,6 +73,9 @@ class Classifier(SAflexMixin, pl.LightningModule):
         classes = int(data.clean[1].max()) + 1
         self.register_buffer("memory", torch.zeros(0, classes), persistent=False)
         self.transition = self.kept = None
+        self.looks_ahead = (
+            LOOKING_AHEAD[method](data.validation) if method in LOOKING_AHEAD else None
+        )
 
     def forward(self, inputs):
         """Return logits."""
@@ -66,9 +83,13 @@ class Classifier(SAflexMixin, pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         """Return the loss."""
-        if self.method == "confident learning" and self.kept is not None:
+        if self.kept is not None:
             kept = ~batch.augmented | self.kept[batch.index]
             return F.cross_entropy(self(batch.inputs[kept]), batch.target[kept])
+        if self.looks_ahead is not None:
+            weights = self.looks_ahead.weigh(self.net, batch)
+            losses = F.cross_entropy(self(batch.inputs), batch.target, reduction="none")
+            return (weights * losses).sum() / weights.sum().clamp(min=1e-12)
         logits = self.saflex_forward(batch.inputs)
         if self.method == "small loss":
             return self._small_loss(logits, batch)
@@ -150,21 +171,18 @@ def run(name, method, seed, folder):
     """Return what one run measured."""
     bench = BENCHES[name]
     data = make_data(bench, seed, folder)
-    if method == "merged":
-        parts = zip(data.clean, data.validation, strict=True)
-        data.clean = tuple(torch.cat(pair) for pair in parts)
-        if data.has_source:  # merged rows have no augmented versions: they stand beside them
-            own, known = data.make, len(data.clean[1]) - len(data.validation[1])
-            data.make = lambda rows, draws: own(rows % known, draws)
+    if method.startswith("merged"):
+        believed = None
+        if method == "merged by rows":
+            believed = rows_of_a_first_run(bench, data, seed)
+        merge(data, bench, believed)
     pl.seed_everything(seed, verbose=False)
     module = Classifier(data.network(), method, data)
     callbacks = []
     if METHODS[method] is not None:
-        loader = DataLoader(TensorDataset(*data.validation), 16, shuffle=True)
-        kind = Shuffled if method == CONTROL else SAflexCallback
-        callbacks.append(kind(loader, **METHODS[method]))
+        callbacks.append(steering(data, method))
         module.saflex_group_names = lambda: data.names
-    if method in {"gold loss correction", "confident learning"}:
+    if method == "gold loss correction" or method.endswith("confident learning"):
         learn_from_a_first_run(module, bench, data, seed)
     start = time.perf_counter()
     fit(module, bench, data, seed, method, callbacks)
@@ -182,23 +200,65 @@ def run(name, method, seed, folder):
     return result
 
 
+def steering(data, method="robust"):
+    """Return the callback of a method."""
+    loader = DataLoader(TensorDataset(*data.validation), 16, shuffle=True)
+    return (Shuffled if method == CONTROL else SAflexCallback)(loader, **METHODS[method])
+
+
+def rows_of_a_first_run(bench, data, seed):
+    """Return the weight of each row of the pool after a run of the default, from its file."""
+    pl.seed_everything(seed, verbose=False)
+    module = Classifier(data.network(), "robust", data)
+    module.saflex_group_names = lambda: data.names
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        insight = SAflexInsight(folder, figures=False)
+        fit(module, bench, data, seed, "robust", [steering(data), insight])
+        first = 0 if bench.alone else len(data.clean[1])
+        return read_row_weights(Path(folder) / ROWS, len(data.make.labels), first_index=first)
+
+
+def can_merge(method, bench):
+    """Rows that are made anew are not known to a first run, nor do they stand beside others."""
+    return bench.rows[2] > 0 or (not bench.alone and method == "merged")
+
+
+def merge(data, bench, weights=None):
+    """Put the validation rows among the clean ones, or in the pool where no row is clean."""
+    if bench.alone:
+        pool, trusted = data.make, data.validation
+        data.make = Pool(
+            torch.cat([pool.inputs, trusted[0]]),
+            torch.cat([pool.labels, trusted[1]]),
+            torch.cat([pool.group, torch.ones_like(trusted[1])]),
+            None if weights is None else torch.cat([weights, torch.ones(len(trusted[1]))]),
+        )
+        return
+    parts = zip(data.clean, data.validation, strict=True)
+    data.clean = tuple(torch.cat(pair) for pair in parts)
+    if data.has_source:  # merged rows have no augmented versions: they stand beside them
+        own, known = data.make, len(data.clean[1]) - len(data.validation[1])
+        data.make = lambda rows, draws: own(rows % known, draws)
+    else:
+        data.make = replace(data.make, weights=weights)
+
+
 def learn_from_a_first_run(module, bench, data, seed):
     """Gold loss correction and confident learning begin with a plain run of the same length."""
     first = Classifier(data.network(), "union", data)
     fit(first, bench, data, seed, "union")
     first.eval()
-    pool = data.make.pool if hasattr(data.make, "pool") else None
     with torch.no_grad():
         probs = first(data.validation[0]).softmax(1)
         classes = probs.shape[1]
         means = [probs[data.validation[1] == label].mean(0) for label in range(classes)]
         module.transition = torch.stack(means)
-        if pool is not None and module.method == "confident learning":
+        if isinstance(data.make, Pool) and module.method.endswith("confident learning"):
             from cleanlab.filter import find_label_issues
 
-            inputs, given = pool
-            probs = torch.cat([first(part).softmax(1) for part in inputs.split(500)])
-            issues = torch.from_numpy(find_label_issues(given.numpy(), probs.numpy()))
+            probs = torch.cat([first(part).softmax(1) for part in data.make.inputs.split(500)])
+            labels = data.make.labels.numpy()
+            issues = torch.from_numpy(find_label_issues(labels, probs.numpy()))
             module.kept = torch.cat([torch.ones(len(data.clean[1]), dtype=torch.bool), ~issues])
             if bench.alone:
                 module.kept = ~issues
@@ -241,27 +301,33 @@ def of_kind(kind):
 
 
 def mean_table(found, methods, kind, key, digits):
-    """Yield the lines of a table of means over seeds."""
+    """Yield the lines of a table of means over seeds; how many, where they are fewer."""
     yield "| bench (seeds) | " + " | ".join(methods) + " |"
     yield "|" + "---|" * (len(methods) + 1)
     for bench in of_kind(kind):
         seeds = {seed for b, _, seed in found if b == bench}
-        runs = [[found[bench, m, s] for s in seeds if (bench, m, s) in found] for m in methods]
-        means = [statistics.mean([one[key] for one in some]) if some else None for some in runs]
-        cells = ["-" if mean is None else f"{mean:.{digits}f}" for mean in means]
+        runs = [[found[bench, m, s][key] for s in seeds if (bench, m, s) in found] for m in methods]
+        cells = [f"{statistics.mean(some):.{digits}f}" if some else "-" for some in runs]
+        few = [f" ({len(some)})" if 0 < len(some) < len(seeds) else "" for some in runs]
         if seeds:
-            yield f"| {bench} ({len(seeds)}) | " + " | ".join(cells) + " |"
+            yield f"| {bench} ({len(seeds)}) | " + " | ".join(map(add, cells, few)) + " |"
 
 
-def pair_table(found, rivals, kind):
+def pair_table(found, method, rivals, kind):
     """Yield the lines of a table of paired differences."""
-    yield "| bench | " + " | ".join(rivals) + " |"
-    yield "|" + "---|" * (len(rivals) + 1)
+    rows = []
     for bench in of_kind(kind):
-        pairs = [difference(found, bench, "robust", rival) for rival in rivals]
-        if any(pairs):
-            cells = ["-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" for p in pairs]
-            yield f"| {bench} | " + " | ".join(cells) + " |"
+        pairs = [difference(found, bench, method, rival) for rival in rivals]
+        cells = ["-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" for p in pairs]
+        rows += [f"| {bench} | " + " | ".join(cells) + " |"] if any(pairs) else []
+    if rows:
+        yield (
+            f"\nPaired differences of `{method}`, points of accuracy, with standard error, over "
+            "the seeds of both.\n"
+        )
+        yield "| bench | " + " | ".join(rivals) + " |"
+        yield "|" + "---|" * (len(rivals) + 1)
+        yield from rows
 
 
 def tables(found):
@@ -272,8 +338,8 @@ def tables(found):
         yield from mean_table(found, methods, kind, "accuracy", 1)
         yield "\nTest loss, nats, mean over seeds.\n"
         yield from mean_table(found, methods, kind, "loss", 3)
-        yield "\nPaired differences of `robust`, points of accuracy, with standard error.\n"
-        yield from pair_table(found, [m for m in methods if m != "robust"], kind)
+        for method in ("robust", "merged by rows"):
+            yield from pair_table(found, method, [m for m in methods if m != method], kind)
     aurocs: dict[str, list[float]] = {}
     for (bench, method, _), result in found.items():
         if method == "robust" and "auroc" in result:
@@ -300,7 +366,7 @@ def main():
     for name in options.benches if options.what == "run" else ():
         for seed in options.seeds:
             for method in options.methods:
-                if method == "merged" and BENCHES[name].alone:
+                if method.startswith("merged") and not can_merge(method, BENCHES[name]):
                     continue
                 folder = OUTPUTS / name.replace(" ", "_") / method.replace(" ", "_")
                 file = folder / f"{seed}.json"
@@ -315,7 +381,9 @@ def main():
     if options.save:
         options.save.with_suffix(".md").write_text(
             "# What evidence is worth\n\nMade by `python benchmarks/evidence.py`; see its first "
-            "lines, and `evidence_benches.py` for the benches.\n" + text + "\n"
+            "lines, and `evidence_benches.py` for the benches. Python "
+            f"{platform.python_version()}, torch {torch.__version__}, lightning {pl.__version__}, "
+            f"one CPU core.\n{text}\n"
         )
 
 

@@ -24,7 +24,7 @@ from saflex_lightning import AugmentedBatch
 from saflex_lightning.data import TagOperations
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
 
-__all__ = ["BENCHES", "KINDS", "Bench", "Data", "make_data"]
+__all__ = ["BENCHES", "KINDS", "Batches", "Bench", "Data", "Pool", "make_data"]
 
 KINDS = ("natural", "harmful", "wrong labels")
 VERSIONS = 12  # augmented versions of a row that are made beforehand
@@ -120,6 +120,25 @@ class Data:
     wrong: Tensor | None
     network: Callable[[], nn.Module]
     has_source: bool
+
+
+@dataclass
+class Pool:
+    """The augmented rows of a fixed pool: see `Data.make`; drawn by weight where there is one."""
+
+    inputs: Tensor
+    labels: Tensor
+    group: Tensor
+    weights: Tensor | None = None
+
+    def __call__(self, rows: Tensor, draws: torch.Generator) -> tuple[Tensor, ...]:
+        """Draw as many rows as there are clean ones."""
+        size = len(rows)
+        if self.weights is None:
+            picked = torch.randint(0, len(self.labels), (size,), generator=draws)
+        else:
+            picked = torch.multinomial(self.weights, size, replacement=True, generator=draws)
+        return self.inputs[picked], self.labels[picked], self.group[picked], picked
 
 
 class Batches(Dataset):
@@ -288,12 +307,7 @@ def _pool(bench, seed, clean, pool, classes, network, generator):
             labels = plant_wrong_labels(truth, classes, NOISE[bench.made], generator)
         wrong = labels != truth
 
-    def make(rows, draws):
-        picked = torch.randint(0, len(labels), (len(rows),), generator=draws)
-        return inputs[picked], labels[picked], group[picked], picked
-
-    make.pool = inputs, labels
-    return make, names, wrong
+    return Pool(inputs, labels, group), names, wrong
 
 
 def _pseudo_labels(network, clean, inputs, seed):

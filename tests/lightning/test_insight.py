@@ -22,6 +22,7 @@ from saflex_lightning.data.cells import from_cell
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.insight.collect import Collector, WeightHistory
 from saflex_lightning.insight.images import DoubtedImages
+from saflex_lightning.insight.summary import Names, RowSummary, summarize_rows
 from saflex_lightning.step import StepRows
 
 TABLES = ("saflex_classes.csv", "saflex_groups.csv", "saflex_history.csv", "saflex_rows.csv")
@@ -58,13 +59,14 @@ def test_rows_are_what_loops_add_up_with_the_most_doubted_first(run):
     folder, callback, steps = run
     expected = {}
     for _, index, group, label, suggested, belief, weight, kept in visits(steps):
+        _, _, *judged, total, count = expected.get(index, (0, 0, -1, math.nan, 0, 0))
         if kept:
-            *_, total, count = expected.get(index, (0, 0))
-            expected[index] = (label, suggested, NAMES[group], belief, total + weight, count + 1)
+            judged, total = (suggested, belief), total + weight
+        expected[index] = (label, NAMES[group], *judged, total, count + 1)
     rows = read_csv(folder, "rows")
     assert len(rows) == len(expected)
     for row in rows:
-        label, suggested, group, belief, total, count = expected[int(row["index"])]
+        label, group, suggested, belief, total, count = expected[int(row["index"])]
         assert (row["given"], row["suggested"]) == (str(label), str(suggested))
         assert (row["group"], int(row["visits"])) == (group, count)
         found = numbers(row, ("belief", "mean_weight"))
@@ -303,6 +305,18 @@ def test_rows_beyond_the_bound_count_in_their_groups(tmp_path):
         fit(Gated(), SAflexCallback(steering()), insight, train=gated_loader(), max_epochs=2)
     assert len(read_csv(tmp_path, "rows")) == 10
     assert sum(int(row["rows"]) for row in read_csv(tmp_path, "groups")) == 2 * 96
+
+
+def test_a_row_that_was_always_turned_down_counts_0_and_is_not_judged():
+    collector, ones = Collector(10), torch.ones(2, dtype=torch.bool)
+    index, beliefs = torch.tensor([5, 6]), torch.tensor([0.9, 0.8])
+    rows = StepRows(index, ones.long(), ones.long(), ones.long(), beliefs, 2.0 * ones, ones, ones)
+    collector.add(rows._replace(kept=torch.tensor([True, False])))
+    collector.add(rows._replace(beliefs=beliefs / 2, kept=~ones))
+    collector.flush(Ranks(), 0)
+    kept, turned_down = summarize_rows(collector.table, Names())
+    assert (kept.index, kept.belief, kept.mean_weight, kept.visits) == (5, pytest.approx(0.9), 1, 2)
+    assert turned_down == RowSummary(6, "1", "", None, 0.0, 2, "augmented")
 
 
 def test_the_history_is_thinned():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from saflex_lightning.recipes.files import read_records
+from saflex_lightning.data.files import read_records
 from saflex_lightning.recipes.folders import FileImages, read_class_folders
 from saflex_lightning.recipes.images import normalize
 from saflex_lightning.recipes.manifest import MANIFEST

@@ -4,6 +4,7 @@ from .batch import union_batch
 from .indexed import with_index
 from .operations import TagOperations
 from .resumable import ResumableLoader
+from .row_weights import read_row_weights
 from .union import UnionDataset, group_names_of, union_loader
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "TagOperations",
     "UnionDataset",
     "group_names_of",
+    "read_row_weights",
     "union_batch",
     "union_loader",
     "with_index",

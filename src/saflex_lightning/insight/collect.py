@@ -54,21 +54,20 @@ class RowTable:
         self.left_out = 0  # visits of rows for which there was no room
 
     def update(self, rows: Packed) -> None:
-        """Take in those that were kept, the newest ones last."""
-        if rows.index is None or not rows.kept.any():
+        """Take in rows, the newest ones last; a visit that was turned down has weight 0."""
+        if rows.index is None or not len(rows.index):
             return
-        self._make_room(np.unique(rows.index[rows.kept]))
+        self._make_room(np.unique(rows.index))
         places = np.searchsorted(self.index, rows.index).clip(max=len(self.index) - 1)
-        there = rows.kept & (self.index[places] == rows.index)
-        self.left_out += int((rows.kept & ~there).sum())
-        places = places[there]
-        self.visits += np.bincount(places, minlength=len(self.index))
-        self.weight_sums += np.bincount(places, rows.weight[there], len(self.index))
-        # Of several visits the last one counts: the first of the rows in reverse.
-        newest, first = np.unique(places[::-1], return_index=True)
-        for name, values in self.facts.items():
-            values[newest] = getattr(rows, name)[there][::-1][first]
-        self.beliefs[newest] = rows.belief[there][::-1][first]
+        there = self.index[places] == rows.index
+        self.left_out += int((~there).sum())
+        weights = np.where(rows.kept, rows.weight, 0.0)
+        self.visits += np.bincount(places[there], minlength=len(self.index))
+        self.weight_sums += np.bincount(places[there], weights[there], len(self.index))
+        judged = there & rows.kept  # another row was scored in the place of one turned down
+        for column, told in (("label", there), ("group", there), ("suggested", judged)):
+            _put_newest(self.facts[column], places[told], getattr(rows, column)[told])
+        _put_newest(self.beliefs, places[judged], rows.belief[judged])
 
     def find(self, index: int) -> int | None:
         """Return the place of a row, if it is held."""
@@ -104,6 +103,12 @@ class RowTable:
         for name in ("beliefs", "visits", "weight_sums"):
             setattr(self, name, state[name].numpy().copy())
         self.left_out = state["left_out"]
+
+
+def _put_newest(values: NDArray[Any], places: NDArray[np.int64], new: NDArray[Any]) -> None:
+    """Put values in their places; of several for one the last, the first of them in reverse."""
+    newest, first = np.unique(places[::-1], return_index=True)
+    values[newest] = new[::-1][first]
 
 
 class GroupCounts:

@@ -82,7 +82,7 @@ class RowSummary(NamedTuple):
     given: str
     suggested: str
     belief: float | None
-    mean_weight: float
+    mean_weight: float  # over its visits, 0 for those that its gate turned down
     visits: int
     group: str
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saflex_lightning.data.cells import as_cell, from_cell
-from saflex_lightning.recipes.files import read_records
+from saflex_lightning.data.files import read_records
 
 __all__ = [
     "COLUMNS",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saflex_lightning.recipes.files import read_arrays
+from saflex_lightning.data.files import read_arrays
 from saflex_lightning.recipes.images import Split
 
 __all__ = ["read_medmnist"]

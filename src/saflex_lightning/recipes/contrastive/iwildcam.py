@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from saflex_lightning.data.checks import check
+from saflex_lightning.data.files import read_records
 from saflex_lightning.data.mixing import is_mixing
 from saflex_lightning.recipes.datamodule import Splits
-from saflex_lightning.recipes.files import read_records
 from saflex_lightning.recipes.folders import FileImages
 from saflex_lightning.recipes.image_data import ImageDataModule
 from saflex_lightning.recipes.images import Split

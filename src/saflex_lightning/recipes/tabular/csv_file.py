@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saflex_lightning.recipes.files import read_rows, read_text
+from saflex_lightning.data.files import read_rows, read_text
 from saflex_lightning.recipes.tabular.table import Table
 
 __all__ = ["Roles", "read_csv"]

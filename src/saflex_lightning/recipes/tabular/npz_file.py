@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saflex_lightning.recipes.files import read_arrays
+from saflex_lightning.data.files import read_arrays
 from saflex_lightning.recipes.tabular.table import Table
 
 __all__ = ["read_npz"]

@@ -1,0 +1,111 @@
+"""`read_row_weights`: what a first run wrote reaches the second one; refusals."""
+
+import pytest
+import torch
+from helpers.insight import gated_run, visits
+from helpers.training import NUM_CLASSES, Classifier, fit, make_rows, seeded, short_warm_up
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, WeightedRandomSampler
+
+from saflex_lightning import SAflexCallback, SAflexInsight
+from saflex_lightning.data import read_row_weights, with_index
+
+ROWS, TRUSTED, BATCH = 192, 64, 32
+HEADER = "index,given,belief,mean_weight\n"
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A run on labels a third of which is wrong; returns its folder, its rows, which are wrong."""
+    folder = tmp_path_factory.mktemp("first")
+    inputs, target = make_rows(ROWS)
+    wrong = torch.arange(ROWS) % 3 == 0
+    given = torch.where(wrong, (target + 1) % NUM_CLASSES, target)
+    rows = with_index(TensorDataset(inputs, given))
+    loader = DataLoader(rows, BATCH, shuffle=True, collate_fn=rows.collate)
+    steering = DataLoader(TensorDataset(*make_rows(TRUSTED, seed=1)), BATCH, shuffle=True)
+    callbacks = SAflexCallback(steering), SAflexInsight(folder, figures=False)
+    with short_warm_up():
+        fit(seeded(Classifier), *callbacks, train=loader, max_epochs=25)
+    return folder, (inputs, given), wrong
+
+
+def test_wrong_labels_count_less_than_right_ones(first_run):
+    folder, _, wrong = first_run
+    weights = read_row_weights(folder / "saflex_rows.csv", ROWS)
+    assert weights.shape == (ROWS,)
+    assert weights[wrong].mean() < 0.7 * weights[~wrong].mean()
+
+
+def test_a_second_run_without_the_callback_draws_by_them(first_run):
+    folder, (inputs, given), _ = first_run
+    weights = read_row_weights(folder / "saflex_rows.csv", ROWS)
+    trusted = TensorDataset(*make_rows(TRUSTED, seed=1))
+    rows = ConcatDataset([TensorDataset(inputs, given), trusted])
+    weights = torch.cat([weights, torch.ones(TRUSTED)])
+    drawn = torch.tensor(list(WeightedRandomSampler(weights, 20_000)))
+    shares = torch.bincount(drawn, minlength=len(rows)).double() / len(drawn)
+    expected = weights / weights.sum()
+    assert (shares - expected).abs().max() < 6 * (expected.max() / len(drawn)).sqrt()
+    losses = []
+    for second in (weights, torch.ones_like(weights)):
+        draws = torch.Generator().manual_seed(0)
+        sampler = WeightedRandomSampler(second, len(rows), generator=draws)
+        module = seeded(Classifier)
+        fit(module, train=DataLoader(rows, BATCH, sampler=sampler), max_epochs=30)
+        module.eval()
+        test, target = make_rows(1000, seed=2)
+        losses.append(torch.nn.functional.cross_entropy(module(test), target).item())
+    assert losses[0] < losses[1] - 0.05
+
+
+def test_what_union_batches_made_of_a_row_has_its_number_and_turned_down_visits_count_0(tmp_path):
+    _, recorder, _ = gated_run(tmp_path, max_epochs=12)
+    sums, counts = torch.zeros(96, dtype=torch.float64), torch.zeros(96)
+    for _, index, *_, weight, kept in visits(recorder.steps):
+        sums[index - 1000] += weight * kept
+        counts[index - 1000] += 1
+    weights = read_row_weights(tmp_path / "saflex_rows.csv", 100, first_index=1000)
+    torch.testing.assert_close(weights[:96], sums / counts, rtol=1e-4, atol=1e-6)
+    assert weights[96:].tolist() == [1, 1, 1, 1]  # not known to the file
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("index,given\n1,2\n", r"\['mean_weight'\] are missing"),
+        ("", r"\['index', 'mean_weight'\] are missing"),
+        (HEADER + "0,a,,0.5\n3,a,,1\n", "indices from 0 to 2, but line 3 has 3.*`first_index`"),
+        (HEADER + "-1,a,,1\n", "line 2 has -1"),
+        (HEADER + "1,a,,1\n1,a,,1\n", "line 3 has 1 again"),
+        (HEADER + "1.5,a,,1\n", r"integer.*line 2.*got '1\.5' and '1'"),
+        (HEADER + "1,a,,\n", "finite weight of 0 or more in line 2.*got '1' and ''"),
+        (HEADER + "1,a,,nan\n", "got '1' and 'nan'"),
+        (HEADER + "1,a,,inf\n", "got '1' and 'inf'"),
+        (HEADER + "1,a,,-0.1\n", r"got '1' and '-0\.1'"),
+        (HEADER + "1,a,\n", "Expected 4 cells in every row"),
+        (HEADER + "1,\0,,1\n", "line 2 is not"),
+    ],
+)
+def test_a_file_that_is_none_of_these_rows_is_refused(tmp_path, content, message):
+    file = tmp_path / "saflex_rows.csv"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_row_weights(file, 3)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_file_that_is_not_there_is_told(tmp_path, folder):
+    file = tmp_path if folder else tmp_path / "rows.csv"
+    found = "a folder" if folder else "nothing"
+    with pytest.raises(FileNotFoundError, match=f"{found}. Pass the saflex_rows.csv"):
+        read_row_weights(file, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [((1, 3), "file"), (("f", 0), "num_rows"), (("f", 1.0), "num_rows"), (("f", 1, -1), "first")],
+)
+def test_arguments_are_checked(arguments, name):
+    file, num_rows, *first = arguments
+    with pytest.raises((TypeError, ValueError), match=f"Expected `{name}"):
+        read_row_weights(file, num_rows, first_index=first[0] if first else 0)

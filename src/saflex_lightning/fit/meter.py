@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -20,9 +21,16 @@ class Meter:
 
     The first step of a block is not counted. The others look at validation rows as often as all
     later steps do.
+
+    Args:
+        settings: Of the fit.
+        clock: Returns seconds.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock = clock
         look = settings.every_n_steps * math.ceil(
             settings.refresh_every_n_steps / settings.every_n_steps
         )
@@ -79,4 +87,4 @@ class Meter:
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._clock()

@@ -15,6 +15,9 @@ second-order step, along which the scores of a training row move by Z:
 
 with residuals r, the gradient of each row's loss with respect to its scores. Everything is linear
 in h, so that a row is judged by two small matrix products.
+
+Of more than `MOST_SCORES` scores the covariance is taken to be diagonal: it would have more entries
+than the remembered rows can tell, and solving with it would take most of the time of a fit.
 """
 
 from typing import NamedTuple
@@ -24,8 +27,9 @@ from torch import Tensor
 
 from saflex_lightning.functional.solve import inner_products
 
-__all__ = ["Discriminant", "best_temperature", "fit_discriminant"]
+__all__ = ["MOST_SCORES", "Discriminant", "best_temperature", "fit_discriminant"]
 
+MOST_SCORES = 1000  # with a covariance that is not diagonal
 _PRIOR = 1.0  # rows of average scores that every class has beside its own
 _RIDGE = 0.1  # in units of the covariance's mean diagonal
 _FLOOR = 1e-12  # below this, a variance counts as zero
@@ -69,16 +73,25 @@ def fit_discriminant(
     counts = labels.sum(0) + _PRIOR
     means = (labels.T @ centred) / counts.unsqueeze(1)
     within = centred - labels @ means
+    bias = residuals.sum(0) / size
+    gradient = centred.T @ residuals / size
+    solved = _solve(within, size, torch.cat([means.T, gradient], 1))
+    directions, step = solved.split(len(means), dim=1)
+    offsets = counts.log() - 0.5 * (means * directions.T).sum(1)
+    return Discriminant(center, torch.cat([directions, -step], 1), torch.cat([offsets, -bias]))
+
+
+def _solve(within: Tensor, size: Tensor, columns: Tensor) -> Tensor:
+    """Return S^-1 times columns, with the covariance S of rows ``within`` their classes."""
+    if within.shape[1] > MOST_SCORES:
+        variances = within.square().sum(0) / size
+        ridge = (_RIDGE * variances.mean()).clamp(min=_FLOOR)
+        return columns / (variances + ridge).unsqueeze(1)
     covariance = within.T @ within / size
     ridge = (_RIDGE * covariance.diagonal().mean()).clamp(min=_FLOOR)
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factor = torch.linalg.cholesky_ex(covariance + ridge * eye)[0]  # does not wait for a check
-    bias = residuals.sum(0) / size
-    gradient = centred.T @ residuals / size
-    solved = torch.cholesky_solve(torch.cat([means.T, gradient], 1), factor)
-    directions, step = solved.split(len(means), dim=1)
-    offsets = counts.log() - 0.5 * (means * directions.T).sum(1)
-    return Discriminant(center, torch.cat([directions, -step], 1), torch.cat([offsets, -bias]))
+    return torch.cholesky_solve(columns, factor)
 
 
 def best_temperature(scores: Tensor, residuals: Tensor, labels: Tensor, present: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -33,7 +34,6 @@ from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 import torchvision
 from step_rivals import RIVALS
 from torch import Tensor, nn
@@ -61,15 +61,41 @@ KINDS = {
 }
 ALONE = ("robust", "rows only", "gradient")  # measured on batches of augmented rows alone too
 BATCHES = 8  # that come again and again
-FEWEST_BLOCKS = 3  # of each kind
+FEWEST_BLOCKS = 2  # of each kind
 MEMORY_STEPS = 13
 # Calls that launch nothing: views, memory without values, and questions of types.
-NO_LAUNCH = set(
-    "_record_function_enter_new _record_function_exit _reshape_alias _unsafe_view alias as_strided "
-    "detach diagonal empty empty_like empty_strided expand lift_fresh new_empty permute "
-    "promote_types select slice split split_with_sizes squeeze t transpose unbind unsqueeze view "
-    "_make_dual _fw_primal _unpack_dual _has_same_storage_numel".split()
-)
+NO_LAUNCH = {
+    "_fw_primal",
+    "_has_same_storage_numel",
+    "_make_dual",
+    "_record_function_enter_new",
+    "_record_function_exit",
+    "_reshape_alias",
+    "_unpack_dual",
+    "_unsafe_view",
+    "alias",
+    "as_strided",
+    "detach",
+    "diagonal",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "lift_fresh",
+    "new_empty",
+    "permute",
+    "promote_types",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
+}
 WAITS = {"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_dim"}
 
 
@@ -102,10 +128,10 @@ class Patches(nn.Conv2d):
         return super().forward(images).flatten(2).mT
 
 
-def perceptron(inputs: int, width: int) -> nn.Module:
+def perceptron(inputs: int, width: int, classes: int = CLASSES) -> nn.Module:
     """Return one with two hidden layers."""
     hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, CLASSES))
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
 
 
 def vit_s() -> nn.Module:
@@ -114,19 +140,24 @@ def vit_s() -> nn.Module:
 
 
 class Case(NamedTuple):
-    """A model, the shape of a row, and the rows of a batch."""
+    """A model, the shape of a row, the rows of a batch, classes, and validation rows."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     rows: int = 128
+    classes: int = CLASSES
+    val_rows: int = 512
+    words: int = 0  # of which rows of text are made
 
 
 CASES = {
     "qsar": Case(partial(perceptron, 41, 256), (41,)),
     "mlp": Case(partial(perceptron, 3 * 28 * 28, 1024), (3, 28, 28)),
-    "text": Case(lambda: Transformer(nn.Embedding(WORDS, 128), TOKENS, 2), (TOKENS,), 64),
-    "vit": Case(lambda: Transformer(Patches(3, 128, 4, 4), 49, 4), (3, 28, 28), 64),
-    "resnet18": Case(lambda: torchvision.models.resnet18(num_classes=CLASSES), (3, 28, 28), 64),
+    "text": Case(
+        lambda: Transformer(nn.Embedding(WORDS, 128), TOKENS, 2), (TOKENS,), 32, words=WORDS
+    ),
+    "vit": Case(lambda: Transformer(Patches(3, 128, 4, 4), 49, 4), (3, 28, 28), 32),
+    "resnet18": Case(lambda: torchvision.models.resnet18(num_classes=CLASSES), (3, 28, 28), 32),
     "resnet50": Case(lambda: torchvision.models.resnet50(num_classes=CLASSES), (3, 224, 224)),
     "vit_s": Case(vit_s, (3, 224, 224)),
 }
@@ -143,9 +174,8 @@ class Cell(NamedTuple):
 
 def draw_rows(case: Case, number: int) -> tuple[Tensor, Tensor]:
     """Return random inputs and labels."""
-    is_text = case.shape == (TOKENS,)
-    draw = partial(torch.randint, WORDS) if is_text else torch.randn
-    return draw((number, *case.shape)), torch.randint(CLASSES, (number,))
+    draw = partial(torch.randint, case.words) if case.words else torch.randn
+    return draw((number, *case.shape)), torch.randint(case.classes, (number,))
 
 
 def draw_batches(case: Case, rows: int, *, union: bool) -> list[AugmentedBatch]:
@@ -187,7 +217,7 @@ class Net(SAflexMixin, pl.LightningModule):
         case = CASES[cell.model]
         self.net = case.make()
         self.num_indices = BATCHES * rows
-        self.validation = draw_rows(case, 4 * rows)
+        self.validation = draw_rows(case, case.val_rows)
         self.val_size = max(rows // 4, 1)
         self.make_rival = RIVALS.get(cell.kind)
         self.is_plain = False
@@ -344,7 +374,7 @@ def fit(cell: Cell, args: argparse.Namespace, steps: int, *around: pl.Callback) 
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator=args.device,
-        devices=1,
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
         precision=args.precision,
         callbacks=callbacks,
         logger=False,
@@ -365,6 +395,20 @@ def measure_memory(cell: Cell, args: argparse.Namespace) -> float:
     return peak_bytes() - held.bytes
 
 
+def measure_blocks(cell: Cell, args: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Return the seconds of a step in refined blocks and in the plain ones after them."""
+    settings = make_settings(**KINDS.get(cell.kind, {}))
+    ends, refined, plain = time.perf_counter() + args.seconds, [], []
+    while not plain or time.perf_counter() < ends:
+        meter = Meter(settings, getattr(time, args.clock))
+        first = First(meter)
+        fit(cell, args, meter.batches, first, Last(first, ends - time.perf_counter()))
+        pairs = zip(meter.refined, meter.plain, strict=False)  # a fit may end between the two
+        for found, blocks in zip((refined, plain), zip(*pairs, strict=True), strict=True):
+            found += [block / meter.counted for block in blocks]
+    return refined, plain
+
+
 def measure(cell: Cell, args: argparse.Namespace) -> dict:
     """Return a row of results: times, counts and memory."""
     settings = make_settings(**KINDS.get(cell.kind, {}))
@@ -373,19 +417,14 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict:
     fit(cell, args, steps, counting, Last(counting, 0))
     plain, refined = counting.found[True], counting.found[False]
 
-    ends, ratios, seconds = time.perf_counter() + args.seconds, [], []
-    while not ratios or time.perf_counter() < ends:
-        meter = Meter(settings, getattr(time, args.clock))
-        first = First(meter)
-        fit(cell, args, meter.batches, first, Last(first, ends - time.perf_counter()))
-        ratios += [one / other for one, other in zip(meter.refined, meter.plain, strict=False)]
-        seconds += [block / meter.counted for block in meter.plain]
+    refined_blocks, plain_blocks = measure_blocks(cell, args)
+    ratios = [one / other for one, other in zip(refined_blocks, plain_blocks, strict=True)]
     lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     found = {
         "ratio": median,
         "quartiles": [lower, upper],
         "blocks": len(ratios),
-        "plain_seconds": statistics.median(seconds),
+        "plain_seconds": statistics.median(plain_blocks),
         "flops": refined["flops"] / plain["flops"],
         "launches": refined["launches"] - plain["launches"],
         "plain_launches": plain["launches"],
@@ -501,9 +540,7 @@ def plot(results: dict, path: str) -> None:
         own = [row for row in rows if row["model"] == model]
         places = [kinds.index(row["kind"]) for row in own]
         ratios = [row["ratio"] for row in own]
-        spread = [
-            [abs(row["quartiles"][side] - row["ratio"]) for row in own] for side in (0, 1)
-        ]
+        spread = [[abs(row["quartiles"][side] - row["ratio"]) for row in own] for side in (0, 1)]
         colors = ["tab:blue" if row["kind"] in KINDS else "tab:gray" for row in own]
         axis.barh(places, ratios, xerr=spread, color=colors, error_kw={"linewidth": 1})
         axis.plot([row["flops"] for row in own], places, "k|", markersize=10)
@@ -526,23 +563,29 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def make_parser(text: str) -> argparse.ArgumentParser:
+    """Return one of what the benchmarks of steps share."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clocks = ("perf_counter", "process_time")
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, help="rows; else 128, or 32 of networks that take long")
+    parser.add_argument("--seconds", type=float, default=3, help="for the steps of a line")
+    parser.add_argument("--clock", choices=clocks, default=clocks[0], help="CPU time: the second")
+    parser.add_argument("--precision", default="32-true", help="of the Trainer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", help="file for the numbers; what it holds is not measured again")
+    return parser
+
+
 def main() -> None:
     """Measure what the command line asks for, and show it."""
-    on_gpu = torch.cuda.is_available()
     kinds = [*KINDS, *RIVALS]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    models = [name for name in CASES if on_gpu or name not in LARGE]
+    parser = make_parser(__doc__)
+    models = [name for name in CASES if torch.cuda.is_available() or name not in LARGE]
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=models)
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--batch-size", type=int, help="rows; else 128, or 64 of small networks")
-    parser.add_argument("--seconds", type=float, default=3, help="for the steps of a line")
-    parser.add_argument("--precision", default="32-true", help="of the Trainer")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    clocks = ("perf_counter", "process_time")
-    parser.add_argument("--clock", choices=clocks, default=clocks[0], help="CPU time: the second")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--json", help="file for the numbers; what it holds is not measured again")
     parser.add_argument("--plot", help="file for the picture")
     args = parser.parse_args()
     quiet()

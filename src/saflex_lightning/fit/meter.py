@@ -27,9 +27,7 @@ class Meter:
         clock: Returns seconds.
     """
 
-    def __init__(
-        self, settings: Settings, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         look = settings.every_n_steps * math.ceil(
             settings.refresh_every_n_steps / settings.every_n_steps

@@ -568,7 +568,9 @@ def make_parser(text: str) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clocks = ("perf_counter", "process_time")
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, help="rows; else 128, or 32 of networks that take long")
+    parser.add_argument(
+        "--batch-size", type=int, help="rows; else 128, or 32 of networks that take long"
+    )
     parser.add_argument("--seconds", type=float, default=3, help="for the steps of a line")
     parser.add_argument("--clock", choices=clocks, default=clocks[0], help="CPU time: the second")
     parser.add_argument("--precision", default="32-true", help="of the Trainer")

@@ -5,8 +5,9 @@
 
 The extra time is that of a refined step over a plain one, in the Trainer, as in `step_time.py`; a
 perceptron with two hidden layers, 128 rows, half of them augmented. ``theory`` counts the
-operations that grow, so it holds where they, and not launches, take the time. ``indices`` times
-the table of rows alone. ``ranks`` counts what the processes send to one another in a step.
+operations that grow, so it holds where they, and not launches, take the time. ``classes`` times the
+discriminant alone, with all the validation rows that are remembered, ``indices`` the table of rows
+alone. ``ranks`` counts what the processes send to one another in a step.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from step_time import (
@@ -34,6 +36,7 @@ from step_time import (
     perceptron,
     quiet,
 )
+from torch.nn.functional import one_hot
 
 from saflex_lightning.evidence import discriminant
 from saflex_lightning.evidence.averages import RowAverages
@@ -43,11 +46,11 @@ ROWS, FEATURES, WIDTH, REMEMBERED = 128, 64, 256, 2048
 LOOK, REFIT = 4, 12  # steps between two looks at validation rows, and two discriminants
 
 
-def discriminant_operations(classes: int) -> float:
+def discriminant_operations(classes: int, *, diagonal: bool) -> float:
     """Return what judging a batch and fitting three discriminants cost in a step."""
     squares, cubes = 2 * REMEMBERED * classes**2, classes**3
     fitted = 3 * squares  # class means twice, and the gradient
-    if classes <= discriminant.MOST_SCORES:
+    if not diagonal:
         fitted += squares + cubes / 3 + 4 * cubes  # the covariance, its factor, solving with it
     halves = 2 * 2 * squares  # to judge the remembered rows by each half of them
     return 4 * ROWS * classes**2 + (3 * fitted + halves) / REFIT
@@ -65,12 +68,6 @@ def width_of(parameters: int) -> int:
 
 # Of each axis: the sizes, those for ``--large``, the case, and what theory says.
 AXES: dict[str, tuple[list[int], list[int], Callable[[int], Case], Callable[[int], float]]] = {
-    "classes": (
-        [10, 30, 100, 300, 1000],
-        [3000, 10_000],
-        lambda size: Case(partial(perceptron, FEATURES, WIDTH, size), (FEATURES,), classes=size),
-        discriminant_operations,
-    ),
     "features": (
         [64, 256, 1024, 4096],
         [],
@@ -93,9 +90,10 @@ AXES: dict[str, tuple[list[int], list[int], Callable[[int], Case], Callable[[int
         [100, 1000, 10_000, 100_000, 10**6],
         [],
         lambda size: Case(partial(perceptron, FEATURES, WIDTH), (FEATURES,), val_rows=size),
-        lambda size: min(size, REMEMBERED),
+        lambda size: 1,  # a look draws a batch
     ),
 }
+CLASS_NUMBERS = [10, 100, 300, 1000, 3000]
 INDICES = [10**3, 10**4, 10**5, 10**6]
 RANKS = [1, 2, 4]
 
@@ -113,6 +111,32 @@ def measure_point(axis: str, size: int, args: argparse.Namespace) -> dict:
         "quartiles": [lower, upper],
         "theory": AXES[axis][3](size),
     }
+
+
+def measure_classes(size: int, args: argparse.Namespace, *, diagonal: bool) -> dict:
+    """Return what judging a batch, and a twelfth of fitting anew, cost in a step."""
+    clock, device = getattr(time, args.clock), torch.device(args.device)
+    scores = torch.randn(REMEMBERED, size, device=device)
+    labels = one_hot(torch.randint(size, (REMEMBERED,), device=device), size).float()
+    rows = scores, scores.softmax(1) - labels, labels, torch.ones(REMEMBERED, device=device)
+
+    def seconds(run: Callable) -> float:
+        started = clock()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - started
+
+    times = []
+    with patch.object(discriminant, "MOST_SCORES", 0 if diagonal else math.inf):
+        found = discriminant.fit_discriminant(*rows)
+        for _ in range(7 if size < 1000 else 2):
+            fitted = seconds(lambda: discriminant.fit_discriminant(*rows))
+            fitted += seconds(lambda: discriminant.best_temperature(*rows))
+            times.append(fitted / REFIT + seconds(lambda: found.judge(scores[:ROWS])))
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+    theory = discriminant_operations(size, diagonal=diagonal)
+    return {"plain": 0, "extra": median, "quartiles": [lower, upper], "theory": theory}
 
 
 def measure_indices(size: int, args: argparse.Namespace) -> dict:
@@ -206,7 +230,13 @@ def table_lines(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     """Measure what the command line asks for, and show it."""
-    axes = [*AXES, "indices", "ranks"]
+    own = {
+        "classes, diagonal": (CLASS_NUMBERS, partial(measure_classes, diagonal=True)),
+        "classes, full": (CLASS_NUMBERS, partial(measure_classes, diagonal=False)),
+        "indices": (INDICES, measure_indices),
+        "ranks": (RANKS, measure_ranks),
+    }
+    axes = [*AXES, *own]
     parser = make_parser(__doc__)
     parser.add_argument("--axes", nargs="+", choices=axes, default=axes)
     parser.add_argument("--large", action="store_true", help="10,000 classes, 1e8 parameters")
@@ -219,14 +249,12 @@ def main() -> None:
         return
     rows = []
     for axis in args.axes:
-        own = {"indices": (INDICES, measure_indices), "ranks": (RANKS, measure_ranks)}
         if axis in own:
             sizes, measure = own[axis]
+            sizes = sizes + [10_000] * (args.large and axis.startswith("classes"))
         else:
-            sizes, measure = (
-                AXES[axis][0] + args.large * AXES[axis][1],
-                partial(measure_point, axis),
-            )
+            sizes, large, *_ = AXES[axis]
+            sizes, measure = sizes + args.large * large, partial(measure_point, axis)
         for size in sizes:
             rows.append({"axis": axis, "size": size, **measure(size, args)})
             print(rows[-1], flush=True)

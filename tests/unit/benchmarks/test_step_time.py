@@ -104,6 +104,10 @@ def test_a_file_is_gone_on_with(args, tmp_path):
 def test_growth_by_theory():
     assert growth.sent_by_theory(1) == 0
     assert growth.sent_by_theory(2) == 4 * 33 + (2 * 128 * 16 + 8) + 2 * 32 * 25 * 4 / 4
+    full, diagonal = (
+        growth.discriminant_operations(10, diagonal=diagonal) for diagonal in (False, True)
+    )
+    assert full - diagonal == pytest.approx(3 * (2 * 2048 * 100 + 13 / 3 * 1000) / 12)
     assert growth.width_of(10**6) == 965
     lines = growth.table_lines(
         [

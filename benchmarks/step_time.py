@@ -514,7 +514,7 @@ def table_row(row: dict, results: dict) -> str:
     """Return a line of the table."""
     start = f"| {row['model']} | {row['batch']} | {row['kind']} |"
     if "refused" in row:
-        return f"{start} {row['refused']} | | | | | |"
+        return f"{start} {row['refused'].split(':')[0]} | | | | | |"
     percent = [f"{100 * (value - 1):+.0f}" for value in (row["ratio"], *row["quartiles"])]
     memory = "-"
     if "memory" in row:

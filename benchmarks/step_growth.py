@@ -24,18 +24,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from step_time import (
-    CASES,
-    CLASSES,
-    Case,
-    Cell,
-    describe,
-    fit,
-    make_parser,
-    measure_blocks,
-    perceptron,
-    quiet,
-)
+from step_models import CASES, CLASSES, Case, Cell, perceptron
+from step_time import describe, fit, make_parser, measure_blocks, quiet
 from torch.nn.functional import one_hot
 
 from saflex_lightning.evidence import discriminant

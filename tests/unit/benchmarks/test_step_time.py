@@ -5,13 +5,13 @@ import torch
 from helpers.benchmarks import load_benchmark
 from torch import nn
 
-rivals, step_time = load_benchmark("step_rivals"), load_benchmark("step_time")
+models, step_time = load_benchmark("step_models"), load_benchmark("step_time")
 growth = load_benchmark("step_growth")
-Cell = step_time.Cell
+CASES, CLASSES, Cell = models.CASES, models.CLASSES, models.Cell
 
 
 def make_module(net, kind, rows=12):
-    module = step_time.Net(Cell("qsar", "union", kind), rows)
+    module = models.Net(Cell("qsar", "union", kind), rows)
     module.net = net
     module.on_fit_start()
     return module
@@ -20,10 +20,8 @@ def make_module(net, kind, rows=12):
 def test_three_ways_to_inner_products_weigh_rows_alike():
     """A look ahead from weights 0, gradients of single rows, and layers' inputs."""
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(41, 6, bias=False), nn.Tanh(), nn.Linear(6, step_time.CLASSES, bias=False)
-    )
-    (batch, *_) = step_time.draw_batches(step_time.CASES["qsar"], 12, union=True)
+    net = nn.Sequential(nn.Linear(41, 6, bias=False), nn.Tanh(), nn.Linear(6, CLASSES, bias=False))
+    (batch, *_) = models.draw_batches(CASES["qsar"], 12, union=True)
     found = []
     for kind in ("learning to reweight", "per-sample gradients", "ghost products"):
         module = make_module(net, kind)
@@ -44,9 +42,9 @@ def test_ghost_products_of_a_convolution():
         nn.Unflatten(2, (1, 41)),
         nn.Conv2d(1, 2, (1, 5), stride=(1, 4), bias=False),
         nn.Flatten(),
-        nn.Linear(20, step_time.CLASSES, bias=False),
+        nn.Linear(20, CLASSES, bias=False),
     )
-    (batch, *_) = step_time.draw_batches(step_time.CASES["qsar"], 12, union=True)
+    (batch, *_) = models.draw_batches(CASES["qsar"], 12, union=True)
     losses = []
     for kind in ("per-sample gradients", "ghost products"):
         module = make_module(net, kind)
@@ -68,7 +66,7 @@ def test_a_row_of_results(kind, args):
     row = step_time.measure(Cell("qsar", "union", kind), args)
     assert row["blocks"] == step_time.FEWEST_BLOCKS
     assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
-    linears = 41 * 256 + 256 * 256 + 256 * step_time.CLASSES
+    linears = 41 * 256 + 256 * 256 + 256 * CLASSES
     # An extra forward, then half of the rows; a plain step has no gradient of the first inputs.
     plain = 2 * linears + (linears - 41 * 256)
     if kind == "robust":

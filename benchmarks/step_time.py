@@ -105,13 +105,14 @@ class Calls(TorchDispatchMode):
         self.launches = self.waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
         self.launches += name not in NO_LAUNCH
         by_mask = name == "index" and any(
             part is not None and part.dtype == torch.bool for part in args[1]
         )
         self.waits += by_mask or name in WAITS
-        found = func(*args, **(kwargs or {}))
+        found = func(*args, **kwargs)
         if name == "_to_copy" and getattr(args[0], "is_cuda", False):  # vmap copies numbers too
             self.waits += not (found.is_cuda or kwargs.get("non_blocking"))
         return found
@@ -152,6 +153,10 @@ class First(pl.Callback):
             self.stack.enter_context(as_on_an_accelerator(self.calls))
             self.stack.enter_context(self.flops)
             self.stack.enter_context(self.calls)
+
+    def on_exception(self, trainer, pl_module, exception):
+        """Leave nothing behind."""
+        self.stack.close()
 
 
 class Last(pl.Callback):

@@ -188,6 +188,11 @@ def measure_ranks(size: int, args: argparse.Namespace) -> dict:
     return {**found, "theory": sent_by_theory(size)}
 
 
+def short(number: float, digits: int = 3) -> str:
+    """Return a number of few digits, never with an exponent."""
+    return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
+
+
 def table_lines(rows: list[dict]) -> list[str]:
     """Return the lines of both tables, Markdown."""
     lines = [
@@ -198,12 +203,13 @@ def table_lines(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["axis"] == "ranks":
             continue
-        cells = [f"{1000 * value:.3g}" for value in (row["extra"], *row["quartiles"])]
-        line = f"| {row['axis']} | {row['size']:,} | {1000 * row['plain']:.3g} ms |"
+        cells = [short(1000 * value) for value in (row["extra"], *row["quartiles"])]
+        plain = f"{short(1000 * row['plain'])} ms" if row["plain"] else "-"
+        line = f"| {row['axis']} | {row['size']:,} | {plain} |"
         line += f" {cells[0]} ms ({cells[1]} to {cells[2]}) |"
         if before.get("axis") == row["axis"]:
             factors = (row[name] / before[name] for name in ("extra", "theory"))
-            line += "".join(f" x {factor:.2g} |" for factor in factors)
+            line += "".join(f" x {short(factor, 2)} |" for factor in factors)
         else:
             line += " | |"
         lines.append(line)

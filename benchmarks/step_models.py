@@ -35,12 +35,16 @@ class Transformer(nn.Module):
         return self.head(self.layers(self.embed(inputs) + self.place).mean(1))
 
 
-class Patches(nn.Conv2d):
+class Patches(nn.Module):
     """Patches of 4 x 4 pixels as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 128, 4, 4)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(batch, tokens, width)``."""
-        return super().forward(images).flatten(2).mT
+        return self.conv(images).flatten(2).mT
 
 
 def perceptron(inputs: int, width: int, classes: int = CLASSES) -> nn.Module:
@@ -71,7 +75,7 @@ CASES = {
     "text": Case(
         lambda: Transformer(nn.Embedding(WORDS, 128), TOKENS, 2), (TOKENS,), 32, words=WORDS
     ),
-    "vit": Case(lambda: Transformer(Patches(3, 128, 4, 4), 49, 4), (3, 28, 28), 32),
+    "vit": Case(lambda: Transformer(Patches(), 49, 4), (3, 28, 28), 32),
     "resnet18": Case(lambda: torchvision.models.resnet18(num_classes=CLASSES), (3, 28, 28), 32),
     "resnet50": Case(lambda: torchvision.models.resnet50(num_classes=CLASSES), (3, 224, 224)),
     "vit_s": Case(vit_s, (3, 224, 224)),

@@ -1,245 +1,188 @@
-"""Measure what a refined training step costs over a plain one, in time and in memory.
+"""What a training step costs in a Trainer: time, FLOPs, launches, waits and memory beside plain.
 
-    python benchmarks/step_time.py
-    python benchmarks/step_time.py --models resnet18 --stem 3x3 --json step_time.json
-    python benchmarks/step_time.py --models resnet50 --batch-size 64 --autocast float16   # a GPU
+    python benchmarks/step_time.py --json step_time.json --plot step_time.png
+    python benchmarks/step_time.py --models resnet50 vit_s --batch-size 64 --precision bf16-mixed
 
-A step is forward, backward and Adam's update on 128 rows; a refined one adds the validation
-gradient where it is due, the engine's pass and the solve, but no metrics, as a step that no logger
-reads. All rows are augmented, but for the setting "union", where half of them are. Plain and
-refined steps of one model take turns in one process; an overhead is the ratio of a whole refresh
-interval to as many plain steps of the same round, given as median and quartiles over rounds. Peak
-memory is that of a fresh process for each engine. Where small operations are launched faster than
-a GPU computes, what counts is computing: ResNet-50 on images of 224 pixels, with ``--autocast``
-for mixed precision, stands for that.
+In each fit blocks of refined and of plain steps take turns, as with ``measure_overhead=True``; the
+extra time is that of a refined block over the plain one after it, given as median and quartiles.
+``FLOPs`` is what the extra computing alone would cost. ``launches`` are calls that a GPU would
+run, and ``waits`` looks at values that would wait for it, both counted, per step, beside those of
+plain steps. ``memory`` is the peak of a fresh process beyond what it held before its first step.
+Rivals (`step_rivals.py`) see as many validation rows in each step as SAFLEX in each fourth.
+
+Rows are written to the file of ``--json`` as they are measured; a second call measures what is
+missing there.
 """
 
 import argparse
 import json
+import logging
+import multiprocessing
+import os
+import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest.mock import patch
 
+import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.models import resnet18, resnet50
+from step_models import CASES, LARGE, Cell, Net, Repeated, draw_batches
+from step_rivals import RIVALS
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from saflex_lightning.engines import make_engine
-from saflex_lightning.engines.direction import adam_second_moments
-from saflex_lightning.functional import Settings, make_settings, solve, weighted_cross_entropy
-from saflex_lightning.validation.gradient import ValidationGradient
+from saflex_lightning import SAflexCallback
+from saflex_lightning.fit.meter import Meter
+from saflex_lightning.functional import make_settings
 
-ENGINES = ("head", "finite_difference", "forward_mode")
-SETTINGS = {
-    "B' = B, n = 1": partial(make_settings, "paper"),
-    "B' = B/4, n = 4": partial(
-        make_settings, "paper", refresh_every_n_steps=4, val_batch_ratio=0.25
-    ),
-    "robust": partial(make_settings, "robust"),
-    "robust, union": partial(make_settings, "robust"),
+KINDS = {
+    "robust": {},
+    "gates only": {"row_evidence": False},
+    "rows only": {"gates": False},
+    "gradient": {"preset": "gradient"},
+    "paper": {"preset": "paper"},
+    "paper, lean": {
+        "preset": "paper",
+        "engine": "finite_difference",
+        "refresh_every_n_steps": 4,
+        "val_batch_ratio": 0.25,
+    },
 }
-UNION = "robust, union"
-NUM_CLASSES = 8
-# Shares of the time for rounds.
-SHARE = {
-    "tabular": 0.05,
-    "mlp": 0.15,
-    "vit": 0.15,
-    "vit, dropout": 0.25,
-    "resnet18": 0.4,
-    "resnet50": 0.4,
+ALONE = ("robust", "rows only", "gradient")  # measured on batches of augmented rows alone too
+FEWEST_BLOCKS = 2  # of each kind
+MEMORY_STEPS = 13
+LONGEST = 5.5  # bar of the picture
+# Calls that launch nothing: views, memory without values, and questions of types.
+NO_LAUNCH = {
+    "_fw_primal",
+    "_has_same_storage_numel",
+    "_make_dual",
+    "_record_function_enter_new",
+    "_record_function_exit",
+    "_reshape_alias",
+    "_unpack_dual",
+    "_unsafe_view",
+    "alias",
+    "as_strided",
+    "detach",
+    "diagonal",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "lift_fresh",
+    "new_empty",
+    "permute",
+    "promote_types",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
 }
-LARGE = "resnet50"  # on images of 224 pixels; not measured unless named
-PAPER = "42 % (MedMNIST, mean), 54 % (RandAugment), 31 % (Mixup), 81 % (tabular)"
+WAITS = {"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_dim"}
 
 
-class SmallViT(nn.Module):
-    """Vision transformer for 28-pixel images: 49 patches, width 128, 4 layers."""
+# What is measured
 
-    def __init__(self, dropout: float) -> None:
+
+class Calls(TorchDispatchMode):
+    """Counts launches and looks at values."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, 128, 4, 4)
-        self.position = nn.Parameter(0.02 * torch.randn(49, 128))
-        layer = nn.TransformerEncoderLayer(
-            128, 4, 512, dropout, "gelu", batch_first=True, norm_first=True
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        self.launches += name not in NO_LAUNCH
+        by_mask = name == "index" and any(
+            part is not None and part.dtype == torch.bool for part in args[1]
         )
-        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(128, NUM_CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, ``(batch, classes)``."""
-        tokens = self.patches(images).flatten(2).mT + self.position
-        return self.head(self.layers(tokens).mean(1))
+        self.waits += by_mask or name in WAITS
+        found = func(*args, **kwargs)
+        if name == "_to_copy" and getattr(args[0], "is_cuda", False):  # vmap copies numbers too
+            self.waits += not (found.is_cuda or kwargs.get("non_blocking"))
+        return found
 
 
-def make_model(name: str, stem: str) -> nn.Module:
-    """Return a model for images, or for 64 columns (``"tabular"``).
+@contextmanager
+def as_on_an_accelerator(calls: Calls) -> Iterator[None]:
+    """Let the package believe on a CPU that looks wait; copies to the CPU are counted too."""
+    own = Tensor.cpu
 
-    Args:
-        name: A key of `SHARE`; the perceptrons are of width 1024 (``"mlp"``) and 256, the
-            transformer's dropout is 0 or 0.1.
-        stem: ``"7x7"`` is torchvision's; ``"3x3"`` that of the MedMNIST experiments.
-    """
-    if name in {"mlp", "tabular"}:
-        inputs, width = (64, 256) if name == "tabular" else (3 * 28 * 28, 1024)
-        hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, NUM_CLASSES))
-    if name.startswith("vit"):
-        return SmallViT(0.1 if "dropout" in name else 0.0)
-    if name == LARGE:
-        return resnet50(num_classes=NUM_CLASSES).to(memory_format=torch.channels_last)
-    network = resnet18(num_classes=NUM_CLASSES)
-    if stem == "3x3":
-        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
-    return network.to(memory_format=torch.channels_last)
+    def cpu(tensor, *args, **kwargs):
+        calls.waits += not tensor.is_cuda
+        return own(tensor, *args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Tensor, "cpu", cpu))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("saflex_lightning.") and hasattr(module, "looking_is_free"):
+                stack.enter_context(patch.object(module, "looking_is_free", lambda _: False))
+        yield
 
 
-class Training:
-    """One model with its optimizer and random data, and the two kinds of steps."""
+class First(pl.Callback):
+    """Begins each step: the first callback."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        torch.manual_seed(0)
-        pixels = 224 if name == LARGE else 28
-        shape = (64,) if name == "tabular" else (3, pixels, pixels)
-        self.device = torch.device(args.device)
-        self.model = make_model(name, args.stem).to(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
-        self.inputs = torch.randn(args.batch_size, *shape, device=self.device)
-        self.target = torch.randint(NUM_CLASSES, (args.batch_size,), device=self.device)
-        dtype = getattr(torch, args.autocast) if args.autocast else None
-        self.autocast = torch.autocast(args.device, dtype, enabled=dtype is not None)
-        self.scaler = torch.amp.GradScaler(args.device, enabled=dtype is torch.float16)
+    def __init__(self, meter: Meter, *, counts: bool = False) -> None:
+        self.meter, self.counts = meter, counts
+        self.found = {is_plain: {"launches": 0, "waits": 0, "flops": 0} for is_plain in (0, 1)}
+        self.stack = ExitStack()
 
-    def update(self, loss: Callable[[], Tensor]) -> None:
-        """Take a training step as a Trainer does, with its autocast and its loss scaling.
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        """Start the clock, or to count."""
+        pl_module.is_plain = self.meter.is_plain(batch_idx)
+        if not self.counts:
+            self.meter.begin(batch_idx, pl_module.device)
+        elif batch_idx % (self.meter.counted + 1):
+            self.calls, self.flops = Calls(), FlopCounterMode(display=False)
+            self.stack.enter_context(as_on_an_accelerator(self.calls))
+            self.stack.enter_context(self.flops)
+            self.stack.enter_context(self.calls)
 
-        Args:
-            loss: Computes the loss.
-        """
-        with self.autocast:
-            value = loss()
-        self.optimizer.zero_grad()
-        self.scaler.scale(value).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def plain_step(self) -> None:
-        """Train on the batch with plain cross-entropy."""
-        self.update(lambda: F.cross_entropy(self.model(self.inputs), self.target))
-
-    def make_refined_step(self, settings: Settings, *, union: bool = False) -> Callable[[], None]:
-        """Return a function that trains on the batch once with SAFLEX.
-
-        Args:
-            settings: The settings.
-            union: Refine the second half of the rows alone.
-        """
-        size = len(self.inputs)
-        engine = make_engine(settings.engine, self.model, lambda: self.model(self.inputs[:8]))
-        augmented = torch.arange(size, device=self.device) >= (size // 2 if union else 0)
-        val_gradient = ValidationGradient(settings)
-        val_rows = round(settings.val_batch_ratio * size)
-        number = 0
-
-        def refined_loss() -> Tensor:
-            nonlocal number
-            if val_gradient.is_due(number):
-                rows = torch.randint(size, (val_rows,)).to(self.device)
-                inputs, target = self.inputs[rows], self.target[rows]
-                self.model.eval()
-                gradient = engine.gradient(
-                    lambda: self.model(inputs), lambda scores: F.cross_entropy(scores, target)
-                )
-                self.model.train()
-                moments = adam_second_moments(engine.params, [self.optimizer])
-                val_gradient.update(number, gradient, moments if settings.precondition else None)
-            number += 1
-            finish = engine.jvp(lambda: self.model(self.inputs), val_gradient.direction)
-            scores = self.model(self.inputs)
-            with torch.no_grad():
-                probs = torch.softmax(scores, -1, dtype=torch.float32)
-                solution = solve(finish.of(scores), probs, self.target, augmented, settings)
-            return weighted_cross_entropy(scores, solution.soft_labels, solution.weights)
-
-        return lambda: self.update(refined_loss)
-
-    def seconds(self, step: Callable[[], None]) -> float:
-        """Return how long one step takes.
-
-        Args:
-            step: The step.
-        """
-        started = time.perf_counter()
-        step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+    def on_exception(self, trainer, pl_module, exception):
+        """Leave nothing behind."""
+        self.stack.close()
 
 
-class Overhead(NamedTuple):
-    """Overhead over a plain step, as a fraction of it."""
-
-    lower: float
-    median: float
-    upper: float
-
-
-def measure_time(name: str, args: argparse.Namespace) -> dict:
-    """Return the plain step's seconds and the overhead of each engine and setting.
+class Last(pl.Callback):
+    """Ends each step: the last callback.
 
     Args:
-        name: As for `make_model`.
-        args: The command line.
+        first: The first one.
+        seconds: After which, and `FEWEST_BLOCKS`, a fit ends.
     """
-    training = Training(name, args)
-    presets = {
-        (engine, setting): make(engine=engine)
-        for engine in args.engines
-        for setting, make in SETTINGS.items()
-    }
-    steps = {
-        (engine, setting): training.make_refined_step(preset, union=setting == UNION)
-        for (engine, setting), preset in presets.items()
-    }
-    for step in (training.plain_step, *steps.values()):
-        step()
-        step()
-    longest = max(preset.refresh_every_n_steps for preset in presets.values())
-    for key, preset in presets.items():  # let every interval start with a refresh
-        for _ in range(-2 % preset.refresh_every_n_steps):
-            steps[key]()
 
-    share = SHARE[name] / sum(SHARE[model] for model in args.models)
-    ends, plain, ratios = time.perf_counter() + args.seconds * share, [], {key: [] for key in steps}
-    while time.perf_counter() < ends or len(plain) < 3:
-        spent = {key: 0.0 for key in steps}
-        plain_spent = 0.0
-        for place in range(longest):
-            plain_spent += training.seconds(training.plain_step) / longest
-            for key, step in steps.items():
-                if place < presets[key].refresh_every_n_steps:
-                    spent[key] += training.seconds(step)
-        plain.append(plain_spent)
-        for key, preset in presets.items():
-            ratios[key].append(spent[key] / preset.refresh_every_n_steps / plain_spent - 1)
-    overheads = {
-        key: Overhead(*statistics.quantiles(values, n=4)) for key, values in ratios.items()
-    }
-    return {
-        "plain_seconds": statistics.median(plain),
-        "rounds": len(plain),
-        "overhead": {
-            engine: {setting: overheads[engine, setting]._asdict() for setting in SETTINGS}
-            for engine in args.engines
-        },
-    }
+    def __init__(self, first: First, seconds: float) -> None:
+        self.first, self.ends = first, time.perf_counter() + seconds
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Stop the clock, or count."""
+        first = self.first
+        first.meter.end()
+        first.stack.close()
+        if first.counts and batch_idx % (first.meter.counted + 1):
+            found = first.found[pl_module.is_plain]
+            found["launches"] += first.calls.launches / first.meter.counted
+            found["waits"] += first.calls.waits / first.meter.counted
+            found["flops"] += first.flops.get_total_flops() / first.meter.counted
+        enough = len(first.meter.plain) >= FEWEST_BLOCKS
+        trainer.should_stop = enough and time.perf_counter() > self.ends
 
 
 def peak_bytes() -> int:
@@ -250,110 +193,259 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def print_peak(name: str, engine: str, args: argparse.Namespace) -> None:
-    """Take steps of one kind and print the peak before and after them, in bytes.
+class Held(pl.Callback):
+    """Notes the memory that is held before the first step."""
+
+    def on_train_start(self, trainer, pl_module):
+        """Note it."""
+        self.bytes = peak_bytes()
+
+
+def fit(cell: Cell, args: argparse.Namespace, steps: int, *around: pl.Callback) -> None:
+    """Train.
 
     Args:
-        name: As for `make_model`.
-        engine: Name of an engine, or ``"plain"``.
+        cell: What to train, and how.
         args: The command line.
+        steps: Training steps.
+        *around: The first callback and the last one, if refined and plain blocks take turns.
     """
-    training = Training(name, args)
-    before = peak_bytes()
-    step = training.plain_step
-    if engine != "plain":
-        step = training.make_refined_step(make_settings("robust", engine=engine))
-    for _ in range(9):
-        step()
-    print(json.dumps({"before": before, "peak": peak_bytes()}))
+    rows = args.batch_size or CASES[cell.model].rows
+    module = Net(cell, rows)
+    callbacks = list(around)
+    if cell.kind in KINDS:
+        settings = {"seed": 0, "measure_overhead": len(around) > 1, **KINDS[cell.kind]}
+        callbacks.insert(1, SAflexCallback(**settings))
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator=args.device,
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        precision=args.precision,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches = draw_batches(CASES[cell.model], rows, union=cell.batch == "union")
+    trainer.fit(module, Repeated(batches, steps))
 
 
-def measure_memory(name: str, args: argparse.Namespace) -> dict:
-    """Return peaks in bytes, each of a fresh process, by engine.
-
-    Args:
-        name: As for `make_model`.
-        args: The command line.
-    """
-    peaks = {}
-    for engine in ("plain", *args.engines):
-        command = [sys.executable, __file__, "--peak", name, engine, "--stem", args.stem]
-        command += ["--device", args.device, "--batch-size", str(args.batch_size)]
-        command += ["--autocast", args.autocast] if args.autocast else []
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks[engine] = json.loads(output.splitlines()[-1])
-    return peaks
+def measure_memory(cell: Cell, args: argparse.Namespace) -> float:
+    """Return the peak beyond what was held before the first step, in bytes; of a fresh process."""
+    quiet()
+    torch.set_num_threads(args.threads)
+    held = Held()
+    fit(cell, args, MEMORY_STEPS, held)
+    return peak_bytes() - held.bytes
 
 
-def format_table(results: dict, args: argparse.Namespace) -> str:
-    """Return a Markdown table of everything measured.
+def measure_blocks(cell: Cell, args: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Return the seconds of a step in refined blocks and in the plain ones after them."""
+    settings = make_settings(**KINDS.get(cell.kind, {}))
+    ends, refined, plain = time.perf_counter() + args.seconds, [], []
+    while not plain or time.perf_counter() < ends:
+        meter = Meter(settings, getattr(time, args.clock))
+        first = First(meter)
+        fit(cell, args, meter.batches, first, Last(first, ends - time.perf_counter()))
+        pairs = zip(meter.refined, meter.plain, strict=False)  # a fit may end between the two
+        for found, blocks in zip((refined, plain), zip(*pairs, strict=True), strict=True):
+            found += [block / meter.counted for block in blocks]
+    return refined, plain
 
-    Args:
-        results: By model, what `measure_time` and `measure_memory` return.
-        args: The command line.
-    """
-    lines = [
-        "| model | step | " + " | ".join(SETTINGS) + " | peak memory | beyond the start |",
-        "|" + "---|" * (len(SETTINGS) + 4),
-    ]
-    for name, result in results.items():
-        base = result.get("memory", {}).get("plain")
-        grown = base and base["peak"] - base["before"]
-        memory = f"{base['peak'] / 2**20:.0f} MB | {grown / 2**20:.0f} MB" if base else "|"
-        milliseconds = f"plain, {1000 * result['plain_seconds']:.1f} ms"
-        lines.append(f"| {name} | {milliseconds} |" + " |" * len(SETTINGS) + f" {memory} |")
-        for engine in args.engines:
-            cells = [
-                f"{100 * cell['median']:+.0f} % ({100 * cell['lower']:.0f} to "
-                f"{100 * cell['upper']:.0f})"
-                for cell in result["overhead"][engine].values()
-            ]
-            if base:
-                peak = result["memory"][engine]
-                cells += [
-                    f"x {peak['peak'] / base['peak']:.2f}",
-                    f"x {(peak['peak'] - peak['before']) / grown:.2f}",
-                ]
-            else:
-                cells += ["", ""]
-            lines.append(f"| {name} | {engine} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+def measure(cell: Cell, args: argparse.Namespace) -> dict:
+    """Return a row of results: times, counts and memory."""
+    settings = make_settings(**KINDS.get(cell.kind, {}))
+    counting = First(Meter(settings), counts=True)
+    steps = 2 * (counting.meter.counted + 1)
+    fit(cell, args, steps, counting, Last(counting, 0))
+    plain, refined = counting.found[True], counting.found[False]
+
+    refined_blocks, plain_blocks = measure_blocks(cell, args)
+    ratios = [one / other for one, other in zip(refined_blocks, plain_blocks, strict=True)]
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    found = {
+        "ratio": median,
+        "quartiles": [lower, upper],
+        "blocks": len(ratios),
+        "plain_seconds": statistics.median(plain_blocks),
+        "flops": refined["flops"] / plain["flops"],
+        "launches": refined["launches"] - plain["launches"],
+        "plain_launches": plain["launches"],
+        "waits": refined["waits"] - plain["waits"],
+    }
+    if args.memory:
+        with fresh_process() as process:
+            found["memory"] = process.apply(measure_memory, (cell, args))
+    return found
+
+
+@contextmanager
+def fresh_process() -> Iterator:
+    """Give one whose libraries are loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "torchvision", "saflex_lightning"])
+    with context.Pool(1) as pool:
+        yield pool
+
+
+def cells(models: list[str], kinds: list[str]) -> Iterator[Cell]:
+    """Yield what is to be measured."""
+    for model in models:
+        for kind in kinds:
+            yield Cell(model, "union", kind)
+        for kind in ALONE:
+            if kind in kinds:
+                yield Cell(model, "alone", kind)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measure what the file does not hold yet, and write each row to it."""
+    results = {"settings": describe(args), "rows": []}
+    file = Path(args.json) if args.json else None
+    if file and file.exists():
+        results = json.loads(file.read_text())
+        if results["settings"] != describe(args):
+            raise SystemExit(
+                f"Expected the settings of {file}, {results['settings']}, but got "
+                f"{describe(args)}. Name another file."
+            )
+    done = {Cell(row["model"], row["batch"], row["kind"]) for row in results["rows"]}
+    for cell in cells(args.models, args.kinds):
+        if cell in done:
+            continue
+        row = cell._asdict()
+        try:
+            row |= measure(cell, args)
+        except Exception as error:  # what a method cannot do is a result
+            row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if args.memory and cell.model not in results.setdefault("plain_memory", {}):
+            with fresh_process() as process:
+                plain = Cell(cell.model, cell.batch, "plain")
+                memory = process.apply(measure_memory, (plain, args))
+            results["plain_memory"][cell.model] = memory
+        results["rows"].append(row)
+        print(table_row(row, results), flush=True)
+        if file:
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def describe(args: argparse.Namespace) -> dict:
+    """Return what results depend on."""
+    processor = platform.processor() or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else processor,
+        "precision": args.precision,
+        "threads": args.threads,
+        "batch_size": args.batch_size,
+        "clock": args.clock,
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# What is shown
+
+HEADER = (
+    "| model | batch | step | plain | time (quartiles) | FLOPs | launches | waits | memory |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table_row(row: dict, results: dict) -> str:
+    """Return a line of the table."""
+    start = f"| {row['model']} | {row['batch']} | {row['kind']} |"
+    if "refused" in row:
+        return f"{start} {row['refused'].split(':')[0]} | | | | | |"
+    percent = [f"{100 * (value - 1):+.0f}" for value in (row["ratio"], *row["quartiles"])]
+    memory = "-"
+    if "memory" in row:
+        memory = f"x {row['memory'] / results['plain_memory'][row['model']]:.2f}"
+    return (
+        f"{start} {1000 * row['plain_seconds']:.3g} ms | {percent[0]} % ({percent[1]} to "
+        f"{percent[2]}) | {100 * (row['flops'] - 1):+.0f} % | {row['launches']:+.0f} to "
+        f"{row['plain_launches']:.0f} | {row['waits']:+.1f} | {memory} |"
+    )
+
+
+def plot(results: dict, path: str) -> None:
+    """Draw the extra time of each kind of step, and the FLOPs', a panel for each model."""
+    from matplotlib import pyplot
+
+    rows = [row for row in results["rows"] if "refused" not in row and row["batch"] == "union"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    figure, axes = pyplot.subplots(
+        1, len(models), figsize=(2.6 * len(models) + 1.5, 0.3 * len(kinds) + 1.2), squeeze=False
+    )
+    for axis, model in zip(axes[0], models, strict=True):
+        own = [row for row in rows if row["model"] == model]
+        places = [kinds.index(row["kind"]) for row in own]
+        ratios = [row["ratio"] for row in own]
+        spread = [[abs(row["quartiles"][side] - row["ratio"]) for row in own] for side in (0, 1)]
+        colors = ["tab:blue" if row["kind"] in KINDS else "tab:gray" for row in own]
+        axis.barh(places, ratios, xerr=spread, color=colors, error_kw={"linewidth": 1})
+        axis.plot([row["flops"] for row in own], places, "k|", markersize=10)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(kinds)), kinds if axis is axes[0][0] else [])
+        axis.set_xlim(0, LONGEST)
+        for place, ratio in zip(places, ratios, strict=True):
+            if ratio > LONGEST:
+                axis.text(LONGEST, place, f"{ratio:.0f} ", ha="right", va="center", color="white")
+        axis.set_ylim(len(kinds) - 0.5, -0.5)
+        axis.set_title(f"{model}, {1000 * own[0]['plain_seconds']:.3g} ms", fontsize=9)
+        axis.set_xlabel("time over plain", fontsize=8)
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def quiet() -> None:
+    """Leave out what Lightning says at the start of every fit."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("lightning_utilities.core.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def make_parser(text: str) -> argparse.ArgumentParser:
+    """Return one of what the benchmarks of steps share."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clocks = ("perf_counter", "process_time")
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument(
+        "--batch-size", type=int, help="rows; else 128, or 32 of networks that take long"
+    )
+    parser.add_argument("--seconds", type=float, default=3, help="for the steps of a line")
+    parser.add_argument("--clock", choices=clocks, default=clocks[0], help="CPU time: the second")
+    parser.add_argument("--precision", default="32-true", help="of the Trainer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", help="file for the numbers; what it holds is not measured again")
+    return parser
 
 
 def main() -> None:
-    """Measure what the command line asks for and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    small = [name for name in SHARE if name != LARGE]
-    parser.add_argument("--models", nargs="+", choices=list(SHARE), default=small)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--stem", choices=("7x7", "3x3"), default="7x7", help="of the ResNet-18")
-    parser.add_argument("--batch-size", type=int, default=128, help="rows")
-    parser.add_argument("--seconds", type=float, default=200, help="for the rounds of all models")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autocast", choices=("float16", "bfloat16"), help="mixed precision")
-    parser.add_argument("--no-memory", action="store_true", help="measure time alone")
-    parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    """Measure what the command line asks for, and show it."""
+    kinds = [*KINDS, *RIVALS]
+    parser = make_parser(__doc__)
+    models = [name for name in CASES if torch.cuda.is_available() or name not in LARGE]
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=models)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--plot", help="file for the picture")
     args = parser.parse_args()
-    if args.peak:
-        print_peak(*args.peak, args)
-        return
-
-    # Memory first: a child process starts with its parent's peak, which is small as yet.
-    measured = [n for n in args.models if n.startswith("resnet") and not args.no_memory]
-    memory = {name: {"memory": measure_memory(name, args)} for name in measured}
-    results = {name: measure_time(name, args) | memory.get(name, {}) for name in args.models}
-    print(
-        f"Time of a training step over a plain one, {args.batch_size} rows, {args.device}, "
-        f"{args.autocast or 'float32'}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}: median (quartiles) of "
-        + ", ".join(f"{result['rounds']} rounds ({name})" for name, result in results.items())
-        + f".\nThe paper's extra wall-clock of an epoch: {PAPER}.\n"
-    )
-    print(format_table(results, args))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"settings": vars(args), "results": results}, file, indent=2)
+    quiet()
+    torch.set_num_threads(args.threads)
+    results = run(args)
+    print(f"\n{json.dumps(results['settings'])}\n\n{HEADER}")
+    print("\n".join(table_row(row, results) for row in results["rows"]))
+    if args.plot:
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":

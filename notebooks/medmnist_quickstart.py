@@ -63,11 +63,10 @@ def configure(method):
 # sees the given label alone.
 
 # %%
-names = ["basophil", "eosinophil", "erythroblast", "immature granulocyte"]
-names += ["lymphocyte", "monocyte", "neutrophil", "platelet"]
 truth = read_medmnist()["train"]
 data = instantiate(configure("saflex_robust").data)
 data.setup("fit")
+names = list(data.saflex_class_names())
 is_wrong = data.wrong_rows()[: len(truth.target)]
 given = data.make_splits().train.target
 

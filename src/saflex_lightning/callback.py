@@ -137,8 +137,20 @@ class SAflexCallback(pl.Callback):
         step, self._step = self._step, None
         self._newest, self._metrics, self._rows = None, {}, None
         self._fit.served.disarm()
-        if step is None:
-            return
+        if step is not None:
+            self._take_in(trainer, pl_module, step, outputs, batch_idx)
+        if self._fit.meter is not None:
+            self._fit.meter.end()
+
+    def _take_in(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        step: Step,
+        outputs: Any,
+        batch_idx: int,
+    ) -> None:
+        """Take in what a refined step has shown, and log it."""
         met_trouble = self._fit.end(step)
         self._armed_steps += 1
         self._loss_calls += step.options is not None
@@ -252,6 +264,8 @@ class SAflexCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the validation stream."""
+        if self._fit.meter is not None:
+            self._fit.meter.say_unfinished()
         self._close()
 
     def on_exception(

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.benchmarks import load_benchmark
 from helpers.training import Classifier
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,35 +19,7 @@ from saflex_lightning import AugmentedBatch, SAflexCallback
 PACKAGE = str(Path(saflex_lightning.__file__).parent)
 ROWS, FEATURES, CLASSES = 128, 64, 8
 FIRST, LAST = 20, 60  # steps that are counted: four, five and ten divide their number
-# Calls that launch nothing: views, memory without values, and questions of types.
-NO_KERNELS = {
-    "_record_function_enter_new",
-    "_record_function_exit",
-    "_reshape_alias",
-    "_unsafe_view",
-    "alias",
-    "as_strided",
-    "detach",
-    "diagonal",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "expand",
-    "lift_fresh",
-    "new_empty",
-    "permute",
-    "promote_types",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "squeeze",
-    "t",
-    "transpose",
-    "unbind",
-    "unsqueeze",
-    "view",
-}
+NO_LAUNCH = load_benchmark("step_time").NO_LAUNCH
 LOOKS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "nonzero", "unique")
 
 
@@ -59,7 +32,7 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
-        if name not in NO_KERNELS:
+        if name not in NO_LAUNCH:
             self.counts[name] += 1
         by_mask = name == "index" and any(
             part is not None and part.dtype == torch.bool for part in args[1]

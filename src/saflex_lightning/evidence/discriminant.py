@@ -15,6 +15,9 @@ second-order step, along which the scores of a training row move by Z:
 
 with residuals r, the gradient of each row's loss with respect to its scores. Everything is linear
 in h, so that a row is judged by two small matrix products.
+
+Of more than `MOST_SCORES` scores the covariance is taken to be diagonal: it would have more entries
+than the remembered rows can tell, and solving with it would take most of the time of a fit.
 """
 
 from typing import NamedTuple
@@ -24,8 +27,15 @@ from torch import Tensor
 
 from saflex_lightning.functional.solve import inner_products
 
-__all__ = ["TEMPERATURES", "Discriminant", "best_temperature", "fit_discriminant"]
+__all__ = [
+    "MOST_SCORES",
+    "TEMPERATURES",
+    "Discriminant",
+    "best_temperature",
+    "fit_discriminant",
+]
 
+MOST_SCORES = 1000  # with a covariance that is not diagonal
 _PRIOR = 1.0  # rows of average scores that every class has beside its own
 _RIDGE = 0.1  # in units of the covariance's mean diagonal
 _FLOOR = 1e-12  # below this, a variance counts as zero
@@ -71,33 +81,67 @@ def fit_discriminant(
     to the mean of all rows as if one more row lay there, so that a class without validation rows
     has a small posterior instead of none.
     """
+    rows = _class_means(scores, labels, present)
+    bias = residuals.sum(0) / rows.size
+    gradient = rows.centred.T @ residuals / rows.size
+    solved = _solve(rows, torch.cat([rows.means.T, gradient], 1))
+    directions, step = solved.split(len(rows.means), dim=1)
+    offsets = _offsets(rows, directions)
+    matrix = torch.cat([directions, -step], 1)
+    return Discriminant(rows.center, matrix, torch.cat([offsets, -bias]))
+
+
+class _ClassMeans(NamedTuple):
+    """Rows by their classes: ``centred`` on all rows, and ``within`` their classes."""
+
+    size: Tensor
+    center: Tensor
+    centred: Tensor
+    counts: Tensor
+    means: Tensor
+    within: Tensor
+
+
+def _class_means(scores: Tensor, labels: Tensor, present: Tensor) -> _ClassMeans:
     size = present.sum().clamp(min=1)
     center = scores.sum(0) / size
     centred = (scores - center) * present.unsqueeze(1)
     counts = labels.sum(0) + _PRIOR
     means = (labels.T @ centred) / counts.unsqueeze(1)
-    within = centred - labels @ means
+    return _ClassMeans(size, center, centred, counts, means, centred - labels @ means)
+
+
+def _offsets(rows: _ClassMeans, directions: Tensor) -> Tensor:
+    return rows.counts.log() - 0.5 * (rows.means * directions.T).sum(1)
+
+
+def _solve(rows: _ClassMeans, columns: Tensor) -> Tensor:
+    """Return S^-1 times columns, with the covariance S of rows within their classes."""
+    within, size = rows.within, rows.size
+    if within.shape[1] > MOST_SCORES:
+        variances = within.square().sum(0) / size
+        ridge = (_RIDGE * variances.mean()).clamp(min=_FLOOR)
+        return columns / (variances + ridge).unsqueeze(1)
     covariance = within.T @ within / size
     ridge = (_RIDGE * covariance.diagonal().mean()).clamp(min=_FLOOR)
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factor = torch.linalg.cholesky_ex(covariance + ridge * eye)[0]  # does not wait for a check
-    bias = residuals.sum(0) / size
-    gradient = centred.T @ residuals / size
-    solved = torch.cholesky_solve(torch.cat([means.T, gradient], 1), factor)
-    directions, step = solved.split(len(means), dim=1)
-    offsets = counts.log() - 0.5 * (means * directions.T).sum(1)
-    return Discriminant(center, torch.cat([directions, -step], 1), torch.cat([offsets, -bias]))
+    return torch.cholesky_solve(columns, factor)
 
 
-def best_temperature(scores: Tensor, residuals: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+def best_temperature(scores: Tensor, labels: Tensor, present: Tensor) -> Tensor:
     """Return the tau under which each half of the rows is most likely by the other half, scalar."""
     choices = scores.new_tensor(TEMPERATURES)
-    even = (torch.arange(len(scores), device=scores.device) % 2 == 0).to(scores.dtype)
+    given = scores, labels, present.unsqueeze(1)
+    if len(scores) % 2:  # a row that is not there makes the halves equal
+        given = tuple(torch.cat([part, torch.zeros_like(part[:1])]) for part in given)
 
-    def likelihoods(half: Tensor) -> Tensor:
-        h, r, y = (part * half.unsqueeze(1) for part in (scores, residuals, labels))
-        logits = fit_discriminant(h, r, y, present * half).logits(scores)
-        tempered = torch.log_softmax(choices.view(-1, 1, 1) * logits, -1)
-        return (tempered * (labels - y)).sum((1, 2))
+    def likelihoods(h: Tensor, y: Tensor, there: Tensor, others: Tensor, theirs: Tensor) -> Tensor:
+        rows = _class_means(h, y, there.squeeze(1))
+        directions = _solve(rows, rows.means.T)
+        logits = (others - rows.center) @ directions + _offsets(rows, directions)
+        return (torch.log_softmax(choices.view(-1, 1, 1) * logits, -1) * theirs).sum((1, 2))
 
-    return choices[torch.vmap(likelihoods)(torch.stack([even, 1 - even])).sum(0).argmax()]
+    h, y, there = (torch.stack([part[::2], part[1::2]]) for part in given)
+    found = torch.vmap(likelihoods)(h, y, there, h.flip(0), y.flip(0))
+    return choices[found.sum(0).argmax()]

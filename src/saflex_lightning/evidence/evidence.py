@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from saflex_lightning.functional.losses import LossOptions, looking_is_free
@@ -13,7 +14,7 @@ from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.solve import loss_inner_products
 
 from .averages import RowAverages
-from .discriminant import Discriminant, best_temperature, fit_discriminant
+from .discriminant import MOST_SCORES, Discriminant, best_temperature, fit_discriminant
 from .gates import Gates
 from .memory import ValidationMemory
 from .weights import Array, GroupWeights, log_likelihoods
@@ -152,8 +153,14 @@ class Evidence:
         self.averages.take_in()
         self.memory.add(scores, residuals, labels, ranks)
         if self._discriminant is None or number >= self._fitted + _REFIT:
+            if self._log_temperature is None and scores.shape[1] > MOST_SCORES:
+                rank_zero_info(
+                    f"SAFLEX takes the covariance of {scores.shape[1]} scores to be diagonal, as "
+                    f"of all that are more than {MOST_SCORES}."
+                )
             rows = self.memory.read()
-            newest = best_temperature(*rows).log()
+            scores, _, labels, present = rows
+            newest = best_temperature(scores, labels, present).log()
             if self._log_temperature is not None:
                 newest = _KEPT * self._log_temperature + (1 - _KEPT) * newest
             self._log_temperature, self._fitted = newest, number

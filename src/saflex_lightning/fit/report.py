@@ -57,6 +57,7 @@ def describe_fit(settings: Settings, engine: str) -> str:
 def read_step(step: Step, val_gradient_norm: Tensor | None, skipped: Tensor) -> dict[str, Tensor]:
     """Return what a step learned, as scalars; fractions are averaged over its tasks."""
     tasks: list[dict[str, Tensor]] = []
+    overhead = None if step.fit.meter is None else step.fit.meter.ratio
     for task in step.tasks:
         metrics = solution_metrics(task.solution, task.target, task.augmented)
         if step.fit.settings.gates:  # rows that they turned down count as dropped
@@ -68,6 +69,7 @@ def read_step(step: Step, val_gradient_norm: Tensor | None, skipped: Tensor) -> 
         **{name: torch.stack([task[name].float() for task in tasks]).mean() for name in tasks[0]},
         **({} if step.fit.evidence is None else step.fit.evidence.metrics()),
         **({} if val_gradient_norm is None else {"val_gradient_norm": val_gradient_norm}),
+        **({} if overhead is None else {"overhead_ratio": torch.tensor(overhead)}),
         "solve_seconds": torch.tensor(step.seconds),
         "skipped_steps": skipped.float(),
     }

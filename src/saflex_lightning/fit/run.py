@@ -40,6 +40,7 @@ from saflex_lightning.validation.source import count_rows, is_plain
 from saflex_lightning.validation.stream import ValidationStream, evaluation, mix_seed
 
 from .checks import check_initialised, check_saved_gradient
+from .meter import Meter
 from .report import Report, describe_fit
 
 __all__ = ["Fit"]
@@ -65,6 +66,7 @@ class Fit:
         self.evidence: Evidence | None = None
         if settings.gathers:
             self.evidence = Evidence(weighs_rows=settings.row_evidence, has_gates=settings.gates)
+        self.meter = Meter(settings) if settings.measure_overhead else None
         self.skipped = torch.zeros((), dtype=torch.long)  # steps that met a non-finite number
         self._seed = settings.seed
         self._batch_size = settings.val_batch_size
@@ -107,6 +109,10 @@ class Fit:
         """Count a training batch and, if it is to be refined, return its step."""
         number, self._batches = self._batches, self._batches + 1
         settings = self.settings
+        if self.meter is not None:
+            self.meter.begin(number, module.device)
+            if self.meter.is_plain(number):
+                return None
         if number % settings.every_n_steps or trainer.current_epoch < settings.start_epoch:
             return None
         started = time.perf_counter()

@@ -1,11 +1,15 @@
 """The judge of rows: Gaussians, brute-force likelihood, and derivatives by autograd, in float64."""
 
+import logging
+
 import pytest
 import torch
+from helpers.training import NUM_CLASSES, Classifier, callback, fit, seeded
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn.functional import cross_entropy, one_hot
 
+from saflex_lightning.evidence import discriminant, evidence
 from saflex_lightning.evidence.discriminant import (
     TEMPERATURES,
     best_temperature,
@@ -46,9 +50,49 @@ def test_posteriors_equal_gaussians_with_a_shared_covariance(rows):
     torch.testing.assert_close(found.softmax(1), expected.softmax(1))
 
 
-def test_temperature_equals_brute_force_over_two_folds(rows):
+def test_a_diagonal_covariance_equals_loops(rows, monkeypatch):
+    scores, residuals, labels, _ = rows
+    full = fit_discriminant(*rows).judge(scores)
+    monkeypatch.setattr(discriminant, "MOST_SCORES", CLASSES - 1)
+    logits, products = fit_discriminant(*rows).judge(scores)
+    classes, center = labels.argmax(1), scores.mean(0)
+    means, counts = [], []
+    for k in range(CLASSES):
+        own = [row for row, label in zip(scores, classes, strict=True) if label == k]
+        means.append((sum(own, center)) / (len(own) + 1))
+        counts.append(len(own) + 1)
+    squares = [(row - means[label]) ** 2 for row, label in zip(scores, classes, strict=True)]
+    variances = sum(squares) / ROWS
+    variances = variances + 0.1 * variances.mean()
+    gradient = sum(torch.outer(r, h - center) for r, h in zip(residuals, scores, strict=True))
+    for i, row in enumerate(scores):
+        expected = [
+            torch.tensor(float(count)).double().log() - ((row - mean) ** 2 / variances).sum() / 2
+            for mean, count in zip(means, counts, strict=True)
+        ]
+        torch.testing.assert_close(logits[i].softmax(0), torch.stack(expected).softmax(0))
+        move = -(gradient / ROWS) @ ((row - center) / variances) - residuals.mean(0)
+        probs = row.softmax(0)
+        torch.testing.assert_close(products[i], move - (probs * move).sum())
+    assert not torch.allclose(logits.softmax(1), full[0].softmax(1), atol=1e-3)
+    assert not torch.allclose(products, full[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("most", [NUM_CLASSES, NUM_CLASSES - 1])
+def test_a_diagonal_covariance_is_said_once(most, monkeypatch, caplog):
+    for module in (discriminant, evidence):
+        monkeypatch.setattr(module, "MOST_SCORES", most)
+    with caplog.at_level(logging.INFO):
+        fit(seeded(Classifier), callback(), max_epochs=8)
+    told = [text for text in caplog.messages if "scores to be diagonal" in text]
+    assert len(told) == (most < NUM_CLASSES)
+
+
+@pytest.mark.parametrize("number", [ROWS, ROWS - 1])
+def test_temperature_equals_brute_force_over_two_folds(rows, number):
+    rows = [part[:number] for part in rows]
     scores, _, labels, _ = rows
-    even = torch.arange(ROWS) % 2 == 0
+    even = torch.arange(number) % 2 == 0
     totals = []
     for tau in TEMPERATURES:
         total = 0.0
@@ -58,7 +102,7 @@ def test_temperature_equals_brute_force_over_two_folds(rows):
             total += (torch.log_softmax(tau * logits, 1) * labels[~fold]).sum().item()
         totals.append(total)
     best = TEMPERATURES[max(range(len(totals)), key=totals.__getitem__)]
-    assert best_temperature(*rows).item() == best
+    assert best_temperature(scores, labels, rows[3]).item() == best
     assert best > 0.03
 
 
@@ -67,7 +111,7 @@ def test_confident_labels_by_chance_are_tempered():
     generator = torch.Generator().manual_seed(1)
     scores = 5 * torch.randn(40, CLASSES, generator=generator)
     labels = one_hot(torch.randint(0, CLASSES, (40,), generator=generator), CLASSES).float()
-    assert best_temperature(scores, scores, labels, torch.ones(40)).item() == pytest.approx(0.03)
+    assert best_temperature(scores, labels, torch.ones(40)).item() == pytest.approx(0.03)
 
 
 def test_products_are_derivatives_along_a_second_order_step(rows):
@@ -128,7 +172,7 @@ def test_fewer_rows_than_scores_and_classes_without_a_row(labels):
     onehot = one_hot(labels, 9).float()
     judge = fit_discriminant(scores, scores.softmax(1) - onehot, onehot, torch.ones(6))
     assert all(part.isfinite().all() for part in judge.judge(scores))
-    assert best_temperature(scores, scores, onehot, torch.ones(6)).isfinite()
+    assert best_temperature(scores, onehot, torch.ones(6)).isfinite()
 
 
 def test_constant_scores():

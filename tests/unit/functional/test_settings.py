@@ -15,6 +15,7 @@ COMMON = {
     "val_batch_size": None,
     "every_n_steps": 1,
     "start_epoch": 0,
+    "measure_overhead": False,
     "seed": None,
 }
 ROBUST = {
@@ -151,6 +152,7 @@ def test_edges_of_the_ranges_are_accepted(edge) -> None:
         ("params", ["head.*", 1], "a list of one or more name patterns, or None"),
         ("gates", 1, "True or False"),
         ("row_evidence", "discriminant", "True or False"),
+        ("measure_overhead", 1, "True or False"),
         ("val_batch_ratio", 0.0, "a positive float"),
     ],
 )
@@ -165,6 +167,11 @@ def test_wrong_values_are_named_with_what_was_expected(name, value, wanted) -> N
 def test_all_wrong_values_are_said_at_once() -> None:
     with pytest.raises(ValueError, match=r"`engine`.*`normalize`.*`temperature`"):
         Settings(temperature=-1.0, engine="jvp", normalize=None)  # type: ignore[arg-type]
+
+
+def test_what_is_not_refined_from_the_first_step_is_not_measured() -> None:
+    with pytest.raises(ValueError, match="`start_epoch` to be 0 beside `measure_overhead`"):
+        Settings(measure_overhead=True, start_epoch=1)
 
 
 def test_unknown_preset_is_named() -> None:

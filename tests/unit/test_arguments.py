@@ -73,6 +73,11 @@ CASES = {
         {"val_dataloader": [(torch.ones(2, 3), torch.tensor([0, 1]))], **asdict(Settings())},
         None,
     ),
+    "read_row_weights": (
+        data.read_row_weights,
+        {"file": "rows.csv", "num_rows": 4, "first_index": 0},
+        None,
+    ),
     "SAflexInsight": (
         saflex_lightning.SAflexInsight,
         {"folder": "here", "class_names": ["cat", "dog"]},
@@ -218,6 +223,7 @@ def folder(tmp_path_factory):
     make_image_folders(root / "real", splits=("val", "test", "extra"))
     make_pool(root / "pool")
     write_csv(root / "table.csv", make_table(120))
+    (root / "rows.csv").write_text("index,mean_weight\n2,0.5\n")
     write_medmnist(root, "blood")
     (root / "iwildcam").mkdir()
     write_iwildcam(root / "iwildcam")

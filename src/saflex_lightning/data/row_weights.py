@@ -49,8 +49,8 @@ def read_row_weights(file: str | PathLike[str], num_rows: int, *, first_index: i
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(
-            f"Expected a table of rows at {path}, but there is {found}. {_ADVICE} It writes one "
-            "where rows have an `index`, see `with_index`."
+            f"Expected `file` to be a table of rows, but {path} is {found}. {_ADVICE} It writes "
+            "one where rows have an `index`, see `with_index`."
         )
     weights = torch.ones(num_rows, dtype=torch.float64)
     known = set[int]()

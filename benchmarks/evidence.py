@@ -139,18 +139,21 @@ class Shuffled(SAflexCallback):
     def on_train_start(self, trainer, pl_module):
         """Put the permutation in."""
         super().on_train_start(trainer, pl_module)
-        evidence = self._fit.evidence
-        judge, draws = evidence.judge, torch.Generator().manual_seed(7)
+        evidence, draws = self._fit.evidence, torch.Generator().manual_seed(7)
+        weigh, judge, shown = evidence.weigh, evidence.judge, []
 
-        def shuffled(scores, target, augmented, options):
-            judgement = judge(scores, target, augmented, options)
+        def noted(number, scores, target, augmented, *others):
+            shown[:] = [augmented.nonzero().ravel()]
+            return weigh(number, scores, target, augmented, *others)
+
+        def shuffled(scores, target, options):
+            judgement, (rows,) = judge(scores, target, options), shown
             posteriors, given = judgement.posteriors.clone(), judgement.given.clone()
-            rows = augmented.nonzero().ravel()
             order = rows[torch.randperm(len(rows), generator=draws)]
             posteriors[rows], given[rows] = posteriors[order], given[order]
             return judgement._replace(posteriors=posteriors, given=given)
 
-        evidence.judge = shuffled
+        evidence.weigh, evidence.judge = noted, shuffled
 
 
 def fit(module, bench, data, seed, method, callbacks=()):

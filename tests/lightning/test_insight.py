@@ -224,6 +224,33 @@ def test_tensorboard_gets_the_figures(tmp_path):
         assert min(image.width, image.height) > 100
 
 
+@pytest.mark.filterwarnings("ignore")  # of other libraries, about themselves
+def test_mlflow_gets_the_figures(tmp_path):
+    pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/runs.db"
+    logger = pl.loggers.MLFlowLogger("saflex", tracking_uri=uri, artifact_location=str(tmp_path))
+    callbacks = (SAflexCallback(steering()), SAflexInsight(tmp_path / "tables"))
+    fit(Gated(), *callbacks, train=gated_loader(), max_epochs=1, logger=logger)
+    files = logger.experiment.list_artifacts(logger.run_id, "saflex")
+    assert {file.path for file in files} == {
+        f"saflex/{name}.png" for name in ("gates", "weights", "labels")
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # of other libraries, about themselves
+def test_offline_weights_and_biases_get_the_figures(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = pl.loggers.WandbLogger(save_dir=tmp_path, offline=True)
+    try:
+        callbacks = (SAflexCallback(steering()), SAflexInsight(tmp_path / "tables"))
+        fit(Gated(), *callbacks, train=gated_loader(), max_epochs=1, logger=logger)
+    finally:
+        wandb.finish()
+    kept = [file.name for file in tmp_path.rglob("media/images/saflex/*.png")]
+    assert {name.split("_")[0] for name in kept} == {"gates", "weights", "labels"}
+
+
 def test_without_matplotlib_there_are_tables_alone(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with caplog.at_level("INFO"):

@@ -44,7 +44,7 @@ class SAflexInsight(pl.Callback):
     * ``saflex_rows.csv``, the most doubted rows first, where rows have an ``index``
       (``saflex_rows.parquet`` too where pyarrow is installed),
     * ``saflex_groups.csv``, ``saflex_classes.csv`` and ``saflex_history.csv``,
-    * figures, where matplotlib is installed; loggers that take figures get them too,
+    * figures, where matplotlib is installed; loggers of TensorBoard, MLflow and W&B get them too,
 
     and prints the table of groups. With several processes an error costs the steps since rows were
     last added up over them, 63 at most.
@@ -218,11 +218,17 @@ class SAflexInsight(pl.Callback):
         collector = self._collector
         images = self._images.read(collector.table)
         for name, figure in draw_all(collector.table, collector.history, images, names):
-            figure.savefig(folder / f"saflex_{name}.png")
-            for logger in trainer.loggers:
+            file = folder / f"saflex_{name}.png"
+            figure.savefig(file)
+            for each in trainer.loggers:
+                logger: Any = each
                 board: Any = getattr(logger, "experiment", None)
                 if hasattr(board, "add_figure"):  # that of TensorBoard
                     board.add_figure(f"saflex/{name}", figure, trainer.global_step)
+                elif hasattr(board, "log_figure") and hasattr(logger, "run_id"):  # of MLflow
+                    board.log_figure(logger.run_id, figure, f"saflex/{name}.png")
+                elif hasattr(logger, "log_image"):  # that of Weights & Biases
+                    logger.log_image(f"saflex/{name}", [str(file)])
 
     # Checkpoints
 

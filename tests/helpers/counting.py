@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.benchmarks import load_benchmark
-from helpers.training import Classifier
+from helpers.training import Classifier, make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -140,15 +140,12 @@ def count(*callbacks):
     """Train for some steps and return what was counted."""
     counted = Count()
     pl.seed_everything(1, verbose=False)
-    trainer = pl.Trainer(
+    trainer = make_trainer(
+        counted,
+        *callbacks,
+        Stop(counted),
         max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         log_every_n_steps=1000,  # what a logger reads is computed for it
-        callbacks=[counted, *callbacks, Stop(counted)],
     )
     trainer.fit(Perceptron(), DataLoader(list(union_batches()), batch_size=None))
     return counted

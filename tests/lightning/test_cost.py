@@ -51,9 +51,9 @@ def test_no_step_waits_for_the_device_but_those_that_look_at_validation_rows(set
         }
 
 
-def test_what_waits_is_learned_as_if_it_were_looked_at_in_every_step():
+def test_what_waits_is_learned_as_if_it_were_looked_at_in_every_step(monkeypatch):
     """Where each step looks at validation rows, nothing has waited when the next one begins."""
-    golden.CASES["every step"] = {"refresh_every_n_steps": 1}
+    monkeypatch.setitem(golden.CASES, "every step", {"refresh_every_n_steps": 1})
     expected = golden.run("every step")
     with as_on_an_accelerator():
         found = golden.run("every step")

@@ -17,7 +17,7 @@ from .averages import RowAverages
 from .discriminant import MOST_SCORES, Discriminant, best_temperature, fit_discriminant
 from .gates import Gates
 from .memory import ValidationMemory
-from .weights import Array, GroupWeights, log_likelihoods
+from .weights import Array, GroupWeights, host_array, log_likelihoods
 
 __all__ = ["Evidence", "GatheredRows", "GroupEvidence", "Judgement"]
 
@@ -101,10 +101,9 @@ class Evidence:
         self.averages = RowAverages()
         self.rule = GroupWeights(is_on=weighs_rows)
         self.gates = Gates() if has_gates else None
-        self.seen = np.zeros(0)  # augmented rows of each group so far, ``(groups,)``
+        self.seen = np.zeros(0)  # rows of each group so far, ``(groups,)``; clean ones first
         self.mean_weights = np.zeros(0)  # of the newest step that showed the group
         self.is_alone = True  # whether no clean row was shown when validation rows were last seen
-        self._alone = True  # the same, of now
         self._discriminant: Discriminant | None = None
         self._log_temperature: Tensor | None = None
         self._fitted = 0  # the step at which it was
@@ -165,7 +164,7 @@ class Evidence:
                 newest = _KEPT * self._log_temperature + (1 - _KEPT) * newest
             self._log_temperature, self._fitted = newest, number
             self._discriminant = fit_discriminant(*rows)
-        self.is_alone = self._alone
+        self.is_alone = not self.seen[0]
 
     def forget(self) -> None:
         """Let go of validation rows whose residuals are those of another loss."""
@@ -299,7 +298,6 @@ class Evidence:
                 self.rule.ascend(_of_groups(power), slope)
         if self.gates is not None and not self.is_alone and number >= _WARM_UP:
             self.gates.update(us / (scale * u.clip(_FLOOR)), present)
-        self._alone = self._alone and not present[0]
         self.seen = self.seen + count
         self.mean_weights = np.where(present, v / count.clip(1), self.mean_weights)
 
@@ -336,12 +334,11 @@ class Evidence:
             "gates": self.gates and self.gates.state_dict(),
             "seen": torch.from_numpy(self.seen),
             "mean_weights": torch.from_numpy(self.mean_weights),
-            "waiting_numbers": [number for number, _ in self._waiting],
+            "waiting_numbers": tuple(number for number, _ in self._waiting),
             "waiting": tuple(sums for _, sums in self._waiting) or None,
             "discriminant": self._discriminant and tuple(self._discriminant),
             "log_temperature": self._log_temperature,
             "fitted": self._fitted,
-            "alone": self._alone,
             "is_alone": self.is_alone,
         }
 
@@ -353,13 +350,13 @@ class Evidence:
         self.rule.load_state_dict(state["rule"])
         if self.gates is not None and state["gates"] is not None:
             self.gates.load_state_dict(state["gates"])
-        self.seen, self.mean_weights = (state[n].numpy() for n in ("seen", "mean_weights"))
+        self.seen, self.mean_weights = (host_array(state[n]) for n in ("seen", "mean_weights"))
         self._waiting = list(zip(state["waiting_numbers"], state["waiting"] or (), strict=True))
         parts = state["discriminant"]
         self._discriminant = None if parts is None else Discriminant(*parts)
         self._log_temperature = state["log_temperature"]
         self._fitted = state["fitted"]
-        self._alone, self.is_alone = state["alone"], state["is_alone"]
+        self.is_alone = state["is_alone"]
 
 
 def _of_groups(values: Array) -> Array:

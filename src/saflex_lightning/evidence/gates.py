@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .weights import Array, host_copy
+from .weights import Array, host_array, host_copy
 
 __all__ = ["FEWEST_STEPS", "STANDARD_ERRORS", "Gates"]
 
@@ -99,5 +99,5 @@ class Gates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         if state["log_weights"] is not None:
-            self.log_weights = state["log_weights"].double().numpy()
-            self._sums = state["sums"].double().numpy()
+            self.log_weights = host_array(state["log_weights"])
+            self._sums = host_array(state["sums"])

@@ -25,7 +25,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["NOISE", "Array", "GroupWeights", "beliefs", "host_copy", "log_likelihoods"]
+__all__ = [
+    "NOISE",
+    "Array",
+    "GroupWeights",
+    "beliefs",
+    "host_array",
+    "host_copy",
+    "log_likelihoods",
+]
 
 Array = NDArray[np.float64]
 
@@ -118,7 +126,7 @@ class GroupWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._state = {
-            name: value.cpu().double().numpy().copy() if isinstance(value, Tensor) else value
+            name: host_array(value) if isinstance(value, Tensor) else value
             for name, value in state.items()
         }
         self._copies.clear()
@@ -131,6 +139,11 @@ class GroupWeights:
                 values = np.stack([self._state["powers"].clip(0), self._state["offsets"]])
             self._copies[name] = host_copy(values, like)
         return self._copies[name]
+
+
+def host_array(tensor: Tensor) -> Array:
+    """Return numbers of a tensor on the host, in memory of their own; waits for its device."""
+    return tensor.cpu().double().numpy().copy()
 
 
 def host_copy(values: Array, like: Tensor) -> Tensor:

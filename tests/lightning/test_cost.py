@@ -22,7 +22,7 @@ def plain():
         ({}, 110),
         ({"gates": False}, 110),
         ({"row_evidence": False}, 80),
-        ({"preset": "gradient"}, 115),
+        ({"preset": "gradient"}, 105),
     ],
     ids=str,
 )

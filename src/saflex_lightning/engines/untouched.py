@@ -4,7 +4,7 @@ import random
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from types import FrameType
@@ -44,8 +44,7 @@ def untouched(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     tensors = [buffer for buffer in buffers if not _is_expanded(buffer)]
     saved = [torch.empty_like(tensor) for tensor in tensors]
     copy_all(saved, tensors)
-    params = [p for part in parts for p in part._parameters.values()]
-    with delayed_signals(), untouched_generators(params, seed):
+    with delayed_signals(), untouched_generators(seed):
         try:
             yield
         finally:
@@ -160,25 +159,27 @@ def _own_parametrization_cache() -> Iterator[None]:
 
 
 @contextmanager
-def untouched_generators(
-    tensors: Iterable[Tensor | None] = (), seed: int | None = None
-) -> Iterator[None]:
-    """Restore the random state of torch, NumPy and Python; of the tensors' CUDA devices too.
+def untouched_generators(seed: int | None = None) -> Iterator[None]:
+    """Restore the random state of torch, of every CUDA device, of NumPy and of Python.
 
     With a seed, the block draws from that.
     """
-    devices = {tensor.device for tensor in tensors if tensor is not None and tensor.is_cuda}
+    # `torch.manual_seed` writes down a traceback for each CUDA device that is not there.
+    generators = [torch.default_generator, *torch.cuda.default_generators]
+    states = [generator.get_state() for generator in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
-        try:
-            if seed is not None:
-                torch.manual_seed(seed)
-                np.random.seed(seed % 2**32)  # noqa: NPY002  transforms draw from the global state
-                random.seed(seed)
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+    try:
+        if seed is not None:
+            for generator in generators:
+                generator.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002  transforms draw from the global state
+            random.seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def unwritten(run: Callable[[], Any], inputs: Any) -> Callable[[], Any]:

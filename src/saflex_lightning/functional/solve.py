@@ -99,28 +99,29 @@ def solve(
     labels = dense_target(target, probs.shape[-1], probs.dtype)
     if augmented is None:
         augmented = torch.ones(probs.shape[0], dtype=torch.bool, device=probs.device)
-    rows = augmented.unsqueeze(-1)
-    clean = ~rows
+    clean = ~augmented.unsqueeze(-1)
     jvp = jvp.to(probs.dtype).masked_fill(clean, 0)
 
-    numbers = torch.stack([augmented.sum().to(probs.dtype), jvp.square().sum()])
-    sums = ranks.sum(torch.cat([jvp.sum(0), numbers]))
+    squares = jvp.square().sum(-1)
+    sums = ranks.sum(torch.column_stack([jvp, augmented, squares]).sum(0))
     count = sums[-2].clamp(min=1)
+    size = count * probs.shape[-1]
     # Where centring leaves nothing but rounding, that must not be blown up to size 1.
-    rounding = 8 * torch.finfo(probs.dtype).eps * (sums[-1] / (count * probs.shape[-1])).sqrt()
+    rounding = 8 * torch.finfo(probs.dtype).eps * (sums[-1] / size).sqrt()
     if settings.normalize:
         jvp = (jvp - sums[:-2] / count).masked_fill(clean, 0)
     products = inner_products(jvp, probs, settings.score_space)
     products = loss_inner_products(products, *options)
     products = products.masked_fill(clean, 0)
-    rms = (ranks.sum(products.square().sum()) / (count * probs.shape[-1])).sqrt()
+    rms = (ranks.sum(products.square().sum()) / size).sqrt()
     finite = rms < torch.inf
     if settings.normalize:
         products = products / rms.clamp(min=_FLOOR).maximum(rounding)
 
     noise = _gumbel_noise(products, generator) if settings.gumbel else None
     soft_labels = learned_labels(products, labels, settings, noise)
-    soft_labels = torch.where(rows & finite, soft_labels, labels)
+    refined = augmented & finite
+    soft_labels = torch.where(refined.unsqueeze(-1), soft_labels, labels)
     weights = learned_weights(
         products,
         labels,
@@ -130,7 +131,7 @@ def solve(
         balance_classes=balance_classes,
         ranks=ranks,
     )
-    weights = weights.masked_fill(~(augmented & finite), 1)
+    weights = torch.where(refined, weights, 1)
     return SAflexSolution(weights, soft_labels, products, rms, finite)
 
 
@@ -191,7 +192,7 @@ def learned_labels(
     rule, num_classes = settings.label_rule, labels.shape[-1]
     if rule == "keep" or (rule == "auto" and num_classes <= 2):
         return labels
-    objective = products + settings.label_penalty * labels
+    objective = torch.add(products, labels, alpha=settings.label_penalty)
     if noise is not None:
         objective = objective + noise
     if rule == "argmax":
@@ -231,7 +232,7 @@ def learned_weights(
         factors = factors.clamp(max=_CLASS_LIMIT)
         raw = raw * (labels * factors).sum(-1)  # a matrix product autocast would round
         total = (weight_of_class * factors).sum()
-    return count * (raw / torch.where(total > 0, total, 1))
+    return count * (raw / total.clamp(min=torch.finfo(raw.dtype).tiny))  # of no weight none
 
 
 def _raw_weights(products: Tensor, labels: Tensor, soft_labels: Tensor, rule: str) -> Tensor:

@@ -65,7 +65,7 @@ class ValidationStream:
         if is_plain(loader):
             assert isinstance(loader, DataLoader)
             self._loader = _endless_loader(loader, batch_size, seed, ranks, start)
-            with untouched_generators(seed=mix_seed(seed, -1, ranks.rank)):
+            with untouched_generators(mix_seed(seed, -1, ranks.rank)):
                 self._iterator: Iterator[Any] | None = iter(self._loader)
             return
         if isinstance(loader, DataLoader):
@@ -74,7 +74,7 @@ class ValidationStream:
             loader._iterator = None
         self._iterator = _repeat(loader)
         for number in range(start):  # only by going there can its place be found
-            with untouched_generators(seed=mix_seed(seed, number, ranks.rank)):
+            with untouched_generators(mix_seed(seed, number, ranks.rank)):
                 next(self._iterator)
 
     def seed_of_draw(self, *numbers: int) -> int:
@@ -86,7 +86,7 @@ class ValidationStream:
         if self._iterator is None:
             raise RuntimeError("Expected an open validation stream, but it was closed.")
         seed, self.draws = self.seed_of_draw(), self.draws + 1
-        with untouched_generators(seed=seed):
+        with untouched_generators(seed):
             return next(self._iterator)
 
     def close(self) -> None:

@@ -216,6 +216,16 @@ def test_random_state_is_restored_after_an_exception():
     assert draw() == expected
 
 
+def test_generators_of_every_device_are_seeded_and_restored(monkeypatch):
+    devices = (torch.Generator().manual_seed(1), torch.Generator().manual_seed(2))
+    monkeypatch.setattr(torch.cuda, "default_generators", devices)
+    before = [generator.get_state() for generator in devices]
+    with untouched_generators(5):
+        drawn = {torch.rand(1, generator=g).item() for g in (torch.default_generator, *devices)}
+    assert len(drawn) == 1
+    assert all(g.get_state().equal(state) for g, state in zip(devices, before, strict=True))
+
+
 @pytest.mark.parametrize(("name", "passes"), [("forward_mode", 1), ("head", 0)])
 def test_extra_passes_are_few(name, passes):
     model, inputs = CASES["mlp"].build()

@@ -69,6 +69,7 @@ class Classifier(SAflexMixin, pl.LightningModule):
         super().__init__()
         self.net = network
         self.method = method
+        self.is_annealed = False
         self.data = [data]  # not a part of the module
         classes = int(data.clean[1].max()) + 1
         self.register_buffer("memory", torch.zeros(0, classes), persistent=False)
@@ -130,7 +131,11 @@ class Classifier(SAflexMixin, pl.LightningModule):
 
     def configure_optimizers(self):
         """Return Adam."""
-        return torch.optim.Adam(self.parameters(), 1e-3)
+        optimizer = torch.optim.Adam(self.parameters(), 1e-3)
+        if not self.is_annealed:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 class Shuffled(SAflexCallback):
@@ -158,6 +163,7 @@ class Shuffled(SAflexCallback):
 
 def fit(module, bench, data, seed, method, callbacks=()):
     """Train a module; the steps that steer use the validation rows."""
+    module.is_annealed = bench.annealed
     trainer = pl.Trainer(
         max_steps=bench.steps,
         accelerator="cpu",

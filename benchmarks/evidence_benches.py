@@ -43,6 +43,7 @@ class Bench:
     made: str  # what makes the augmented rows
     alone: bool = False
     batch: int = 64  # clean rows of a union batch
+    annealed: bool = False  # whether the learning rate falls to 0, along a cosine
 
 
 BENCHES = {
@@ -58,8 +59,18 @@ BENCHES = {
     "blood resnet18 randaugment": Bench(
         "natural", "blood", "resnet18", (150, 50, 0), 400, "randaugment"
     ),
-    "blood resnet18 randaugment alone": Bench(
-        "natural", "blood", "resnet18", (150, 50, 0), 400, "randaugment", alone=True
+    "blood resnet18 annealed": Bench(
+        "natural", "blood", "resnet18", (150, 50, 0), 400, "randaugment", annealed=True
+    ),
+    "blood resnet18 annealed alone": Bench(
+        "natural",
+        "blood",
+        "resnet18",
+        (150, 50, 0),
+        400,
+        "randaugment",
+        alone=True,
+        annealed=True,
     ),
     "blood long": Bench("natural", "blood", "cnn", (400, 100, 0), 2500, "randaugment"),
     "blood operations": Bench("harmful", "blood", "cnn", (50, 25, 0), 300, "operations"),
@@ -90,7 +101,7 @@ BENCHES = {
         "wrong labels", "fashion", "cnn", (2, 10, 200), 400, "symmetric", alone=True
     ),
     "blood resnet18 symmetric": Bench(
-        "wrong labels", "blood", "resnet18", (25, 25, 200), 500, "symmetric"
+        "wrong labels", "blood", "resnet18", (25, 25, 200), 500, "symmetric", annealed=True
     ),
 }
 NOISE = {"symmetric": 0.4, "classwise": 0.3}

@@ -175,3 +175,12 @@ def test_rivals_share_the_closing_table_and_the_folder_is_printed(tmp_path, caps
     )
     for folder in (tmp_path, *(tmp_path / "rivals" / method for method in methods[:3])):
         assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_main_job_tells_what_a_refined_step_costs(tmp_path, capsys):
+    longer = "experiment=weak_labels", "data.batch_size=8", "++trainer.limit_train_batches=54"
+    result = train(compose_config(tmp_path, *SHORT, *longer))
+    ratio = result["overhead_ratio"]
+    assert 0.5 < ratio < 10
+    said = capsys.readouterr().out
+    assert re.search(rf"refined step to plain step, in time +│ {ratio:.2f} ", said)

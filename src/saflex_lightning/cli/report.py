@@ -19,6 +19,7 @@ __all__ = ["RunReport", "make_run_table", "read_report"]
 # Entries of the report that are None without the callback.
 FRACTIONS = ("kept_fraction", "relabelled_fraction", "effective_fraction")
 SOLVE_SECONDS = "solve_seconds"
+OVERHEAD = "overhead_ratio"
 PREFIX = "report/"
 
 
@@ -32,6 +33,7 @@ class RunReport(L.Callback):
 
     def __init__(self) -> None:
         self._train_start = 0.0
+        self._overhead: Tensor | None = None  # of a run's first steps, where they are measured
         self._step_start = 0.0
         self._reset()
 
@@ -63,6 +65,7 @@ class RunReport(L.Callback):
                 continue
             metrics = callback.read_metrics()
             self._refined_steps += bool(metrics)
+            self._overhead = metrics.get(OVERHEAD, self._overhead)
             for name in (*varying_fractions(callback.settings), SOLVE_SECONDS):
                 if name in metrics:
                     self._sums[name] = self._sums.get(name, 0.0) + metrics[name]
@@ -90,6 +93,7 @@ class RunReport(L.Callback):
         return {
             **means,
             **({} if auroc is None else {"wrong_label_auroc": auroc}),
+            **({} if self._overhead is None else {OVERHEAD: float(self._overhead)}),
             "steps": float(trainer.global_step),
             "step_seconds": step_seconds,
             "step_seconds_without_solve": step_seconds - solve_seconds,
@@ -100,7 +104,8 @@ class RunReport(L.Callback):
 def read_report(metrics: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return what `RunReport` logged in the last epoch.
 
-    ``step_seconds_without_solve`` is the mean step less the mean solve.
+    ``step_seconds_without_solve`` is the mean step less the mean solve, ``overhead_ratio`` what
+    `SAflexCallback` measured with ``measure_overhead=True``.
 
     Args:
         metrics: The Trainer's ``callback_metrics`` after the fit.
@@ -137,6 +142,7 @@ def make_run_table(result: dict[str, Any]) -> Table:
         "effective fraction (last epoch)": ("effective_fraction", "{:.3f}"),
         "seconds per step": ("step_seconds", "{:.3f}"),
         "seconds per step without the solve": ("step_seconds_without_solve", "{:.3f}"),
+        "refined step to plain step, in time": (OVERHEAD, "{:.2f}"),
         "seconds of training": ("train_seconds", "{:.0f}"),
     }
     # `Text` is printed as it is: a name in brackets is no markup.

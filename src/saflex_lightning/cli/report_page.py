@@ -29,6 +29,7 @@ COSTS = {
     "processes": ("processes", "{:.0f}"),
     "step_seconds": ("seconds per step", "{:.4f}"),
     "step_seconds_without_solve": ("of these without SAFLEX", "{:.4f}"),
+    "overhead_ratio": ("refined step to plain step, in time", "{:.2f}"),
     "train_seconds": ("seconds of training", "{:.0f}"),
 }
 

@@ -260,7 +260,7 @@ class Evidence:
         if self._looks or not self._has_looked:
             self._has_looked = True
             self._check(group, augmented)
-        return torch.where(augmented, group, 0)
+        return group * augmented
 
     def _check(self, group: Tensor, augmented: Tensor) -> None:
         most, groups = len(self.seen) - 1, group.cpu().numpy()

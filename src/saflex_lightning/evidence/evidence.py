@@ -17,7 +17,7 @@ from .averages import RowAverages
 from .discriminant import MOST_SCORES, Discriminant, best_temperature, fit_discriminant
 from .gates import Gates
 from .memory import ValidationMemory
-from .weights import Array, GroupWeights, host_array, log_likelihoods
+from .weights import Array, GroupWeights, host_array
 
 __all__ = ["Evidence", "GatheredRows", "GroupEvidence", "Judgement"]
 
@@ -200,7 +200,6 @@ class Evidence:
         if self._discriminant is None:
             return None
         group = self._group(group, augmented)
-        classes, alone = scores.shape[-1], self.is_alone
         posteriors, given, products, suggested = self.judge(scores, target, options)
         useless = (posteriors + given).isnan()  # of scores that are not finite
         failed = useless & augmented
@@ -209,24 +208,20 @@ class Evidence:
         ignored = useless | ~augmented
         if index is not None and self.rule.is_on:
             posteriors = self.averages.update(index, posteriors, ~ignored, ranks)
-        log_beliefs = self.rule.log_beliefs(posteriors, group, classes, alone=alone)
-        log_weights, own = self.rule.log_weights(log_beliefs, group)
+        log_weights, own, likelihoods = self.rule.weigh(posteriors, group, scores.shape[-1])
         weights, trust = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)
-        shares = torch.stack([weights, weights, weights, weights, trust, trust, ones, ones], 1)
-        values = [ones, log_beliefs, given, given * log_beliefs, ones, given, ones]
-        columns = shares * torch.stack([*values, products.square().mean(-1)], 1)
-        if alone and self.rule.is_on:
-            columns = torch.cat([columns, log_likelihoods(posteriors, classes)], 1)
+        columns = [weights, weights * given, trust, trust * given, ones, products.square().mean(-1)]
+        columns = torch.column_stack([*columns, likelihoods])
         places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
         sums = ranks.sum(sums.index_add_(0, places, columns)[:-1])
         self._waiting.append((number, sums))
         if self._looks:
             self._take_in()
-        if alone and number < _WARM_UP_ALONE:
+        if self.is_alone and number < _WARM_UP_ALONE:
             weights = ones
-        count, squares = sums[:, 6:8].sum(0)
+        count, squares = sums[:, 4:6].sum(0)
         rms = (squares / count.clamp(min=1)).sqrt()
         products = (products / rms.clamp(min=_FLOOR)).masked_fill(ignored.unsqueeze(1), 0)
         suggested = suggested.masked_fill(useless, -1)
@@ -285,17 +280,14 @@ class Evidence:
 
     def _learn(self, number: int, sums: Array) -> None:
         """Learn from the sums of a step, ``(groups, columns)``."""
-        v, vl, vs, vsl, u, us, count, squares = sums[:, :8].T
+        v, vs, u, us, count, squares = sums[:, :6].T
         scale = max((squares.sum() / max(count.sum(), 1)) ** 0.5, _FLOOR)
         total, present = max(v.sum(), _FLOOR), count > 0
         if self.rule.is_on and present[1:].any():
-            if self.is_alone:
-                self.rule.watch(_of_groups(sums[:, 8:]))
-            if number >= _WARM_UP:
-                mean = vs.sum() / total
-                power, slope = np.stack([vsl - mean * vl, vs - mean * v]) / (scale * total)
-                slope = np.zeros_like(slope) if self.is_alone else _of_groups(slope)
-                self.rule.ascend(_of_groups(power), slope)
+            self.rule.watch(_of_groups(sums[:, 6:]))
+            if number >= _WARM_UP and not self.is_alone:
+                slope = (vs - vs.sum() / total * v) / (scale * total)
+                self.rule.ascend(_of_groups(slope))
         if self.gates is not None and not self.is_alone and number >= _WARM_UP:
             self.gates.update(us / (scale * u.clip(_FLOOR)), present)
         self.seen = self.seen + count

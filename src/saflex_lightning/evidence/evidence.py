@@ -22,7 +22,6 @@ from .weights import Array, GroupWeights, host_array
 __all__ = ["Evidence", "GatheredRows", "GroupEvidence", "Judgement"]
 
 _REFIT = 10  # steps between two discriminants
-_KEPT = 0.8  # of the logarithm of the temperature, per discriminant
 _WARM_UP = 10  # training batches during which nothing is learned of groups
 _WARM_UP_ALONE = 100  # and during which rows without clean ones beside them all count
 _UNNAMED = 64  # groups that are served without names
@@ -105,7 +104,7 @@ class Evidence:
         self.mean_weights = np.zeros(0)  # of the newest step that showed the group
         self.is_alone = True  # whether no clean row was shown when validation rows were last seen
         self._discriminant: Discriminant | None = None
-        self._log_temperature: Tensor | None = None
+        self._temperature: Tensor | None = None
         self._fitted = 0  # the step at which it was
         self._looks = True  # at values, in every step
         self._has_looked = False
@@ -136,8 +135,8 @@ class Evidence:
         self._waiting = [(number, sums.to(device)) for number, sums in self._waiting]
         if self._discriminant is not None:
             self._discriminant = Discriminant(*(part.to(device) for part in self._discriminant))
-        if self._log_temperature is not None:
-            self._log_temperature = self._log_temperature.to(device)
+        if self._temperature is not None:
+            self._temperature = self._temperature.to(device)
 
     # Validation rows
 
@@ -152,17 +151,14 @@ class Evidence:
         self.averages.take_in()
         self.memory.add(scores, residuals, labels, ranks)
         if self._discriminant is None or number >= self._fitted + _REFIT:
-            if self._log_temperature is None and scores.shape[1] > MOST_SCORES:
+            if self._temperature is None and scores.shape[1] > MOST_SCORES:
                 rank_zero_info(
                     f"SAFLEX takes the covariance of {scores.shape[1]} scores to be diagonal, as "
                     f"of all that are more than {MOST_SCORES}."
                 )
             rows = self.memory.read()
             scores, _, labels, present = rows
-            newest = best_temperature(scores, labels, present).log()
-            if self._log_temperature is not None:
-                newest = _KEPT * self._log_temperature + (1 - _KEPT) * newest
-            self._log_temperature, self._fitted = newest, number
+            self._temperature, self._fitted = best_temperature(scores, labels, present), number
             self._discriminant = fit_discriminant(*rows)
         self.is_alone = not self.seen[0]
 
@@ -230,10 +226,10 @@ class Evidence:
     def judge(self, scores: Tensor, target: Tensor, options: LossOptions) -> Judgement:
         """Return what the discriminant thinks of rows; of clean ones too."""
         assert self._discriminant is not None
-        assert self._log_temperature is not None
+        assert self._temperature is not None
         logits, products = self._discriminant.judge(scores)
         products = loss_inner_products(products, *options)
-        posteriors = (self._log_temperature.exp() * logits).softmax(-1)
+        posteriors = (self._temperature * logits).softmax(-1)
         suggested = posteriors.argmax(-1)
         if target.ndim == 1:
             column = target.long().unsqueeze(1)
@@ -329,7 +325,7 @@ class Evidence:
             "waiting_numbers": tuple(number for number, _ in self._waiting),
             "waiting": tuple(sums for _, sums in self._waiting) or None,
             "discriminant": self._discriminant and tuple(self._discriminant),
-            "log_temperature": self._log_temperature,
+            "temperature": self._temperature,
             "fitted": self._fitted,
             "is_alone": self.is_alone,
         }
@@ -346,7 +342,7 @@ class Evidence:
         self._waiting = list(zip(state["waiting_numbers"], state["waiting"] or (), strict=True))
         parts = state["discriminant"]
         self._discriminant = None if parts is None else Discriminant(*parts)
-        self._log_temperature = state["log_temperature"]
+        self._temperature = state["temperature"]
         self._fitted = state["fitted"]
         self.is_alone = state["is_alone"]
 

@@ -8,7 +8,7 @@ the label under the discriminant, and the group's share of wrong labels known to
 which is averaged over epsilon by how likely each makes the newest rows of the group: of a group
 without wrong labels every row is believed. The weight is
 
-.. math:: \log v_i = \min(0.7,\; POWER \log r_i + b_g),
+.. math:: \log v_i = \min(0.7,\; 7 \log r_i + b_g),
 
 1 for clean rows; b ascends the evidence of the weighted batch
 
@@ -40,7 +40,7 @@ __all__ = [
 Array = NDArray[np.float64]
 
 NOISE = np.array((0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
-_POWER = 10.0
+_POWER = 7.0
 _MEMORY = 30  # steps in which a group's likelihoods fade
 _RATE = 0.02  # of Adam
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8

@@ -42,7 +42,7 @@ def test_beliefs_and_likelihoods_are_bayes_rule():
     log_v, own, told = rule.weigh(posteriors, group, CLASSES)
     beliefs, expected = bayes(posteriors, likelihoods[group])
     torch.testing.assert_close(told, expected)
-    torch.testing.assert_close(own, 10 * beliefs.log())
+    torch.testing.assert_close(own, 7 * beliefs.log())
     offsets = torch.tensor([-0.3, -0.3, 0.2, 0.2], dtype=torch.float64)
     torch.testing.assert_close(log_v, (own + offsets).clamp(max=0.7))
 
@@ -68,7 +68,7 @@ def test_a_label_that_tells_nothing_leaves_the_posterior():
     rule.watch(certain)
     posteriors = 0.05 + 0.9 * torch.rand(7, dtype=torch.float64)
     own = rule.weigh(posteriors, torch.ones(7).long(), CLASSES)[1]
-    torch.testing.assert_close(own, 10 * posteriors.log())
+    torch.testing.assert_close(own, 7 * posteriors.log())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4])
@@ -142,7 +142,7 @@ def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     rms = judgement.products.square().mean().sqrt()
     s = (labels * judgement.products).sum(1) / rms
     b = torch.tensor(state["offsets"], requires_grad=True)
-    log_v = 10 * bayes(q, likelihoods[batch["group"]])[0].log() + b[batch["group"]]
+    log_v = 7 * bayes(q, likelihoods[batch["group"]])[0].log() + b[batch["group"]]
     v = torch.where(batch["augmented"], log_v, 0).exp()
     assert v.max() < 2.01, "no weight is capped, where the gradient would be another"
     m = (v * s).sum() / v.sum()

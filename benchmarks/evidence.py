@@ -327,7 +327,10 @@ def pair_table(found, method, rivals, kind):
     rows = []
     for bench in of_kind(kind):
         pairs = [difference(found, bench, method, rival) for rival in rivals]
-        cells = ["-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" for p in pairs]
+        cells = [
+            "-" if p is None else f"{p[0]:+.1f} ± {p[1]:.1f}" if p[2] > 1 else f"{p[0]:+.1f} (1)"
+            for p in pairs
+        ]
         rows += [f"| {bench} | " + " | ".join(cells) + " |"] if any(pairs) else []
     if rows:
         yield (

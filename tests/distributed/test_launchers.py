@@ -15,7 +15,7 @@ from helpers import script
 
 import saflex_lightning
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SOURCE = Path(saflex_lightning.__file__).parents[1]
 REPOSITORY = Path(__file__).parents[2]
@@ -67,15 +67,12 @@ def run(command, folder, **variables):
     )
 
 
-def launchers(*default):
-    """Every launcher; those that are not named take the slow run."""
-    return [
-        pytest.param(*LAUNCHERS[name], id=name, marks=() if name in default else pytest.mark.slow)
-        for name in LAUNCHERS
-    ]
+every_launcher = pytest.mark.parametrize(
+    ("python", "strategy"), LAUNCHERS.values(), ids=LAUNCHERS.keys()
+)
 
 
-@pytest.mark.parametrize(("python", "strategy"), launchers())
+@every_launcher
 def test_script_reaches_the_parameters_of_one_process(python, strategy, tmp_path):
     done = run([*python, script.__file__, strategy, "2", "parameters.pt"], tmp_path)
     assert done.returncode == 0, done.stdout
@@ -86,8 +83,7 @@ def test_script_reaches_the_parameters_of_one_process(python, strategy, tmp_path
         assert (value - found[name]).abs().max() < 1e-8, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("python", "strategy"), launchers("ddp"))
+@every_launcher
 def test_hydra_run_has_one_directory_and_one_result(python, strategy, tmp_path):
     variables = {"SAFLEX_RUN_DIR": "outputs/a/run"} if python is TORCHRUN else {}
     done = run([*python, *TRAIN, *SIMULATED, f"trainer.strategy={strategy}"], tmp_path, **variables)
@@ -105,7 +101,6 @@ def test_hydra_run_has_one_directory_and_one_result(python, strategy, tmp_path):
     assert done.stdout.count("seconds per step without the solve") == 1
 
 
-@pytest.mark.slow
 def test_processes_that_would_each_name_a_directory_are_refused(tmp_path):
     done = run([*TORCHRUN, *TRAIN, *SIMULATED], tmp_path)
     assert done.returncode == 1
@@ -113,7 +108,6 @@ def test_processes_that_would_each_name_a_directory_are_refused(tmp_path):
     assert not list(tmp_path.rglob("result.json"))
 
 
-@pytest.mark.slow
 def test_sweep_of_spawned_jobs_makes_one_tree(tmp_path):
     sweep = ("trainer.strategy=ddp_spawn", "seed=1,2", "hydra.sweep.dir=sweep")
     done = run([*PYTHON, *TRAIN, "-m", *SIMULATED, *sweep], tmp_path)
@@ -124,7 +118,6 @@ def test_sweep_of_spawned_jobs_makes_one_tree(tmp_path):
     assert done.stdout.count("mean ± std over seeds") == 1
 
 
-@pytest.mark.slow
 def test_sweep_of_jobs_that_would_sweep_again_is_refused(tmp_path):
     sweep = ("seed=1,2", "hydra.sweep.dir=sweep")
     done = run([*PYTHON, *TRAIN, "-m", *SIMULATED, *sweep], tmp_path)
@@ -134,7 +127,7 @@ def test_sweep_of_jobs_that_would_sweep_again_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
-@pytest.mark.parametrize(("python", "strategy"), launchers("ddp"))
+@every_launcher
 def test_shipped_four_gpu_file_runs_on_two_cpu_processes(python, strategy, tmp_path):
     fit = ("-m", "saflex_lightning.cli.saflex", "fit", "--config", FOUR_GPUS, *FIT)
     ends = (f"--trainer.strategy={strategy}", "--trainer.max_epochs=1")
@@ -161,7 +154,6 @@ def wait_for(condition, process, seconds=600):
         time.sleep(0.2)
 
 
-@pytest.mark.slow
 def test_batch_script_is_requeued_and_goes_on(tmp_path):
     """The shipped script, with an ``srun`` that starts two tasks here as SLURM's would."""
     programs = tmp_path / "bin"

@@ -370,6 +370,7 @@ class TestSweepTable:
             read_results(tmp_path)
 
 
+@pytest.mark.slow
 def test_sweep_prints_one_summary(tmp_path):
     source = str(Path(saflex_lightning.__file__).parents[1])
     run = subprocess.run(

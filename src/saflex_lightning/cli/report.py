@@ -45,7 +45,7 @@ class RunReport(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of the whole training."""
-        self._train_start = perf_counter()
+        self._train_start, self._overhead = perf_counter(), None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the epoch before."""

@@ -115,7 +115,8 @@ class Settings:
         if not problems and self.measure_overhead and self.start_epoch:
             problems.append(
                 "Expected `start_epoch` to be 0 beside `measure_overhead`, which times the first "
-                f"steps of a run, but got {self.start_epoch}. Measure in a run of its own."
+                f"steps of a run, but got {self.start_epoch}. Pass measure_overhead=False, or "
+                "measure in a run of its own."
             )
         if problems:
             raise ValueError(" ".join(problems))

@@ -232,7 +232,7 @@ def learned_weights(
         factors = factors.clamp(max=_CLASS_LIMIT)
         raw = raw * (labels * factors).sum(-1)  # a matrix product autocast would round
         total = (weight_of_class * factors).sum()
-    return count * (raw / total.clamp(min=torch.finfo(raw.dtype).tiny))  # of no weight none
+    return count * (raw / total.clamp(min=torch.finfo(raw.dtype).tiny))  # all 0 stay 0
 
 
 def _raw_weights(products: Tensor, labels: Tensor, soft_labels: Tensor, rule: str) -> Tensor:

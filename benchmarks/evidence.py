@@ -149,10 +149,15 @@ class Shuffled(SAflexCallback):
 
         def noted(number, scores, target, augmented, *others):
             shown[:] = [augmented.nonzero().ravel()]
-            return weigh(number, scores, target, augmented, *others)
+            rows = weigh(number, scores, target, augmented, *others)
+            shown.clear()
+            return rows
 
         def shuffled(scores, target, options):
-            judgement, (rows,) = judge(scores, target, options), shown
+            judgement = judge(scores, target, options)
+            if not shown:  # validation rows
+                return judgement
+            (rows,) = shown
             posteriors, given = judgement.posteriors.clone(), judgement.given.clone()
             order = rows[torch.randperm(len(rows), generator=draws)]
             posteriors[rows], given[rows] = posteriors[order], given[order]

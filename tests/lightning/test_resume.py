@@ -291,8 +291,8 @@ def with_value(value, *keys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda state: state.clear(), "version 5, but the checkpoint holds version None"),
-        (with_value(99, "version"), "version 5, but the checkpoint holds version 99"),
+        (lambda state: state.clear(), "version 6, but the checkpoint holds version None"),
+        (with_value(99, "version"), "version 6, but the checkpoint holds version 99"),
         (without("draws"), "`draws` is missing"),
         (without("looked"), "`looked` is missing"),
         (with_value("4", "batches"), "`batches` is a str, not a number"),
@@ -317,7 +317,7 @@ def test_damaged_state_is_refused_by_name(damage, message):
         (lambda state: state["evidence"].pop("is_alone"), "`evidence.is_alone` is missing"),
         (with_value((), "evidence", "seen"), "`evidence.seen` is a sequence, not a float tensor"),
         (with_value("4", "evidence", "memory", "added"), "`evidence.memory.added` is a str, not"),
-        (lambda state: state["evidence"]["rule"].pop("powers"), "`evidence.rule.powers` is missi"),
+        (lambda state: state["evidence"]["rule"].pop("offsets"), "`evidence.rule.offsets` is miss"),
         (with_value(1, "evidence", "gates"), "`evidence.gates` is a number, not a dict"),
     ],
 )

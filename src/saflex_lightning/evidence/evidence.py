@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from saflex_lightning.functional.losses import LossOptions, looking_is_free
+from saflex_lightning.functional.losses import NO_OPTIONS, LossOptions, looking_is_free
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.functional.solve import loss_inner_products
 
@@ -17,12 +17,11 @@ from .averages import RowAverages
 from .discriminant import MOST_SCORES, Discriminant, best_temperature, fit_discriminant
 from .gates import Gates
 from .memory import ValidationMemory
-from .weights import Array, GroupWeights, host_array, log_likelihoods
+from .weights import Array, GroupWeights, host_array, surprise
 
 __all__ = ["Evidence", "GatheredRows", "GroupEvidence", "Judgement"]
 
 _REFIT = 10  # steps between two discriminants
-_KEPT = 0.8  # of the logarithm of the temperature, per discriminant
 _WARM_UP = 10  # training batches during which nothing is learned of groups
 _WARM_UP_ALONE = 100  # and during which rows without clean ones beside them all count
 _UNNAMED = 64  # groups that are served without names
@@ -105,7 +104,8 @@ class Evidence:
         self.mean_weights = np.zeros(0)  # of the newest step that showed the group
         self.is_alone = True  # whether no clean row was shown when validation rows were last seen
         self._discriminant: Discriminant | None = None
-        self._log_temperature: Tensor | None = None
+        self._temperature: Tensor | None = None
+        self._expected: Tensor | None = None  # surprise of a validation row, by that discriminant
         self._fitted = 0  # the step at which it was
         self._looks = True  # at values, in every step
         self._has_looked = False
@@ -136,8 +136,10 @@ class Evidence:
         self._waiting = [(number, sums.to(device)) for number, sums in self._waiting]
         if self._discriminant is not None:
             self._discriminant = Discriminant(*(part.to(device) for part in self._discriminant))
-        if self._log_temperature is not None:
-            self._log_temperature = self._log_temperature.to(device)
+        if self._temperature is not None:
+            self._temperature = self._temperature.to(device)
+        if self._expected is not None:
+            self._expected = self._expected.to(device)
 
     # Validation rows
 
@@ -152,18 +154,17 @@ class Evidence:
         self.averages.take_in()
         self.memory.add(scores, residuals, labels, ranks)
         if self._discriminant is None or number >= self._fitted + _REFIT:
-            if self._log_temperature is None and scores.shape[1] > MOST_SCORES:
+            if self._temperature is None and scores.shape[1] > MOST_SCORES:
                 rank_zero_info(
                     f"SAFLEX takes the covariance of {scores.shape[1]} scores to be diagonal, as "
                     f"of all that are more than {MOST_SCORES}."
                 )
             rows = self.memory.read()
             scores, _, labels, present = rows
-            newest = best_temperature(scores, labels, present).log()
-            if self._log_temperature is not None:
-                newest = _KEPT * self._log_temperature + (1 - _KEPT) * newest
-            self._log_temperature, self._fitted = newest, number
+            self._temperature, self._fitted = best_temperature(scores, labels, present), number
             self._discriminant = fit_discriminant(*rows)
+            told = surprise(self.judge(scores, labels, NO_OPTIONS).posteriors) * present
+            self._expected = told.sum() / present.sum().clamp(min=1)
         self.is_alone = not self.seen[0]
 
     def forget(self) -> None:
@@ -199,34 +200,33 @@ class Evidence:
         """
         if self._discriminant is None:
             return None
+        assert self._expected is not None
         group = self._group(group, augmented)
-        classes, alone = scores.shape[-1], self.is_alone
         posteriors, given, products, suggested = self.judge(scores, target, options)
         useless = (posteriors + given).isnan()  # of scores that are not finite
         failed = useless & augmented
         if dropped is not None:
             useless = useless | dropped
         ignored = useless | ~augmented
+        newest = posteriors
         if index is not None and self.rule.is_on:
             posteriors = self.averages.update(index, posteriors, ~ignored, ranks)
-        log_beliefs = self.rule.log_beliefs(posteriors, group, classes, alone=alone)
-        log_weights, own = self.rule.log_weights(log_beliefs, group)
+        log_weights, own, told = self.rule.weigh(posteriors, group, scores.shape[-1])
         weights, trust = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)
-        shares = torch.stack([weights, weights, weights, weights, trust, trust, ones, ones], 1)
-        values = [ones, log_beliefs, given, given * log_beliefs, ones, given, ones]
-        columns = shares * torch.stack([*values, products.square().mean(-1)], 1)
-        if alone and self.rule.is_on:
-            columns = torch.cat([columns, log_likelihoods(posteriors, classes)], 1)
+        columns = [weights, weights * given, trust, trust * given, ones, products.square().mean(-1)]
+        if self.rule.is_on:
+            columns += [surprise(newest), self._expected.expand_as(ones)]
+        columns = torch.column_stack([*columns, told])
         places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
         sums = ranks.sum(sums.index_add_(0, places, columns)[:-1])
         self._waiting.append((number, sums))
         if self._looks:
             self._take_in()
-        if alone and number < _WARM_UP_ALONE:
+        if self.is_alone and number < _WARM_UP_ALONE:
             weights = ones
-        count, squares = sums[:, 6:8].sum(0)
+        count, squares = sums[:, 4:6].sum(0)
         rms = (squares / count.clamp(min=1)).sqrt()
         products = (products / rms.clamp(min=_FLOOR)).masked_fill(ignored.unsqueeze(1), 0)
         suggested = suggested.masked_fill(useless, -1)
@@ -235,10 +235,10 @@ class Evidence:
     def judge(self, scores: Tensor, target: Tensor, options: LossOptions) -> Judgement:
         """Return what the discriminant thinks of rows; of clean ones too."""
         assert self._discriminant is not None
-        assert self._log_temperature is not None
+        assert self._temperature is not None
         logits, products = self._discriminant.judge(scores)
         products = loss_inner_products(products, *options)
-        posteriors = (self._log_temperature.exp() * logits).softmax(-1)
+        posteriors = (self._temperature * logits).softmax(-1)
         suggested = posteriors.argmax(-1)
         if target.ndim == 1:
             column = target.long().unsqueeze(1)
@@ -285,17 +285,15 @@ class Evidence:
 
     def _learn(self, number: int, sums: Array) -> None:
         """Learn from the sums of a step, ``(groups, columns)``."""
-        v, vl, vs, vsl, u, us, count, squares = sums[:, :8].T
+        v, vs, u, us, count, squares = sums[:, :6].T
         scale = max((squares.sum() / max(count.sum(), 1)) ** 0.5, _FLOOR)
         total, present = max(v.sum(), _FLOOR), count > 0
         if self.rule.is_on and present[1:].any():
-            if self.is_alone:
-                self.rule.watch(_of_groups(sums[:, 8:]))
-            if number >= _WARM_UP:
-                mean = vs.sum() / total
-                power, slope = np.stack([vsl - mean * vl, vs - mean * v]) / (scale * total)
-                slope = np.zeros_like(slope) if self.is_alone else _of_groups(slope)
-                self.rule.ascend(_of_groups(power), slope)
+            self.rule.compare(*sums[0, 6:8])
+            self.rule.watch(_of_groups(sums[:, 8:]))
+            if number >= _WARM_UP and not self.is_alone:
+                slope = (vs - vs.sum() / total * v) / (scale * total)
+                self.rule.ascend(_of_groups(slope))
         if self.gates is not None and not self.is_alone and number >= _WARM_UP:
             self.gates.update(us / (scale * u.clip(_FLOOR)), present)
         self.seen = self.seen + count
@@ -337,7 +335,8 @@ class Evidence:
             "waiting_numbers": tuple(number for number, _ in self._waiting),
             "waiting": tuple(sums for _, sums in self._waiting) or None,
             "discriminant": self._discriminant and tuple(self._discriminant),
-            "log_temperature": self._log_temperature,
+            "temperature": self._temperature,
+            "expected": self._expected,
             "fitted": self._fitted,
             "is_alone": self.is_alone,
         }
@@ -354,7 +353,8 @@ class Evidence:
         self._waiting = list(zip(state["waiting_numbers"], state["waiting"] or (), strict=True))
         parts = state["discriminant"]
         self._discriminant = None if parts is None else Discriminant(*parts)
-        self._log_temperature = state["log_temperature"]
+        self._temperature = state["temperature"]
+        self._expected = state["expected"]
         self._fitted = state["fitted"]
         self.is_alone = state["is_alone"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from .discriminant import TEMPERATURES, Discriminant, fit_discriminant
-from .weights import NOISE, beliefs, log_likelihoods
+from .weights import NOISE, SURE, mixture
 
 __all__ = ["DECISIONS", "Decision", "JudgedLabels", "LabelJudge"]
 
@@ -90,10 +90,9 @@ class LabelJudge:
             The share, in [0, 0.9], and its standard error; both are large where scores tell little.
         """
         fitting = self._posteriors(scores).gather(2, self._column(given))[..., 0]
-        likelihoods = log_likelihoods(fitting.flatten(), self.num_classes)
-        likelihoods = likelihoods.view(*fitting.shape, len(NOISE)).sum(1, keepdim=True)
+        likelihoods = self._likelihoods(fitting.clamp(SURE, 1 - SURE)).log().sum(1, keepdim=True)
         self._shares = likelihoods.softmax(-1)
-        noise = self._shares.new_tensor(NOISE)
+        noise = torch.from_numpy(NOISE)
         share, error = _jackknife(self._shares @ noise)
         spread = self._shares[0] @ noise.square() - share.square()
         return float(share), float((spread.clamp(min=0) + error.square()).sqrt())
@@ -107,9 +106,10 @@ class LabelJudge:
         """
         posteriors, column = self._posteriors(scores), self._column(given)
         fitting = posteriors.gather(2, column)
-        belief = beliefs(fitting.clamp(min=_FLOOR).flatten(), self.num_classes)
+        fitting = fitting.clamp(min=_FLOOR)
+        beliefs = fitting * (1 - torch.from_numpy(NOISE)) / self._likelihoods(fitting[..., 0])
         shares = (1 - _OPEN) * self._shares + _OPEN / len(NOISE)
-        belief = (belief.view(*fitting.shape[:2], len(NOISE)) * shares).sum(-1, keepdim=True)
+        belief = (beliefs * shares).sum(-1, keepdim=True)
         others = posteriors.scatter(2, column, 0)
         others = others / others.sum(-1, keepdim=True).clamp(min=_FLOOR)
         probable = ((1 - belief) * others).scatter(2, column, belief)
@@ -124,6 +124,11 @@ class LabelJudge:
         """Return those of all fits, ``(fits, rows, classes)``."""
         centred = scores.double() @ self._directions - self._centers
         return (centred @ self._matrices + self._offsets).softmax(-1)
+
+    def _likelihoods(self, fitting: Tensor) -> Tensor:
+        """Return how likely each share of wrong labels makes labels with these posteriors."""
+        slope, level = torch.from_numpy(mixture(self.num_classes))
+        return level + fitting.unsqueeze(-1) * slope
 
     def _column(self, labels: Tensor) -> Tensor:
         return labels.view(1, -1, 1).expand(len(self._centers), -1, -1)

@@ -1,23 +1,31 @@
-r"""How much a row counts: its belief, to a power and with an offset that its group learns.
+r"""How much a row counts: its belief, to a power, and with an offset that its group learns.
 
 The belief of an augmented row is the probability that its label is right. With the posterior q of
 the label under the discriminant, and the group's share of wrong labels known to be epsilon, it is
 
 .. math:: r_i = \frac{(1 - \epsilon)\, q_i}{(1 - \epsilon)\, q_i + \epsilon\, (1 - q_i) / (K - 1)},
 
-which is averaged over epsilon by how likely each makes the newest rows of the group. Beside clean
-rows nothing is held against q itself (epsilon = 1 - 1/K): an augmented row must then compete with
-clean ones. The weight is
+which is averaged over epsilon by how likely each makes the newest rows of the group: of a group
+without wrong labels every row is believed. The weight is
 
-.. math:: \log v_i = \min(0.7,\; a_g \log r_i + b_g),
+.. math:: \log v_i = \min(0.7,\; a \log r_i + b_g),
 
-1 for clean rows; a and b ascend the evidence of the weighted batch
+1 for clean rows. A network is surer of rows that it was trained on than it should be, of wrong
+labels too, and the more of them it fits the less they may weigh. How much surer it is clean rows
+tell, whose labels are right: by -log q, the surprise, of validation rows over that of clean ones,
+
+.. math:: a = \min\left(10,\; 3 \max\left(1,\;
+    \frac{\mathrm{mean}_{\text{validation}} (-\log q)}{\mathrm{mean}_{\text{clean}} (-\log q)}
+    \right)\right),
+
+which is 3 where no row is clean. b ascends the evidence of the weighted batch
 
 .. math:: m = \frac{\sum_i v_i s_i}{\sum_i v_i},
 
 where s is the gradient inner product of the given label over the root mean square of all of them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,28 +35,29 @@ from torch import Tensor
 
 __all__ = [
     "NOISE",
+    "SURE",
     "Array",
     "GroupWeights",
-    "beliefs",
     "host_array",
     "host_copy",
-    "log_likelihoods",
+    "mixture",
+    "surprise",
 ]
 
 Array = NDArray[np.float64]
 
-NOISE = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_MEMORY = 30  # steps in which a group's likelihoods fade
+NOISE = np.array((0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+_LEAST, _MOST_POWER = 3.0, 10.0  # a
+_MEMORY = 30  # steps in which likelihoods and surprises fade
 _RATE = 0.02  # of Adam
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
-_POWERS = (-1.0, 10.0)  # of a; below 0 it counts as 0, so that it can come back
 _OFFSETS = (-6.0, 0.7)  # of b
 _MOST = 0.7  # of log v
-_SURE = 1e-4  # posteriors are between this and 1 minus this
+SURE = 1e-4  # posteriors are between this and 1 minus this
 
 
 class GroupWeights:
-    """Two numbers per group, learned, and the likelihood of each share of wrong labels.
+    """An offset per group, learned, the likelihood of each share of wrong labels, and the power.
 
     They live on the host; what a batch needs of them is copied to where it is.
 
@@ -59,46 +68,59 @@ class GroupWeights:
     def __init__(self, *, is_on: bool) -> None:
         self.is_on = is_on
         self._state: dict[str, Any] = {
-            "powers": None,  # a, (groups,)
             "offsets": None,  # b, (groups,)
-            "moments": None,  # of Adam: mean and square of the gradients of both, (2, 2, groups)
+            "moments": None,  # of Adam: mean and square of the gradient of b, (2, groups)
             "steps": 0,  # of Adam
             "likelihoods": None,  # of each share of wrong labels, in logarithms, (groups, shares)
+            "surprises": np.zeros(2),  # sums over clean rows, and what validation rows let expect
         }
         self._copies: dict[str, Tensor] = {}  # of what batches need, until it changes
 
     def start(self, num_groups: int) -> None:
         """Make the numbers of a fit, unless a checkpoint brought them."""
         state = self._state
-        if state["powers"] is None:
-            state["powers"], state["offsets"] = np.ones(num_groups), np.zeros(num_groups)
-            state["moments"] = np.zeros((2, 2, num_groups))
+        if state["offsets"] is None:
+            state["offsets"], state["moments"] = np.zeros(num_groups), np.zeros((2, num_groups))
             state["likelihoods"] = np.zeros((num_groups, len(NOISE)))
         self._copies.clear()
 
-    def log_beliefs(
-        self, posteriors: Tensor, group: Tensor, classes: int, *, alone: bool
-    ) -> Tensor:
-        """Return log r of rows, whose labels have these posteriors, ``(rows,)``."""
-        posteriors = posteriors.clamp(_SURE, 1 - _SURE)
-        if alone:
-            shares = self._copy("likelihoods", posteriors).softmax(1)[group]
-            posteriors = (beliefs(posteriors, classes) * shares).sum(1).clamp(min=_SURE)
-        return posteriors.log()
+    def weigh(
+        self, posteriors: Tensor, group: Tensor, classes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log v of rows, what of it is not their group's offset, and what they tell of it.
 
-    def log_weights(self, log_beliefs: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log v of rows, and what of it is due to the row and not to its group's offset."""
+        Args:
+            posteriors: Of the labels of the rows, ``(rows,)``.
+            group: ``(rows,)``.
+            classes: How many there are.
+
+        Returns:
+            ``(rows,)`` twice, and the logarithm of how likely each share of wrong labels makes
+            them, ``(rows, shares)``; 0, 0 and no shares where weights are off.
+        """
         if not self.is_on:
-            return torch.zeros_like(log_beliefs), torch.zeros_like(log_beliefs)
-        powers, offsets = self._copy("numbers", log_beliefs)[:, group]
-        own = powers * log_beliefs
-        return (own + offsets).clamp(max=_MOST), own
+            nothing = torch.zeros_like(posteriors)
+            return nothing, nothing, nothing.new_empty(len(nothing), 0)
+        posteriors = posteriors.clamp(SURE, 1 - SURE)
+        slope, level = self._copy("mixture", posteriors, lambda: mixture(classes))
+        shares = self._copy("shares", posteriors, self._shares)[group]
+        offsets = self._copy("offsets", posteriors, lambda: self._state["offsets"])[group]
+        given = torch.addcmul(level, posteriors.unsqueeze(1), slope)
+        beliefs = posteriors * (shares / given).sum(1)
+        own = self.power * beliefs.clamp(min=SURE).log()
+        return (own + offsets).clamp(max=_MOST), own, given.log()
 
-    def ascend(self, powers: Array, offsets: Array) -> None:
-        """Take one step of Adam along the gradients of m, ``(groups,)`` each."""
+    @property
+    def power(self) -> float:
+        """What beliefs are taken to."""
+        found, expected = self._state["surprises"]
+        return float(min(_LEAST * max(expected / max(found, SURE), 1.0), _MOST_POWER))
+
+    def ascend(self, gradient: Array) -> None:
+        """Take one step of Adam along the gradient of m, ``(groups,)``."""
         state = self._state
         state["steps"] += 1
-        gradient = np.nan_to_num(np.stack([powers, offsets]), posinf=0, neginf=0)
+        gradient = np.nan_to_num(gradient, posinf=0, neginf=0)
         changed: list[Array] = []
         for moment, new, beta in zip(
             state["moments"], (gradient, gradient**2), _BETAS, strict=True
@@ -106,15 +128,19 @@ class GroupWeights:
             moment += (1 - beta) * (new - moment)
             changed.append(moment / (1 - beta ** state["steps"]))
         mean, square = changed
-        change = _RATE * mean / (np.sqrt(square) + _EPSILON)
-        state["powers"] = (state["powers"] + change[0]).clip(*_POWERS)
-        state["offsets"] = (state["offsets"] + change[1]).clip(*_OFFSETS)
-        self._copies.pop("numbers", None)
+        moved = state["offsets"] + _RATE * mean / (np.sqrt(square) + _EPSILON)
+        state["offsets"] = moved.clip(*_OFFSETS)
+        self._copies.pop("offsets", None)
+
+    def compare(self, found: float, expected: float) -> None:
+        """Take in how surprising a step's clean rows were, and validation rows in their place."""
+        new = np.array([found, expected])
+        self._state["surprises"] = (1 - 1 / _MEMORY) * self._state["surprises"] + new
 
     def watch(self, likelihoods: Array) -> None:
         """Take in the sums of a step's log-likelihoods, ``(groups, shares)``."""
         self._state["likelihoods"] = (1 - 1 / _MEMORY) * self._state["likelihoods"] + likelihoods
-        self._copies.pop("likelihoods", None)
+        self._copies.pop("shares", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""
@@ -131,14 +157,28 @@ class GroupWeights:
         }
         self._copies.clear()
 
-    def _copy(self, name: str, like: Tensor) -> Tensor:
-        """Return the powers and offsets, or the likelihoods, where ``like`` is."""
+    def _shares(self) -> Array:
+        """Return the probability of each share of wrong labels, times that of right ones."""
+        likelihoods = self._state["likelihoods"]
+        shares = np.exp(likelihoods - likelihoods.max(1, keepdims=True))
+        return shares / shares.sum(1, keepdims=True) * (1 - NOISE)
+
+    def _copy(self, name: str, like: Tensor, make: Callable[[], Array]) -> Tensor:
+        """Return numbers of the host where ``like`` is, copied once."""
         if name not in self._copies:
-            values = self._state["likelihoods"]
-            if name == "numbers":
-                values = np.stack([self._state["powers"].clip(0), self._state["offsets"]])
-            self._copies[name] = host_copy(values, like)
+            self._copies[name] = host_copy(make(), like)
         return self._copies[name]
+
+
+def surprise(posteriors: Tensor) -> Tensor:
+    """Return -log q, bounded, of labels with these posteriors."""
+    return -posteriors.clamp(SURE, 1 - SURE).log()
+
+
+def mixture(classes: int) -> Array:
+    """Return slope and level, for each share, of the likelihood of a label in its posterior."""
+    level = NOISE / max(classes - 1, 1)
+    return np.stack([1 - NOISE - level, level])
 
 
 def host_array(tensor: Tensor) -> Array:
@@ -149,20 +189,3 @@ def host_array(tensor: Tensor) -> Array:
 def host_copy(values: Array, like: Tensor) -> Tensor:
     """Return numbers of the host like a tensor, without waiting for its device."""
     return torch.from_numpy(values).to(like.device, like.dtype, non_blocking=True)
-
-
-def beliefs(posteriors: Tensor, classes: int) -> Tensor:
-    """Return r of rows for each share of wrong labels, ``(rows, shares)``."""
-    right, wrong = _right_and_wrong(posteriors, classes)
-    return right / (right + wrong)
-
-
-def log_likelihoods(posteriors: Tensor, classes: int) -> Tensor:
-    """Return how likely each share of wrong labels makes rows, ``(rows, shares)``."""
-    right, wrong = _right_and_wrong(posteriors.clamp(_SURE, 1 - _SURE), classes)
-    return (right + wrong).log()
-
-
-def _right_and_wrong(posteriors: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    noise, column = posteriors.new_tensor(NOISE), posteriors.unsqueeze(1)
-    return column * (1 - noise), (1 - column) * noise / max(classes - 1, 1)

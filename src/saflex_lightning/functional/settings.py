@@ -71,7 +71,8 @@ class Settings:
         start_epoch: First epoch to refine, from 0.
         row_evidence: Weigh augmented rows by how well their label fits their scores, judged by
             validation rows and averaged over epochs where `AugmentedBatch.index` tells rows apart,
-            with two numbers learned per group of `AugmentedBatch.group`. Needs class labels.
+            with the share of wrong labels and an offset learned per group of
+            `AugmentedBatch.group`. Needs class labels.
         gates: Where union batches tell their groups, train on the clean rows they were made from
             in place of rows of groups that do harm.
         measure_overhead: Train the first eight blocks of a run (of 13 steps with the other

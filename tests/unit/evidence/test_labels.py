@@ -38,7 +38,9 @@ def test_scores_are_those_of_bayes_rule(digits):
     """With one share of wrong labels known, by the posteriors of a discriminant alone."""
     inputs, target = digits[0][:60].double(), digits[1][:60]
     judge = LabelJudge(inputs, target, CLASSES)
-    judge._shares = one_hot(torch.tensor(NOISE.index(0.2)), len(NOISE)).double().expand(11, 1, -1)
+    judge._shares = (
+        one_hot(torch.tensor(NOISE.tolist().index(0.2)), len(NOISE)).double().expand(11, 1, -1)
+    )
     given = plant(digits[1][60:100], 0.5)
     found = judge.judge(digits[0][60:100], given)
     order = target.argsort(stable=True)

@@ -10,28 +10,65 @@ from helpers.solving import ALONE, in_parts
 from torch.nn.functional import one_hot
 
 from saflex_lightning.evidence.evidence import Evidence
-from saflex_lightning.evidence.weights import NOISE, GroupWeights, beliefs, log_likelihoods
+from saflex_lightning.evidence.weights import NOISE, GroupWeights
 from saflex_lightning.functional.losses import NO_OPTIONS, LossOptions
 
 CPU = torch.device("cpu")
 CLASSES, GROUPS = 5, 3
 
 
+def bayes(posteriors, likelihoods):
+    """Beliefs and log-likelihoods by loops; the likelihoods are those of the rows' groups."""
+    found = []
+    for q, known in zip(posteriors.tolist(), likelihoods.softmax(1).tolist(), strict=True):
+        right, wrong = (
+            [q * (1 - noise) for noise in NOISE],
+            [(1 - q) * noise / (CLASSES - 1) for noise in NOISE],
+        )
+        belief = sum(p * r / (r + w) for p, r, w in zip(known, right, wrong, strict=True))
+        found.append((belief, [log(r + w) for r, w in zip(right, wrong, strict=True)]))
+    beliefs, told = zip(*found, strict=True)
+    return torch.tensor(beliefs).double(), torch.tensor(told).double()
+
+
 def test_beliefs_and_likelihoods_are_bayes_rule():
-    posteriors = torch.tensor([0.9, 0.5, 0.05], dtype=torch.float64)
-    found, likelihood = beliefs(posteriors, CLASSES), log_likelihoods(posteriors, CLASSES)
-    for row, q in enumerate(posteriors.tolist()):
-        for column, noise in enumerate(NOISE):
-            right, wrong = q * (1 - noise), (1 - q) * noise / (CLASSES - 1)
-            assert found[row, column].item() == pytest.approx(right / (right + wrong))
-            assert likelihood[row, column].item() == pytest.approx(log(right + wrong))
+    rule = GroupWeights(is_on=True)
+    rule.start(GROUPS)
+    likelihoods = torch.randn(GROUPS, len(NOISE), generator=torch.Generator().manual_seed(0))
+    rule.watch(likelihoods.double().numpy())
+    rule._state["offsets"] = np.array([0.0, -0.3, 0.2])
+    posteriors = torch.tensor([0.9, 0.5, 0.05, 0.7], dtype=torch.float64)
+    group = torch.tensor([1, 1, 2, 2])
+    log_v, own, told = rule.weigh(posteriors, group, CLASSES)
+    beliefs, expected = bayes(posteriors, likelihoods[group])
+    torch.testing.assert_close(told, expected)
+    torch.testing.assert_close(own, 3 * beliefs.log())
+    offsets = torch.tensor([-0.3, -0.3, 0.2, 0.2], dtype=torch.float64)
+    torch.testing.assert_close(log_v, (own + offsets).clamp(max=0.7))
+
+
+def test_all_rows_of_a_group_without_wrong_labels_are_believed():
+    rule = GroupWeights(is_on=True)
+    rule.start(2)
+    certain = np.full((2, len(NOISE)), -1e3)
+    certain[:, 0] = 0
+    rule.watch(certain)
+    log_v, own, _ = rule.weigh(torch.tensor([0.9, 0.01]), torch.ones(2).long(), CLASSES)
+    torch.testing.assert_close(own, torch.zeros(2))
+    assert log_v.equal(own)
 
 
 def test_a_label_that_tells_nothing_leaves_the_posterior():
-    """The belief at a noise of 1 - 1/K is q itself, as for rows beside clean ones."""
-    posteriors = torch.rand(7, dtype=torch.float64)
+    """The belief at a noise of 1 - 1/K is q itself."""
+    rule = GroupWeights(is_on=True)
+    rule.start(2)
+    certain = np.full((2, len(NOISE)), -1e3)
+    certain[:, NOISE.tolist().index(0.8)] = 0
     assert 1 - 1 / CLASSES == 0.8
-    torch.testing.assert_close(beliefs(posteriors, CLASSES)[:, NOISE.index(0.8)], posteriors)
+    rule.watch(certain)
+    posteriors = 0.05 + 0.9 * torch.rand(7, dtype=torch.float64)
+    own = rule.weigh(posteriors, torch.ones(7).long(), CLASSES)[1]
+    torch.testing.assert_close(own, 3 * posteriors.log())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4])
@@ -48,7 +85,7 @@ def test_the_share_of_wrong_labels_is_estimated(share):
         given = torch.where(wrong, (given + shift) % CLASSES, given)
         posteriors = probs.gather(1, given.unsqueeze(1)).squeeze(1)
         sums = np.zeros((2, len(NOISE)))
-        sums[1] = log_likelihoods(posteriors, CLASSES).sum(0)
+        sums[1] = rule.weigh(posteriors, torch.ones(64).long(), CLASSES)[2].sum(0)
         rule.watch(sums)
     likelihoods = rule.state_dict()["likelihoods"][1]
     expected = (likelihoods.softmax(0) * torch.tensor(NOISE)).sum()
@@ -83,16 +120,49 @@ def weigh(evidence, batch, number=500, ranks=ALONE):
     return evidence.weigh(number, *batch.values(), ranks)
 
 
+@pytest.mark.parametrize(
+    ("steps", "power"),
+    [
+        ([], 3),  # no row is clean
+        ([(0.0, 0.0)], 3),
+        ([(2.0, 3.0)], 4.5),
+        ([(3.0, 2.0)], 3),  # clean rows surprise more than validation rows
+        ([(0.01, 5.0)], 10),
+        ([(8.0, 8.0), *[(1.0, 2.0)] * 300], 6),  # what is long past has faded
+    ],
+)
+def test_the_power_grows_with_how_much_surer_the_network_is_of_its_own_rows(steps, power):
+    rule = GroupWeights(is_on=True)
+    for found, expected in steps:
+        rule.compare(found, expected)
+    assert rule.power == pytest.approx(power, abs=0.01)
+
+
+def test_surprises_are_those_of_clean_and_of_validation_rows():
+    evidence, batch = problem()
+    seen = []
+    evidence.rule.compare = lambda *told: seen.append(told)
+    weigh(evidence, batch)
+    clean = evidence.judge(batch["scores"], batch["target"], NO_OPTIONS).posteriors[:8]
+    scores, _, labels, _ = evidence.memory.read()
+    remembered = evidence.judge(scores, labels, NO_OPTIONS).posteriors
+    ((found, expected),) = seen
+    assert found == pytest.approx(-clean.log().sum().item())
+    assert expected == pytest.approx(8 * -remembered.log().mean().item())
+
+
 @pytest.mark.parametrize("target", ["hard", "soft"])
 def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     evidence, batch = problem()
     if target == "soft":
         batch["target"] = torch.rand(24, CLASSES, dtype=torch.float64).softmax(1)
     state = evidence.rule._state
-    state["powers"] = np.array([1.0, 0.6, 1.7])
     state["offsets"] = np.array([0.0, -0.4, 0.1])
+    likelihoods = torch.randn(3, len(NOISE), generator=torch.Generator().manual_seed(1)).double()
+    evidence.rule.watch(likelihoods.numpy())
+    evidence.rule.compare(0.4, 0.6)
     seen = {}
-    evidence.rule.ascend = lambda a, b: seen.update(powers=a, offsets=b)
+    evidence.rule.ascend = lambda gradient: seen.update(offsets=gradient)
     averages = deepcopy(evidence.averages)
     rows = weigh(evidence, batch)
 
@@ -103,32 +173,28 @@ def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     q = q.clamp(1e-4, 1 - 1e-4)
     rms = judgement.products.square().mean().sqrt()
     s = (labels * judgement.products).sum(1) / rms
-    a = torch.tensor(state["powers"], requires_grad=True)
     b = torch.tensor(state["offsets"], requires_grad=True)
-    log_v = a[batch["group"]] * q.log() + b[batch["group"]]
+    log_v = 4.5 * bayes(q, likelihoods[batch["group"]])[0].log() + b[batch["group"]]
     v = torch.where(batch["augmented"], log_v, 0).exp()
     assert v.max() < 2.01, "no weight is capped, where the gradient would be another"
     m = (v * s).sum() / v.sum()
-    slope_a, slope_b = torch.autograd.grad(m, (a, b))
+    (slope,) = torch.autograd.grad(m, b)
     torch.testing.assert_close(rows.weights, v.detach())
     torch.testing.assert_close(rows.rms, rms)
-    torch.testing.assert_close(torch.from_numpy(seen["powers"])[1:], slope_a[1:])
-    torch.testing.assert_close(torch.from_numpy(seen["offsets"])[1:], slope_b[1:])
-    assert seen["powers"][0] == seen["offsets"][0] == 0
+    torch.testing.assert_close(torch.from_numpy(seen["offsets"])[1:], slope[1:])
+    assert seen["offsets"][0] == 0
 
 
 def test_the_step_is_that_of_torch_s_adam():
     rule = GroupWeights(is_on=True)
     rule.start(GROUPS)
-    a, b = torch.ones(GROUPS).double().requires_grad_(), torch.zeros(GROUPS).double()
-    b.requires_grad_()
-    optimizer = torch.optim.Adam([a, b], 0.02, maximize=True)
+    b = torch.zeros(GROUPS).double().requires_grad_()
+    optimizer = torch.optim.Adam([b], 0.02, maximize=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
-        a.grad, b.grad = torch.randn(2, GROUPS, generator=generator).double()
-        rule.ascend(a.grad.numpy(), b.grad.numpy())
+        b.grad = torch.randn(GROUPS, generator=generator).double()
+        rule.ascend(b.grad.numpy())
         optimizer.step()
-    torch.testing.assert_close(rule.state_dict()["powers"], a.detach())
     torch.testing.assert_close(rule.state_dict()["offsets"], b.detach())
 
 
@@ -139,9 +205,9 @@ def test_clean_rows_count_in_full_and_nothing_is_learned_of_them():
         assert rows.weights[:8].eq(1).all()
         assert rows.products[:8].eq(0).all()
         assert rows.weights.max() <= 2.02
-    assert evidence.rule._state["powers"][0] == 1
     assert evidence.rule._state["offsets"][0] == 0
-    assert evidence.rule._state["powers"][1] != 1
+    assert evidence.rule._state["offsets"][1] != 0
+    assert not evidence.rule._state["likelihoods"][0].any()
 
 
 def test_rows_that_stand_alone_all_count_until_their_noise_is_known():
@@ -151,7 +217,6 @@ def test_rows_that_stand_alone_all_count_until_their_noise_is_known():
     later = weigh(evidence, batch, 100).weights
     assert later.std() > 0.05
     assert not evidence.rule._state["offsets"].any()
-    assert evidence.rule._state["powers"][1] != 1
     assert evidence.gates is not None
     assert not evidence.gates.read()[0].any()
 
@@ -175,7 +240,7 @@ def test_ranks_learn_from_the_whole_batch():
             found = torch.cat([weights[step] for weights, _ in parts])
             torch.testing.assert_close(found, whole[step].weights)
         for _, state in parts:
-            for name in ("powers", "offsets", "likelihoods"):
+            for name in ("offsets", "likelihoods", "surprises"):
                 torch.testing.assert_close(state["rule"][name], evidence.state_dict()["rule"][name])
 
 

@@ -17,7 +17,7 @@ from .averages import RowAverages
 from .discriminant import MOST_SCORES, Discriminant, best_temperature, fit_discriminant
 from .gates import Gates
 from .memory import ValidationMemory
-from .weights import Array, GroupWeights, host_array, surprise
+from .weights import SURE, Array, GroupWeights, host_array
 
 __all__ = ["Evidence", "GatheredRows", "GroupEvidence", "Judgement"]
 
@@ -32,7 +32,7 @@ class Judgement(NamedTuple):
     """What one step thinks of its rows.
 
     Attributes:
-        posteriors: Of the given label, ``(rows,)``.
+        posteriors: Of the given label, ``(rows,)``, in [0.0001, 0.9999].
         given: Gradient inner product of that label, ``(rows,)``.
         products: Those of every class, ``(rows, classes)``.
         suggested: Class of the largest posterior, ``(rows,)`` int64.
@@ -105,7 +105,7 @@ class Evidence:
         self.is_alone = True  # whether no clean row was shown when validation rows were last seen
         self._discriminant: Discriminant | None = None
         self._temperature: Tensor | None = None
-        self._expected: Tensor | None = None  # surprise of a validation row, by that discriminant
+        self._expected: Tensor | None = None  # mean log posterior of validation labels, by both
         self._fitted = 0  # the step at which it was
         self._looks = True  # at values, in every step
         self._has_looked = False
@@ -163,7 +163,7 @@ class Evidence:
             scores, _, labels, present = rows
             self._temperature, self._fitted = best_temperature(scores, labels, present), number
             self._discriminant = fit_discriminant(*rows)
-            told = surprise(self.judge(scores, labels, NO_OPTIONS).posteriors) * present
+            told = self.judge(scores, labels, NO_OPTIONS).posteriors.log() * present
             self._expected = told.sum() / present.sum().clamp(min=1)
         self.is_alone = not self.seen[0]
 
@@ -216,7 +216,7 @@ class Evidence:
         ones = torch.ones_like(given)
         columns = [weights, weights * given, trust, trust * given, ones, products.square().mean(-1)]
         if self.rule.is_on:
-            columns += [surprise(newest), self._expected.expand_as(ones)]
+            columns += [newest.log(), self._expected.expand_as(ones)]
         columns = torch.column_stack([*columns, told])
         places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
@@ -246,7 +246,7 @@ class Evidence:
         else:
             labels = target.to(products)
             posteriors, given = ((labels * v).sum(-1) for v in (posteriors, products))
-        return Judgement(posteriors, given, products, suggested)
+        return Judgement(posteriors.clamp(SURE, 1 - SURE), given, products, suggested)
 
     def _group(self, group: Tensor | None, augmented: Tensor) -> Tensor:
         """Return the group of every row: 0 for clean ones, and 1 for the others of no group.
@@ -289,7 +289,7 @@ class Evidence:
         scale = max((squares.sum() / max(count.sum(), 1)) ** 0.5, _FLOOR)
         total, present = max(v.sum(), _FLOOR), count > 0
         if self.rule.is_on and present[1:].any():
-            self.rule.compare(*sums[0, 6:8])
+            self.rule.compare(*-sums[0, 6:8])
             self.rule.watch(_of_groups(sums[:, 8:]))
             if number >= _WARM_UP and not self.is_alone:
                 slope = (vs - vs.sum() / total * v) / (scale * total)

@@ -41,7 +41,6 @@ __all__ = [
     "host_array",
     "host_copy",
     "mixture",
-    "surprise",
 ]
 
 Array = NDArray[np.float64]
@@ -101,7 +100,6 @@ class GroupWeights:
         if not self.is_on:
             nothing = torch.zeros_like(posteriors)
             return nothing, nothing, nothing.new_empty(len(nothing), 0)
-        posteriors = posteriors.clamp(SURE, 1 - SURE)
         slope, level = self._copy("mixture", posteriors, lambda: mixture(classes))
         shares = self._copy("shares", posteriors, self._shares)[group]
         offsets = self._copy("offsets", posteriors, lambda: self._state["offsets"])[group]
@@ -168,11 +166,6 @@ class GroupWeights:
         if name not in self._copies:
             self._copies[name] = host_copy(make(), like)
         return self._copies[name]
-
-
-def surprise(posteriors: Tensor) -> Tensor:
-    """Return -log q, bounded, of labels with these posteriors."""
-    return -posteriors.clamp(SURE, 1 - SURE).log()
 
 
 def mixture(classes: int) -> Array:

@@ -47,8 +47,6 @@ PAIRS = (  # what is compared, and with which rival
     (DEFAULT, "learning to reweight"),
     (DEFAULT, "soft augmentation"),
     (DEFAULT, "gradient"),
-    (DEFAULT, "rows only"),
-    (DEFAULT, "gates only"),
     *((method, DEFAULT) for method, settings in METHODS.items() if settings.is_ablation),
     (f"{DEFAULT}, nothing held out", "uniform, train + val"),
     (f"{DEFAULT}, nothing held out", "upstream, train + val"),

@@ -54,8 +54,6 @@ METHODS = {
     "gradient": {"preset": "gradient"},
     "robust": {},
     "shuffled": {},
-    "rows only": {"gates": False},
-    "gates only": {"row_evidence": False},
 }
 LOOKING_AHEAD = {"learning to reweight": LearningToReweight, "meta-weight-net": MetaWeightNet}
 SMOOTHING = 0.1
@@ -279,7 +277,7 @@ def learn_from_a_first_run(module, bench, data, seed):
 
 
 def what_was_learned(callback, data):
-    """Return gates, weights and, where wrong rows are known, how well they are told."""
+    """Return weights and, where wrong rows are known, how well they are told."""
     learned = {key: float(value) for key, value in callback.read_metrics().items()}
     rows = callback.read_row_evidence()
     if rows is not None and data.wrong is not None and len(rows.index):

@@ -170,17 +170,15 @@ class Batches(Dataset):
         inputs, target = data.clean[0][rows], data.clean[1][rows]
         none, size = torch.zeros(len(rows), dtype=torch.long), len(data.clean[1])
         if self.method == "no augmentation":
-            return AugmentedBatch(inputs, target, none > 0, none, rows, none - 1)
+            return AugmentedBatch(inputs, target, none > 0, none, rows)
         draws = torch.Generator().manual_seed(self.seed * 100_003 + step)
         made, labels, group, index = data.make(rows, draws)
         kept = torch.ones(len(rows), dtype=torch.bool)
         if self.method == "oracle" and data.wrong is not None:
             kept = ~data.wrong[index]
         made, labels, group, index = made[kept], labels[kept], group[kept], index[kept]
-        source = torch.arange(len(rows))[kept] if data.has_source else index * 0 - 1
         if self.bench.alone:
-            source = index * 0 - 1
-            return AugmentedBatch(made, labels, index >= 0, group, index, source)
+            return AugmentedBatch(made, labels, index >= 0, group, index)
         if labels.ndim == 2:
             target = F.one_hot(target, labels.shape[1]).float()
         return AugmentedBatch(
@@ -189,7 +187,6 @@ class Batches(Dataset):
             torch.cat([rows < 0, index >= 0]),
             torch.cat([none, group]),
             torch.cat([rows, index + size]),
-            torch.cat([none - 1, source]),
         )
 
 

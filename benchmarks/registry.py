@@ -340,8 +340,6 @@ METHODS = {
     "robust": Method(("method=saflex_robust",)),
     "gradient": Method(("method=saflex_gradient",)),
     "paper": Method(("method=saflex_paper",)),
-    "rows only": Method(("method=rows_only",)),
-    "gates only": Method(("method=gates_only",)),
     "uniform, train + val": Method(("method=train_plus_val",)),
     "robust, nothing held out": Method(("method=saflex_robust", *NOTHING_HELD_OUT)),
     "upstream, train + val": Method(("method=train_plus_val", "batch=replace")),

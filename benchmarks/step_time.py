@@ -44,8 +44,6 @@ from saflex_lightning.functional import make_settings
 
 KINDS = {
     "robust": {},
-    "gates only": {"row_evidence": False},
-    "rows only": {"gates": False},
     "gradient": {"preset": "gradient"},
     "paper": {"preset": "paper"},
     "paper, lean": {
@@ -55,7 +53,7 @@ KINDS = {
         "val_batch_ratio": 0.25,
     },
 }
-ALONE = ("robust", "rows only", "gradient")  # measured on batches of augmented rows alone too
+ALONE = ("robust", "gradient")  # measured on batches of augmented rows alone too
 FEWEST_BLOCKS = 2  # of each kind
 MEMORY_STEPS = 13
 LONGEST = 5.5  # bar of the picture

@@ -1,7 +1,7 @@
 """Count the files of the package that one warm training step enters, and its changes of file.
 
     python benchmarks/trace_step.py
-    python benchmarks/trace_step.py '{"gates": true}' --list
+    python benchmarks/trace_step.py '{"preset": "gradient"}' --list
 
 The step is the ninth, a refresh of the validation gradient, on a union batch in the Trainer.
 """

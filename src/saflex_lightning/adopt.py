@@ -6,7 +6,6 @@ validation rows go through ``validation_step`` up to the same call.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, NamedTuple
 
@@ -202,9 +201,6 @@ class Adopted:
             MisconfigurationException: If it computes no cross-entropy, or more than one.
         """
         name, before = type(self._module).__name__, len(step.calls)
-        if isinstance(batch, AugmentedBatch):
-            inputs, target = step.replaced((batch.inputs, batch.target))
-            batch = replace(batch, inputs=inputs, target=target)
 
         def run() -> Tensor:
             call, is_binary = self._loss_call(training_step, (batch, *args))

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -14,7 +13,6 @@ __all__ = [
     "AugmentedBatch",
     "check_rows",
     "read_batch",
-    "replace_rows",
     "row_field",
 ]
 
@@ -22,7 +20,6 @@ _ROW_FIELDS = {
     "augmented": torch.bool,
     "group": torch.int64,
     "index": torch.int64,
-    "source": torch.int64,
 }
 _INPUTS = ("inputs", "input", "x", "image", "images")
 _TARGETS = ("target", "targets", "y", "label", "labels")
@@ -43,8 +40,6 @@ class AugmentedBatch:
         group: What made the row (augmentation operation, strength bin, generator),
             ``(batch,)`` int64; 0 means clean. None where nobody knows.
         index: Identity of the row across epochs, ``(batch,)`` int64, any number.
-        source: Position in this batch of the clean row it was made from, ``(batch,)`` int64;
-            -1 where there is none.
 
     Raises:
         ValueError: If a field has another dtype, or not one entry per row.
@@ -55,7 +50,6 @@ class AugmentedBatch:
     augmented: Tensor
     group: Tensor | None = None
     index: Tensor | None = None
-    source: Tensor | None = None
 
     def __post_init__(self) -> None:
         augmented: Any = self.augmented
@@ -100,29 +94,16 @@ class AugmentedBatch:
 
 
 def check_rows(batch: AugmentedBatch) -> None:
-    """Refuse groups and sources whose values can be none; looking waits for the device.
+    """Refuse groups that can be none; looking waits for the device.
 
     Raises:
-        ValueError: The message names the field, the row and the value.
+        ValueError: The message names the row and the value.
     """
-    augmented = batch.augmented.cpu().numpy()
-    size = len(augmented)
-    if batch.group is not None:
-        group = batch.group.cpu().numpy()
-        _refuse_rows("group", group, group < 0, "at least 0")
-    if batch.source is not None:
-        source = batch.source.cpu().numpy()
-        wanted = f"a row of the batch, in 0 to {size - 1}, or -1"
-        _refuse_rows("source", source, (source < -1) | (source >= size), wanted)
-        wrong = (source >= 0) & augmented[source]
-        _refuse_rows("source", source, wrong, "a clean row of the batch, or -1")
-
-
-def _refuse_rows(name: str, values: Any, wrong: Any, wanted: str) -> None:
-    if wrong.any():
-        row = int(wrong.argmax())
+    group = None if batch.group is None else batch.group.cpu().numpy()
+    if group is not None and (group < 0).any():
+        row = int((group < 0).argmax())
         raise ValueError(
-            f"Expected `AugmentedBatch.{name}` to be {wanted}, but got {values[row]} in row {row}. "
+            f"Expected `AugmentedBatch.group` to be at least 0, but got {group[row]} in row {row}. "
             "Mend the data pipeline."
         )
 
@@ -175,30 +156,6 @@ def read_batch(batch: Any) -> tuple[Any, Tensor | None]:
             "`saflex_val_batch(batch)` to return (inputs, target)."
         )
     return found[inputs[0]], found[targets[0]]
-
-
-def replace_rows(values: Any, places: Tensor | None, size: int) -> Any:
-    """Return values with row ``places[i]`` in the place of row i, in new tensors.
-
-    Without places they are only looked at, so that none is refused in the middle of a run.
-
-    Raises:
-        MisconfigurationException: If a leaf is no tensor with these rows.
-    """
-
-    def replace(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size:
-            return leaf if places is None else leaf[places]
-        if leaf is None or isinstance(leaf, (bool, int, float)):
-            return leaf
-        found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-        raise MisconfigurationException(
-            f"Expected the inputs of `saflex_forward` to be tensors with {size} rows for "
-            f"`gates=True`, but got {found}. Put what is not a row elsewhere. Pass `gates=False` "
-            "to train without."
-        )
-
-    return apply_to_collection(values, object, replace, wrong_dtype=(dict, list, tuple))
 
 
 def _holds_augmented(batch: Any) -> bool:

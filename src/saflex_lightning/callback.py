@@ -97,7 +97,7 @@ class SAflexCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fall back on the Trainer's validation data; warn where steering rows also select."""
-        gathers = self.settings.gathers
+        gathers = self.settings.row_evidence
         if self._loader is None:
             self._loader = trainer_loader(trainer)
             check_loader(self._loader, trainer.world_size, self.settings.val_batch_size)
@@ -177,8 +177,8 @@ class SAflexCallback(pl.Callback):
     def _is_read_before_next(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         """Say whether a logger or the end of an epoch, or of the fit, comes before the next solve.
 
-        One call of ``log`` costs Lightning about 0.25 ms on a CPU, and gates have a value for every
-        group, so what nobody would read is neither computed nor logged.
+        One call of ``log`` costs Lightning about 0.25 ms on a CPU, and every group has values, so
+        what nobody would read is neither computed nor logged.
         """
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         stepped = trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning itself counts
@@ -214,13 +214,14 @@ class SAflexCallback(pl.Callback):
             ``row_evidence``.
         """
         evidence = self._fit.evidence
-        return evidence.averages.read() if evidence and self.settings.row_evidence else None
+        return None if evidence is None else evidence.averages.read()
 
     def read_group_evidence(self) -> GroupEvidence | None:
         """Return what the newest steps tell of each group of augmented rows.
 
         Returns:
-            Names, gates, and mean evidence with its standard error; None without gates.
+            Names, shares of wrong labels, and mean evidence with its standard error; None without
+            ``row_evidence``.
         """
         evidence = self._fit.evidence
         return None if evidence is None else evidence.read_groups()

@@ -66,7 +66,7 @@ class SAflexMixin:
         return None
 
     def saflex_group_names(self) -> Sequence[str] | None:
-        """Return what each value of ``AugmentedBatch.group`` stands for, for ``gates=True``.
+        """Return what each value of ``AugmentedBatch.group`` stands for, for ``row_evidence=True``.
 
         A datamodule that has this method is asked first.
 
@@ -96,8 +96,7 @@ class SAflexMixin:
 
         Everything extra happens before the one training forward whose scores are returned. It may
         be called several times in a step, each time for its own `saflex_loss`; what is logged is
-        then that of the last one. With ``gates=True`` rows of harmful groups are scored as the
-        clean rows they were made from, in new tensors.
+        then that of the last one.
 
         Args:
             *inputs: Positional inputs of `saflex_scores`.
@@ -142,9 +141,9 @@ class SAflexMixin:
             augmented: True where a row is refined, ``(batch,)`` bool; None refines every row. An
                 `AugmentedBatch` brings its own mask, and then this must be None.
             group: What made each row, ``(batch,)`` int64, 0 for clean rows; read with
-                ``gates=True`` where the batch is not an `AugmentedBatch`, which brings its own.
-            index: Identity of each row across epochs, ``(batch,)`` int64; read likewise, with
-                ``row_evidence=True``.
+                ``row_evidence=True`` where the batch is not an `AugmentedBatch`, which brings its
+                own.
+            index: Identity of each row across epochs, ``(batch,)`` int64; read likewise.
             class_weight: ``(classes,)``; enters the validation gradient too, from the second
                 refined step on (the first one keeps plain weights).
             label_smoothing: In [0, 1); likewise.

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from .batch import AugmentedBatch, replace_rows, row_field
+from .batch import AugmentedBatch, row_field
 from .engines.engine import Finish
 from .engines.head import same_values
 from .engines.untouched import unwritten
@@ -68,7 +68,6 @@ class StepRows(NamedTuple):
             ``(rows,)``; None without evidence.
         weights: Its weight, ``(rows,)``.
         shown: Whether it came as an augmented row, ``(rows,)`` bool.
-        kept: Whether it passed its gate too, ``(rows,)`` bool.
     """
 
     index: Tensor | None  # pyright: ignore[reportIncompatibleMethodOverride]  as in `RowEvidence`
@@ -78,7 +77,6 @@ class StepRows(NamedTuple):
     beliefs: Tensor | None
     weights: Tensor
     shown: Tensor
-    kept: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class SolvedTask:
 
     solution: SAflexSolution
     target: Tensor
-    augmented: Tensor  # without the rows that were turned down
+    augmented: Tensor
     rows: StepRows
 
 
@@ -99,7 +97,6 @@ class Step:
         number: Of the training batch.
         batch: The training batch.
         generator: Source of Gumbel noise, of its own on every rank.
-        gate_draws: Source of what the gates draw; None where no evidence is gathered.
     """
 
     def __init__(
@@ -108,13 +105,11 @@ class Step:
         number: int,
         batch: Any,
         generator: torch.Generator,
-        gate_draws: torch.Generator | None,
     ) -> None:
         self.fit = fit
         self.number = number
         self.batch = batch
         self.generator = generator
-        self.gate_draws = gate_draws
         self.seconds = 0.0
         self.calls: list[Call] = []
         self.tasks: Sequence[SolvedTask] = ()
@@ -123,22 +118,6 @@ class Step:
         self.is_masked = True  # whether something tells augmented rows from clean ones
         self.finite: Tensor | None = None  # whether every task was solved without a NaN
         self._open: Finish | None = None
-        # Rows that give way to the clean rows they were made from, and the row in each place.
-        self.rejected: Tensor | None = None
-        self._given_way: Tensor | None = None
-        self._places: Tensor | None = None
-        source, group = None, None
-        if isinstance(batch, AugmentedBatch):
-            source, group = batch.source, batch.group
-        self._has_drawn = group is not None
-        if group is not None:
-            self.rejected = self._draw(group, batch.augmented)
-        has_gates = fit.evidence is not None and fit.evidence.gates is not None
-        self._may_replace = has_gates and group is not None and source is not None
-        if self.rejected is not None and source is not None:
-            here = torch.arange(len(source), device=source.device)
-            self._given_way = self.rejected & (source >= 0)
-            self._places = torch.where(self._given_way, source, here)
 
     @property
     def batch_size(self) -> int:
@@ -147,18 +126,10 @@ class Step:
 
     def forward(self, score: Callable[..., Scores], inputs: Any, kwargs: Any) -> Scores:
         """Return the scores of the training forward; what is extra comes before it."""
-        inputs, kwargs = self.replaced((inputs, kwargs))
         self.begin(partial(score, *inputs, **kwargs), (inputs, kwargs))
         scores = score(*inputs, **kwargs)
         self.end(scores)
         return scores
-
-    def replaced(self, values: Any) -> Any:
-        """Return values of the batch's rows, with rejected rows as those they were made from."""
-        if not self._may_replace:
-            return values
-        replaced = replace_rows(values, self._places, len(self.batch.augmented))
-        return values if self._places is None else replaced
 
     def begin(self, run: Callable[[], Scores], inputs: Any) -> None:
         """Do what must come before the training forward; ``run`` is for passes beside it."""
@@ -238,24 +209,16 @@ class Step:
         mask = row_field(self.batch, "augmented", augmented, size)
         self.is_masked = mask is not None
         mask = torch.ones(size, dtype=torch.bool, device=scores.device) if mask is None else mask
-        left, kept, dropped, gathered = mask, mask, None, None
+        gathered = None
         told = self._told(group, index, None if contrastive else target, mask)
-        if fit.evidence is not None:
-            group, index, rejected = told.group, told.index, self._rejected(told)
-            if rejected is not None:
-                kept = mask & ~rejected
-                if self._places is not None and self._given_way is not None:
-                    left, target = mask & ~self._given_way, target[self._places]
-                    index = None if index is None else index[self._places]
-                dropped = rejected & left
         with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
             wide = widen(scores.detach())
             if fit.evidence is not None:
                 gathered = fit.evidence.weigh(
-                    self.number, wide, target, left, group, index, dropped, options, fit.ranks
+                    self.number, wide, target, mask, told.group, told.index, options, fit.ranks
                 )
             if jvp is None:
-                solution = unrefined(wide, target, left, gathered)
+                solution = unrefined(wide, target, mask, gathered)
             else:
                 jvp = jvp + (wide - wide).sum(-1, keepdim=True)  # no number where scores are none
                 solution = solve(
@@ -263,7 +226,7 @@ class Step:
                     jvp.masked_fill(~fit.gradient.is_usable(self.number), torch.nan),
                     torch.softmax(wide, -1),
                     target,
-                    left,
+                    mask,
                     fit.settings,
                     balance_classes=not contrastive,
                     options=options,
@@ -272,11 +235,7 @@ class Step:
                 )
                 if gathered is not None:
                     solution = with_evidence(solution, gathered)
-            weights = solution.weights
-            if dropped is not None:
-                weights = weights.masked_fill(dropped, 0)
-                solution = replace(solution, weights=weights)
-            share = weights
+            share = weights = solution.weights
             if options.class_weight is not None and target.ndim == 1:
                 share = share * options.class_weight[target.long()]  # as F.cross_entropy averages
             total = fit.ranks.sum(share.sum())
@@ -285,10 +244,9 @@ class Step:
         rows = told._replace(
             **suggestions(solution, gathered, fit.settings.label_rule),
             weights=weights,
-            kept=kept,
         )
         loss = fit.ranks.size * loss if fit.ranks.size > 1 else loss
-        return loss, SolvedTask(solution, target, left, rows)
+        return loss, SolvedTask(solution, target, mask, rows)
 
     def _told(
         self, group: Tensor | None, index: Tensor | None, target: Tensor | None, mask: Tensor
@@ -301,20 +259,7 @@ class Step:
                 index = row_field(self.batch, "index", index, len(mask))
         elif is_told:
             group, index = self.batch.group, self.batch.index
-        return StepRows(index, group, target, None, None, mask, mask, mask)
-
-    def _rejected(self, rows: StepRows) -> Tensor | None:
-        """Return which rows are rejected, where that is known."""
-        if self._has_drawn or rows.group is None:
-            return self.rejected
-        return self._draw(rows.group, rows.shown)
-
-    def _draw(self, group: Tensor, augmented: Tensor) -> Tensor | None:
-        """Return which rows the gates turn down; None without gates."""
-        evidence, draws = self.fit.evidence, self.gate_draws
-        if evidence is None or draws is None:
-            return None
-        return evidence.draw(group, augmented, draws)
+        return StepRows(index, group, target, None, None, mask, mask)
 
     def _call_of(self, logits: tuple[Tensor, ...]) -> Call:
         """Return the forward that made the logits.
@@ -390,7 +335,7 @@ def suggestions(
 def contrastive_message() -> str:
     """Say what is wrong where evidence meets scores of pairs."""
     return (
-        "Expected scores of classes, one tensor, with class labels for `row_evidence` and `gates`, "
+        "Expected scores of classes, one tensor, with class labels for `row_evidence`, "
         "but got contrastive scores. Pass preset='gradient', which learns weights and soft labels "
         "of pairs."
     )

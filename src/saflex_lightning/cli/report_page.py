@@ -10,7 +10,7 @@ from typing import Any
 from saflex_lightning.cli.charts import Line, draw_evidence, draw_lines
 from saflex_lightning.cli.run_files import Run, read_results_of, read_run
 from saflex_lightning.cli.sweep import format_spread
-from saflex_lightning.evidence.gates import STANDARD_ERRORS
+from saflex_lightning.evidence.groups import STANDARD_ERRORS
 
 __all__ = ["main", "make_page"]
 
@@ -116,15 +116,14 @@ def _evidence_chart(run: Run) -> str:
 
 def _charts(run: Run) -> list[tuple[str, str]]:
     charts: list[tuple[str, str]] = []
-    for column, title in (("mean_weight", "mean weight of each group"), ("kept", "share kept")):
-        lines: dict[str, tuple[list[float], list[float]]] = {}
-        for point in run.history:
-            if point[column] and point[column] != "nan":
-                x, y = lines.setdefault(point["group"], ([], []))
-                x.append(float(point["step"]))
-                y.append(float(point[column]))
-        if lines and not (column == "kept" and all(set(y) == {1.0} for _, y in lines.values())):
-            charts.append((title, draw_lines(lines, title)))
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for point in run.history:
+        x, y = lines.setdefault(point["group"], ([], []))
+        x.append(float(point["step"]))
+        y.append(float(point["mean_weight"]))
+    if lines:
+        title = "mean weight of each group"
+        charts.append((title, draw_lines(lines, title)))
     for metric, title in CURVES.items():
         curves = {
             name: line

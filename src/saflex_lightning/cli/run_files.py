@@ -72,7 +72,7 @@ def read_run(path: Path) -> Run:
         groups=list(_read_csv(path / GROUPS, GroupSummary._fields)),
         classes=list(_read_csv(path / CLASSES, ClassSummary._fields)),
         rows=_doubted(_read_csv(path / ROWS, RowSummary._fields)),
-        history=list(_read_csv(path / HISTORY, ("step", "group", "mean_weight", "kept"))),
+        history=list(_read_csv(path / HISTORY, ("step", "group", "mean_weight"))),
         metrics=list(_read_csv(_find(path, METRICS), ("step",))),
         settings=_read_settings(path),
         images=base64.b64encode(image.read_bytes()).decode() if image.is_file() else "",

@@ -27,7 +27,7 @@ def union_batch(
     """Return a batch with one augmented row for each of its clean rows.
 
     For augmentations that work on batches: those of kornia in ``on_after_batch_transfer``, MixUp
-    and CutMix there or in a collate function. `group_names_of` has the names for ``gates=True``::
+    and CutMix there or in a collate function. `group_names_of` has the names of the groups::
 
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return union_batch(*batch, self.augment) if self.trainer.training else batch
@@ -58,8 +58,8 @@ def union_batch(
 
     Example:
         >>> batch = union_batch(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), torch.fliplr)
-        >>> batch.inputs.shape, batch.target, batch.source
-        (torch.Size([4, 3, 8, 8]), tensor([0, 1, 0, 1]), tensor([-1, -1,  0,  1]))
+        >>> batch.inputs.shape, batch.target, batch.augmented
+        (torch.Size([4, 3, 8, 8]), tensor([0, 1, 0, 1]), tensor([False, False,  True,  True]))
     """
     check("a function", augment=augment)
     check("a tensor of integers, (rows,)", optional=True, index=index)

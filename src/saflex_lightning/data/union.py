@@ -77,8 +77,8 @@ class UnionDataset(Dataset[UnionRow]):
     Example:
         >>> rows = UnionDataset([(torch.ones(3), 0), (torch.zeros(3), 1)], torch.neg)
         >>> batch = rows.collate([rows[0], rows[1]])
-        >>> batch.augmented, batch.source
-        (tensor([False, False,  True,  True]), tensor([-1, -1,  0,  1]))
+        >>> batch.augmented, batch.index
+        (tensor([False, False,  True,  True]), tensor([0, 1, 2, 3]))
     """
 
     def __init__(
@@ -246,9 +246,9 @@ def union_loader(
     """Return a loader of union batches: clean rows, then one augmented row for each.
 
     Batches are `AugmentedBatch`es whose rows say what made them (``group``, named by the loader's
-    ``group_names``), which row they are in every epoch (``index``) and from which row of the batch
-    they were made (``source``). The order is a function of (seed, epoch), and the loader resumes
-    in the middle of an epoch. Under DDP every process has its share of the rows.
+    ``group_names``) and which row they are in every epoch (``index``). The order is a function of
+    (seed, epoch), and the loader resumes in the middle of an epoch. Under DDP every process has its
+    share of the rows.
 
     Args:
         dataset: As for `UnionDataset`.
@@ -344,13 +344,10 @@ def join_rows(
     Labels become probabilities where those of the augmented rows are. An augmented row is another
     row than its clean one: its index is larger by ``num_rows``, the number of all clean rows.
     """
-    none = torch.full_like(index, -1)
     if made is None:
-        return AugmentedBatch(inputs, target, index < 0, index * 0, index, none)
+        return AugmentedBatch(inputs, target, index < 0, index * 0, index)
     if replace:
-        return AugmentedBatch(
-            made.inputs, made.target, index >= 0, made.group, index + num_rows, none
-        )
+        return AugmentedBatch(made.inputs, made.target, index >= 0, made.group, index + num_rows)
     if made.target.ndim == 2 and target.ndim == 1:
         target = F.one_hot(target, made.target.shape[-1]).to(made.target)
     return AugmentedBatch(
@@ -359,7 +356,6 @@ def join_rows(
         augmented=torch.cat([index < 0, index >= 0]),
         group=torch.cat([index * 0, made.group]),
         index=torch.cat([index, index + num_rows]),
-        source=torch.cat([none, torch.arange(len(index))]),
     )
 
 

@@ -15,7 +15,7 @@ from saflex_lightning.functional.solve import loss_inner_products
 
 from .averages import RowAverages
 from .discriminant import MOST_SCORES, Discriminant, best_temperature, fit_discriminant
-from .gates import Gates
+from .groups import GroupMeans
 from .memory import ValidationMemory
 from .weights import SURE, Array, GroupWeights, host_array
 
@@ -72,7 +72,7 @@ class GroupEvidence(NamedTuple):
 
     Attributes:
         names: Of the groups; empty where the data names none.
-        gate: Share of the rows that pass, ``(groups,)`` in (0, 1].
+        wrong_labels: Estimated share of wrong labels, ``(groups,)`` in [0, 0.9].
         mean: Mean evidence, positive where the group lowers the validation loss, ``(groups,)``.
         error: Its standard error, ``(groups,)``.
         steps: How many steps have shown the group beside clean rows, faded ones counting less,
@@ -80,26 +80,21 @@ class GroupEvidence(NamedTuple):
     """
 
     names: tuple[str, ...]
-    gate: Tensor
+    wrong_labels: Tensor
     mean: Tensor
     error: Tensor
     steps: Tensor
 
 
 class Evidence:
-    """Judge rows by validation rows, weigh them, and learn what their groups are worth.
+    """Judge rows by validation rows, weigh them, and learn what their groups are worth."""
 
-    Args:
-        weighs_rows: Whether rows are weighed.
-        has_gates: Whether rows of harmful groups are turned down.
-    """
-
-    def __init__(self, *, weighs_rows: bool, has_gates: bool) -> None:
+    def __init__(self) -> None:
         self.names: tuple[str, ...] | None = None  # () where the data names none
         self.memory = ValidationMemory()
         self.averages = RowAverages()
-        self.rule = GroupWeights(is_on=weighs_rows)
-        self.gates = Gates() if has_gates else None
+        self.rule = GroupWeights()
+        self.groups = GroupMeans()
         self.seen = np.zeros(0)  # rows of each group so far, ``(groups,)``; clean ones first
         self.mean_weights = np.zeros(0)  # of the newest step that showed the group
         self.is_alone = True  # whether no clean row was shown when validation rows were last seen
@@ -129,8 +124,7 @@ class Evidence:
         self.memory.start(num_rows, device)
         self.averages.to(device)
         self.rule.start(groups)
-        if self.gates is not None:
-            self.gates.start(groups)
+        self.groups.start(groups)
         if not len(self.seen):
             self.seen, self.mean_weights = np.zeros(groups), np.ones(groups)
         self._waiting = [(number, sums.to(device)) for number, sums in self._waiting]
@@ -174,12 +168,6 @@ class Evidence:
 
     # Training rows
 
-    def draw(self, group: Tensor, augmented: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Draw which rows are rejected; None where every gate is open."""
-        if self.gates is None or self.gates.all_open:
-            return None
-        return self.gates.draw(self._group(group, augmented), generator) & augmented
-
     @torch.no_grad()
     def weigh(
         self,
@@ -189,14 +177,12 @@ class Evidence:
         augmented: Tensor,
         group: Tensor | None,
         index: Tensor | None,
-        dropped: Tensor | None,
         options: LossOptions,
         ranks: Ranks,
     ) -> GatheredRows | None:
         """Return what is made of a batch, having learned from it; None without validation rows.
 
-        Scores are float32 or wider. A rejected row is passed as the clean row it became; where that
-        is not known it is ``dropped``, and teaches nothing.
+        Scores are float32 or wider.
         """
         if self._discriminant is None:
             return None
@@ -205,18 +191,15 @@ class Evidence:
         posteriors, given, products, suggested = self.judge(scores, target, options)
         useless = (posteriors + given).isnan()  # of scores that are not finite
         failed = useless & augmented
-        if dropped is not None:
-            useless = useless | dropped
         ignored = useless | ~augmented
         newest = posteriors
-        if index is not None and self.rule.is_on:
+        if index is not None:
             posteriors = self.averages.update(index, posteriors, ~ignored, ranks)
         log_weights, own, told = self.rule.weigh(posteriors, group, scores.shape[-1])
         weights, trust = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)
         columns = [weights, weights * given, trust, trust * given, ones, products.square().mean(-1)]
-        if self.rule.is_on:
-            columns += [newest.log(), self._expected.expand_as(ones)]
+        columns += [newest.log(), self._expected.expand_as(ones)]
         columns = torch.column_stack([*columns, told])
         places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
@@ -288,36 +271,34 @@ class Evidence:
         v, vs, u, us, count, squares = sums[:, :6].T
         scale = max((squares.sum() / max(count.sum(), 1)) ** 0.5, _FLOOR)
         total, present = max(v.sum(), _FLOOR), count > 0
-        if self.rule.is_on and present[1:].any():
+        if present[1:].any():
             self.rule.compare(*-sums[0, 6:8])
             self.rule.watch(_of_groups(sums[:, 8:]))
             if number >= _WARM_UP and not self.is_alone:
                 slope = (vs - vs.sum() / total * v) / (scale * total)
                 self.rule.ascend(_of_groups(slope))
-        if self.gates is not None and not self.is_alone and number >= _WARM_UP:
-            self.gates.update(us / (scale * u.clip(_FLOOR)), present)
+        if number >= _WARM_UP and not self.is_alone:
+            self.groups.update(us / (scale * u.clip(_FLOOR)), present)
         self.seen = self.seen + count
         self.mean_weights = np.where(present, v / count.clip(1), self.mean_weights)
 
     # What was learned
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return each group's share of rows that pass, and mean weight of its rows, by its name."""
+        """Return each group's share of wrong labels, and mean weight of its rows, by its name."""
         found: dict[str, Tensor] = {}
         names = self.names or [f"group {number}" for number in range(len(self.seen))]
-        numbers = range(1, len(names))
+        numbers, wrong = range(1, len(names)), self.rule.wrong_labels
         for number in numbers if self.names else [n for n in numbers if self.seen[n]]:
-            if self.gates is not None:
-                found[f"gate/{names[number]}"] = torch.tensor(self.gates.passing[number])
-            if self.rule.is_on:
-                found[f"weight/{names[number]}"] = torch.tensor(self.mean_weights[number])
+            found[f"wrong_labels/{names[number]}"] = torch.tensor(wrong[number])
+            found[f"weight/{names[number]}"] = torch.tensor(self.mean_weights[number])
         return found
 
     def read_groups(self) -> GroupEvidence | None:
-        """Return what the newest steps tell of each group; None without gates."""
-        if self.gates is None or self.gates.log_weights is None:
+        """Return what the newest steps tell of each group; None before a fit has begun."""
+        if self.names is None:
             return None
-        columns = (self.gates.passing, *self.gates.read(), self.gates.steps)
+        columns = (self.rule.wrong_labels, *self.groups.read(), self.groups.steps)
         return GroupEvidence(self.names or (), *(torch.from_numpy(part.copy()) for part in columns))
 
     # Checkpoints
@@ -329,7 +310,7 @@ class Evidence:
             "memory": self.memory.state_dict(),
             "rows": self.averages.state_dict(),
             "rule": self.rule.state_dict(),
-            "gates": self.gates and self.gates.state_dict(),
+            "groups": self.groups.state_dict(),
             "seen": torch.from_numpy(self.seen),
             "mean_weights": torch.from_numpy(self.mean_weights),
             "waiting_numbers": tuple(number for number, _ in self._waiting),
@@ -347,8 +328,7 @@ class Evidence:
         self.memory.load_state_dict(state["memory"])
         self.averages.load_state_dict(state["rows"])
         self.rule.load_state_dict(state["rule"])
-        if self.gates is not None and state["gates"] is not None:
-            self.gates.load_state_dict(state["gates"])
+        self.groups.load_state_dict(state["groups"])
         self.seen, self.mean_weights = (host_array(state[n]) for n in ("seen", "mean_weights"))
         self._waiting = list(zip(state["waiting_numbers"], state["waiting"] or (), strict=True))
         parts = state["discriminant"]

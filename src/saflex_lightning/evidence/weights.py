@@ -59,13 +59,9 @@ class GroupWeights:
     """An offset per group, learned, the likelihood of each share of wrong labels, and the power.
 
     They live on the host; what a batch needs of them is copied to where it is.
-
-    Args:
-        is_on: Otherwise all weights are 1.
     """
 
-    def __init__(self, *, is_on: bool) -> None:
-        self.is_on = is_on
+    def __init__(self) -> None:
         self._state: dict[str, Any] = {
             "offsets": None,  # b, (groups,)
             "moments": None,  # of Adam: mean and square of the gradient of b, (2, groups)
@@ -95,13 +91,12 @@ class GroupWeights:
 
         Returns:
             ``(rows,)`` twice, and the logarithm of how likely each share of wrong labels makes
-            them, ``(rows, shares)``; 0, 0 and no shares where weights are off.
+            them, ``(rows, shares)``.
         """
-        if not self.is_on:
-            nothing = torch.zeros_like(posteriors)
-            return nothing, nothing, nothing.new_empty(len(nothing), 0)
         slope, level = self._copy("mixture", posteriors, lambda: mixture(classes))
-        shares = self._copy("shares", posteriors, self._shares)[group]
+        shares = self._copy("shares", posteriors, lambda: self._probabilities() * (1 - NOISE))[
+            group
+        ]
         offsets = self._copy("offsets", posteriors, lambda: self._state["offsets"])[group]
         given = torch.addcmul(level, posteriors.unsqueeze(1), slope)
         beliefs = posteriors * (shares / given).sum(1)
@@ -155,11 +150,20 @@ class GroupWeights:
         }
         self._copies.clear()
 
-    def _shares(self) -> Array:
+    @property
+    def wrong_labels(self) -> Array:
+        """Estimated share of wrong labels of each group, ``(groups,)`` in [0, 0.9]."""
+        return self._probabilities() @ NOISE
+
+    def _right(self) -> Array:
         """Return the probability of each share of wrong labels, times that of right ones."""
+        return self._probabilities() * (1 - NOISE)
+
+    def _probabilities(self) -> Array:
+        """Return that of each share of wrong labels, ``(groups, shares)``."""
         likelihoods = self._state["likelihoods"]
         shares = np.exp(likelihoods - likelihoods.max(1, keepdims=True))
-        return shares / shares.sum(1, keepdims=True) * (1 - NOISE)
+        return shares / shares.sum(1, keepdims=True)
 
     def _copy(self, name: str, like: Tensor, make: Callable[[], Array]) -> Tensor:
         """Return numbers of the host where ``like`` is, copied once."""

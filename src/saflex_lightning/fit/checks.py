@@ -176,7 +176,7 @@ def launch_problems(environment: Mapping[str, str], devices: int, num_nodes: int
         )
 
 
-# What gates need to know of a fit
+# What evidence needs to know of a fit
 
 
 def find_group_names(trainer: pl.Trainer, module: pl.LightningModule) -> Sequence[str]:

@@ -37,7 +37,6 @@ def describe_fit(settings: Settings, engine: str) -> str:
             ("sample weights", settings.weight_rule != "ones"),
             ("soft labels", settings.label_rule != "keep"),
             ("weights of rows from evidence", settings.row_evidence),
-            ("gates of groups", settings.gates),
         )
         if is_learned
     ]
@@ -56,15 +55,8 @@ def describe_fit(settings: Settings, engine: str) -> str:
 
 def read_step(step: Step, val_gradient_norm: Tensor | None, skipped: Tensor) -> dict[str, Tensor]:
     """Return what a step learned, as scalars; fractions are averaged over its tasks."""
-    tasks: list[dict[str, Tensor]] = []
     overhead = None if step.fit.meter is None else step.fit.meter.ratio
-    for task in step.tasks:
-        metrics = solution_metrics(task.solution, task.target, task.augmented)
-        if step.fit.settings.gates:  # rows that they turned down count as dropped
-            shown = task.rows.shown.sum()
-            passed = task.rows.kept.sum() / shown.clamp(min=1)
-            metrics["kept_fraction"] = passed.masked_fill(shown == 0, 1.0)
-        tasks.append(metrics)
+    tasks = [solution_metrics(task.solution, task.target, task.augmented) for task in step.tasks]
     return {
         **{name: torch.stack([task[name].float() for task in tasks]).mean() for name in tasks[0]},
         **({} if step.fit.evidence is None else step.fit.evidence.metrics()),
@@ -108,7 +100,7 @@ def solution_metrics(
 def varying_fractions(settings: Settings) -> set[str]:
     """Return the fractions that the settings do not make constant."""
     varies = {
-        "kept_fraction": settings.weight_rule in {"expected", "sum", "positive"} or settings.gates,
+        "kept_fraction": settings.weight_rule in {"expected", "sum", "positive"},
         "relabelled_fraction": settings.label_rule != "keep",
         "effective_fraction": settings.weight_rule != "ones" or settings.row_evidence,
     }

@@ -45,8 +45,6 @@ from .report import Report, describe_fit
 
 __all__ = ["Fit"]
 
-_GATES = 1  # keeps the gates' draws apart from the Gumbel noise of the same step
-
 
 class Fit:
     """Everything that one fit learns and needs, and its state in checkpoints."""
@@ -64,8 +62,8 @@ class Fit:
         self.val_classes: tuple[int, ...] = ()  # of each task of the validation scores
         self.val_probabilities = False  # whether these look like probabilities
         self.evidence: Evidence | None = None
-        if settings.gathers:
-            self.evidence = Evidence(weighs_rows=settings.row_evidence, has_gates=settings.gates)
+        if settings.row_evidence:
+            self.evidence = Evidence()
         self.meter = Meter(settings) if settings.measure_overhead else None
         self.skipped = torch.zeros((), dtype=torch.long)  # steps that met a non-finite number
         self._seed = settings.seed
@@ -127,10 +125,7 @@ class Fit:
             if self.matching.names and not self.matching.fits(module, _held(trainer)):
                 self.gradient = ValidationGradient(settings)  # a checkpoint's, of other parameters
         seed = mix_seed(self._seed or 0, number, self.ranks.rank)
-        gate_draws = None
-        if self.evidence is not None:
-            gate_draws = torch.Generator().manual_seed(mix_seed(seed, _GATES))
-        step = Step(self, number, batch, torch.Generator().manual_seed(seed), gate_draws)
+        step = Step(self, number, batch, torch.Generator().manual_seed(seed))
         is_due = self.solves and self.gradient.is_due(number)
         interval = settings.refresh_every_n_steps
         is_old = self._looked is None or number >= self._looked + interval

@@ -73,8 +73,6 @@ class Settings:
             validation rows and averaged over epochs where `AugmentedBatch.index` tells rows apart,
             with the share of wrong labels and an offset learned per group of
             `AugmentedBatch.group`. Needs class labels.
-        gates: Where union batches tell their groups, train on the clean rows they were made from
-            in place of rows of groups that do harm.
         measure_overhead: Train the first eight blocks of a run (of 13 steps with the other
             defaults) refined and plainly in turn, time their steps, and log
             ``saflex/overhead_ratio``, the median refined block over the median plain one: 1.08 is
@@ -103,7 +101,6 @@ class Settings:
     every_n_steps: int = 1
     start_epoch: int = 0
     row_evidence: bool = True
-    gates: bool = True
     measure_overhead: bool = False
     seed: int | None = None
 
@@ -127,11 +124,6 @@ class Settings:
         """Whether weights or labels are learned from the gradients of single steps."""
         return self.weight_rule != "ones" or self.label_rule != "keep"
 
-    @property
-    def gathers(self) -> bool:
-        """Whether evidence is gathered over steps."""
-        return self.row_evidence or self.gates
-
 
 class SettingsKwargs(TypedDict, total=False):
     """`Settings` as keywords; None keeps the preset's value."""
@@ -153,7 +145,6 @@ class SettingsKwargs(TypedDict, total=False):
     every_n_steps: int | None
     start_epoch: int | None
     row_evidence: bool | None
-    gates: bool | None
     measure_overhead: bool | None
     seed: int | None
 
@@ -213,9 +204,7 @@ _ALLOWED: dict[str, tuple[str, Any]] = {
 PRESETS: Mapping[str, Settings] = MappingProxyType(
     {
         "robust": Settings(),
-        "gradient": Settings(
-            label_rule="auto", weight_rule="sigmoid", row_evidence=False, gates=False
-        ),
+        "gradient": Settings(label_rule="auto", weight_rule="sigmoid", row_evidence=False),
         "paper": Settings(
             engine="forward_mode",
             normalize=False,
@@ -229,7 +218,6 @@ PRESETS: Mapping[str, Settings] = MappingProxyType(
             refresh_every_n_steps=1,
             val_batch_ratio=1.0,
             row_evidence=False,
-            gates=False,
         ),
     }
 )

@@ -194,10 +194,9 @@ class SAflexInsight(pl.Callback):
         classes = summarize_classes(collector.counts, names)
         write_table(folder / CLASSES, ClassSummary._fields, classes)
         points = [
-            (step, names.group(group), weight, kept)
-            for step, group, weight, kept in collector.history.points
+            (step, names.group(group), weight) for step, group, weight in collector.history.points
         ]
-        write_table(folder / HISTORY, ("step", "group", "mean_weight", "kept"), points)
+        write_table(folder / HISTORY, ("step", "group", "mean_weight"), points)
         if len(collector.table.index):
             rows = RowSummary._fields
             write_table(folder / ROWS, rows, summarize_rows(collector.table, names))

@@ -16,7 +16,7 @@ __all__ = ["Collector", "GroupCounts", "RowTable", "WeightHistory"]
 STEPS_PER_FLUSH = 64  # that stay on their device before they are added up
 _BINS, _MOST = 40, 2.0  # of the histogram of weights
 _MOST_POINTS = 512  # of the history
-_COUNTS = ("shown", "kept", "weight", "judged", "doubted", "belief")
+_COUNTS = ("shown", "weight", "judged", "doubted", "belief")
 _FADING = ("judged", "doubted", "belief")
 _FACTS = ("label", "suggested", "group")
 
@@ -34,7 +34,6 @@ class Packed:
     suggested: NDArray[np.int64]
     belief: NDArray[np.float64]
     weight: NDArray[np.float64]
-    kept: NDArray[np.bool_]
 
 
 class RowTable:
@@ -54,20 +53,19 @@ class RowTable:
         self.left_out = 0  # visits of rows for which there was no room
 
     def update(self, rows: Packed) -> None:
-        """Take in rows, the newest ones last; a visit that was turned down has weight 0."""
+        """Take in rows, the newest ones last."""
         if rows.index is None or not len(rows.index):
             return
         self._make_room(np.unique(rows.index))
         places = np.searchsorted(self.index, rows.index).clip(max=len(self.index) - 1)
         there = self.index[places] == rows.index
         self.left_out += int((~there).sum())
-        weights = np.where(rows.kept, rows.weight, 0.0)
-        self.visits += np.bincount(places[there], minlength=len(self.index))
-        self.weight_sums += np.bincount(places[there], weights[there], len(self.index))
-        judged = there & rows.kept  # another row was scored in the place of one turned down
-        for column, told in (("label", there), ("group", there), ("suggested", judged)):
-            _put_newest(self.facts[column], places[told], getattr(rows, column)[told])
-        _put_newest(self.beliefs, places[judged], rows.belief[judged])
+        places = places[there]
+        self.visits += np.bincount(places, minlength=len(self.index))
+        self.weight_sums += np.bincount(places, rows.weight[there], len(self.index))
+        for column in _FACTS:
+            _put_newest(self.facts[column], places, getattr(rows, column)[there])
+        _put_newest(self.beliefs, places, rows.belief[there])
 
     def find(self, index: int) -> int | None:
         """Return the place of a row, if it is held."""
@@ -114,10 +112,10 @@ def _put_newest(values: NDArray[Any], places: NDArray[np.int64], new: NDArray[An
 class GroupCounts:
     """Sums over the rows of every group and class, ``(groups, classes)`` each.
 
-    ``shown`` counts augmented rows, ``kept`` those that passed their gate; of these ``weight`` is
-    the sum of weights, ``judged`` counts those with a label suggested, ``doubted`` those where it
-    is another one than the given, and ``belief`` is the sum over the judged ones. Rows without a
-    label count as class 0. The last three fade, see `fade`.
+    ``shown`` counts augmented rows, ``weight`` is the sum of their weights, ``judged`` counts those
+    with a label suggested, ``doubted`` those where it is another one than the given, and ``belief``
+    is the sum over the judged ones. Rows without a label count as class 0. The last three fade, see
+    `fade`.
     """
 
     def __init__(self) -> None:
@@ -131,11 +129,10 @@ class GroupCounts:
         grown = np.maximum(self.sums.shape[1:], [rows.group.max() + 1, label.max() + 1])
         by = [(0, int(new - old)) for new, old in zip(grown, self.sums.shape[1:], strict=True)]
         self.sums = np.pad(self.sums, [(0, 0), *by])
-        judged = rows.kept & (rows.suggested >= 0) & (rows.label >= 0)
+        judged = (rows.suggested >= 0) & (rows.label >= 0)
         values = (
             np.ones(len(label)),
-            rows.kept,
-            np.where(rows.kept, rows.weight, 0.0),
+            rows.weight,
             judged,
             judged & (rows.suggested != rows.label),
             np.where(judged, rows.belief, 0.0),
@@ -154,14 +151,14 @@ class GroupCounts:
 
 
 class WeightHistory:
-    """How weights are spread, and mean weight and share kept of each group over the steps.
+    """How weights are spread, and mean weight of each group over the steps.
 
     At most 512 points are held: of twice as many every second one stays.
     """
 
     def __init__(self) -> None:
         self.histogram = np.zeros(_BINS)
-        self.points: list[tuple[int, int, float, float]] = []  # step, group, mean weight, kept
+        self.points: list[tuple[int, int, float]] = []  # step, group, mean weight
         self._stride, self._calls = 1, 0
 
     @property
@@ -171,16 +168,14 @@ class WeightHistory:
 
     def update(self, rows: Packed, step: int) -> None:
         """Take in the rows up to a step."""
-        self.histogram += np.histogram(rows.weight[rows.kept].clip(0, _MOST), self.edges)[0]
+        self.histogram += np.histogram(rows.weight.clip(0, _MOST), self.edges)[0]
         self._calls += 1
         if self._calls % self._stride or not len(rows.group):
             return
         shown = np.bincount(rows.group)
-        kept = np.bincount(rows.group, rows.kept)
-        weight = np.bincount(rows.group, np.where(rows.kept, rows.weight, 0.0))
+        weight = np.bincount(rows.group, rows.weight)
         for group in np.flatnonzero(shown):
-            mean = weight[group] / kept[group] if kept[group] else float("nan")
-            self.points.append((step, int(group), mean, kept[group] / shown[group]))
+            self.points.append((step, int(group), weight[group] / shown[group]))
         if len(self.points) > _MOST_POINTS:
             steps = sorted({point[0] for point in self.points})[1::2]
             self.points = [point for point in self.points if point[0] in set(steps)]
@@ -190,7 +185,7 @@ class WeightHistory:
         """Return everything a resumed run needs."""
         return {
             "histogram": torch.from_numpy(self.histogram.copy()),
-            "points": torch.tensor(self.points, dtype=torch.float64).reshape(-1, 4),
+            "points": torch.tensor(self.points, dtype=torch.float64).reshape(-1, 3),
             "stride": self._stride,
             "calls": self._calls,
         }
@@ -198,7 +193,7 @@ class WeightHistory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.histogram = state["histogram"].numpy().copy()
-        self.points = [(int(s), int(g), w, k) for s, g, w, k in state["points"].tolist()]
+        self.points = [(int(s), int(g), w) for s, g, w in state["points"].tolist()]
         self._stride, self._calls = state["stride"], state["calls"]
 
 
@@ -263,7 +258,6 @@ def _pack(rows: StepRows, step: int) -> tuple[Tensor, Tensor]:
         none if rows.suggested is None else rows.suggested,
         torch.full_like(rows.weights, torch.nan) if rows.beliefs is None else rows.beliefs,
         rows.weights,
-        rows.kept,
         torch.full_like(none, rows.index is not None),
     )
     index = none if rows.index is None else rows.index
@@ -271,7 +265,7 @@ def _pack(rows: StepRows, step: int) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(index: Tensor, facts: Tensor) -> Packed:
-    _, _, group, label, suggested, belief, weight, kept, known = facts.numpy().T
+    _, _, group, label, suggested, belief, weight, known = facts.numpy().T
     group, label, suggested = (part.astype(np.int64) for part in (group, label, suggested))
     belief = np.where(suggested < 0, np.nan, belief)  # its scores told nothing
     return Packed(
@@ -281,5 +275,4 @@ def _unpack(index: Tensor, facts: Tensor) -> Packed:
         suggested,
         belief.astype(np.float64),
         weight.astype(np.float64),
-        kept > 0,
     )

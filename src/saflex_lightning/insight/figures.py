@@ -26,7 +26,7 @@ def draw_all(
 ) -> Iterator[tuple[str, Any]]:
     """Yield every figure that there is something for, by its name."""
     if history.points:
-        yield "gates", draw_history(history, names)
+        yield "groups", draw_history(history, names)
     if history.histogram.any():
         yield "weights", draw_weights(history)
     label, suggested = table.facts["label"], table.facts["suggested"]
@@ -37,17 +37,15 @@ def draw_all(
 
 
 def draw_history(history: WeightHistory, names: Names) -> Any:
-    """Draw mean weight and share kept of each group over the steps."""
-    figure = _figure(8, 5)
-    axes = figure.subplots(2, 1, sharex=True)
+    """Draw mean weight of each group over the steps."""
+    figure = _figure(8, 3)
+    axes = figure.subplots()
     points = np.array(history.points)
     for group in np.unique(points[:, 1])[:_MOST_LINES].astype(int):
-        steps, _, weight, kept = points[points[:, 1] == group].T
-        axes[0].plot(steps, weight, label=plain_text(names.group(group)))
-        axes[1].plot(steps, kept)
-    axes[0].set_ylabel("mean weight")
-    axes[1].set(ylabel="share kept", xlabel="step", ylim=(-0.05, 1.05))
-    axes[0].legend(fontsize="x-small", ncols=2)
+        steps, _, weight = points[points[:, 1] == group].T
+        axes.plot(steps, weight, label=plain_text(names.group(group)))
+    axes.set(xlabel="step", ylabel="mean weight")
+    axes.legend(fontsize="x-small", ncols=2)
     return figure
 
 

@@ -43,7 +43,7 @@ class DoubtedImages:
             return
         images = _images_of(batch, len(rows.beliefs))
         if images is not None:
-            beliefs = torch.where(rows.kept & (rows.suggested >= 0), rows.beliefs, torch.inf)
+            beliefs = torch.where(rows.shown & (rows.suggested >= 0), rows.beliefs, torch.inf)
             row = beliefs.argmin().unsqueeze(0)  # stays on its device
             self._waiting.append((images[row][0], rows.index[row]))
 

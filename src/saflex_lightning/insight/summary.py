@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saflex_lightning.evidence.evidence import GroupEvidence
-from saflex_lightning.evidence.gates import FEWEST_STEPS, STANDARD_ERRORS
+from saflex_lightning.evidence.groups import FEWEST_STEPS, STANDARD_ERRORS
 
 from .collect import GroupCounts, RowTable
 
@@ -53,11 +53,10 @@ class GroupSummary(NamedTuple):
     group: int
     name: str
     rows: int  # that were shown, each visit counting
-    kept: float  # share of them that passed the gate
-    mean_weight: float | None  # of those; None where there is none
+    mean_weight: float
     mean_belief: float | None  # posterior of the label
     doubted: float | None  # share whose suggested label is another one
-    gate: float | None  # probability to pass
+    wrong_labels: float | None  # estimated share
     evidence: float | None  # positive where the group lowers the validation loss
     standard_error: float | None
     verdict: str
@@ -69,8 +68,7 @@ class ClassSummary(NamedTuple):
     group: str
     given: str
     rows: int
-    kept: float
-    mean_weight: float | None
+    mean_weight: float
     mean_belief: float | None
     doubted: float | None
 
@@ -82,25 +80,20 @@ class RowSummary(NamedTuple):
     given: str
     suggested: str
     belief: float | None
-    mean_weight: float  # over its visits, 0 for those that its gate turned down
+    mean_weight: float  # over its visits
     visits: int
     group: str
 
 
-def verdict(mean: float, error: float, *, gate: float = 1.0, steps: float = 50.0) -> str:
-    """Return what a group does, in words, at the three standard errors at which gates move.
-
-    A group that was turned down harms until its mean evidence is above zero: few of its rows pass,
-    so that the error is large.
+def verdict(mean: float, error: float, *, steps: float = 50.0) -> str:
+    """Return what a group does, in words, where its evidence is beyond three standard errors.
 
     Example:
-        >>> verdict(0.3, 0.05), verdict(0.1, 0.05), verdict(-0.1, 0.3, gate=0.1)
+        >>> verdict(0.3, 0.05), verdict(0.1, 0.05), verdict(-0.2, 0.05)
         ('helps', 'no difference within error', 'harms')
     """
     if not steps:
         return "not judged"
-    if gate < 1 and mean <= 0:
-        return "harms"
     if steps <= FEWEST_STEPS:
         return "too few steps"
     if abs(mean) <= STANDARD_ERRORS * error:
@@ -152,7 +145,7 @@ def summarize_rows(table: RowTable, names: Names) -> Iterator[RowSummary]:
 
 def make_groups_table(groups: Sequence[GroupSummary]) -> Table:
     """Return the table that ends a fit."""
-    columns = ("group", "rows", "kept", "weight", "doubted", "evidence", "verdict")
+    columns = ("group", "rows", "weight", "doubted", "wrong labels", "evidence", "verdict")
     table = Table(*columns, title="What SAFLEX made of the groups", box=box.SIMPLE)
     for group in groups:
         evidence = "-"
@@ -161,9 +154,9 @@ def make_groups_table(groups: Sequence[GroupSummary]) -> Table:
         table.add_row(
             Text(group.name),  # `Text` is printed as it is: a name in brackets is no markup
             str(group.rows),
-            f"{group.kept:.0%}",
-            "-" if group.mean_weight is None else f"{group.mean_weight:.2f}",
+            f"{group.mean_weight:.2f}",
             "-" if group.doubted is None else f"{group.doubted:.0%}",
+            "-" if group.wrong_labels is None else f"{group.wrong_labels:.0%}",
             evidence,
             group.verdict.removesuffix(" within error"),
         )
@@ -172,15 +165,14 @@ def make_groups_table(groups: Sequence[GroupSummary]) -> Table:
 
 def _shares(
     counts: GroupCounts, group: int, label: int | slice
-) -> tuple[int, float, float | None, float | None, float | None]:
-    shown, kept, weight, judged, doubted, belief = (
+) -> tuple[int, float, float | None, float | None]:
+    shown, weight, judged, doubted, belief = (
         float(counts.read(name)[group, label].sum())
-        for name in ("shown", "kept", "weight", "judged", "doubted", "belief")
+        for name in ("shown", "weight", "judged", "doubted", "belief")
     )
-    mean_weight = weight / kept if kept else None
     # Without evidence a label may be suggested, but nothing is believed.
     mean_belief = belief / judged if judged and belief == belief else None
-    return int(shown), kept / shown, mean_weight, mean_belief, doubted / judged if judged else None
+    return int(shown), weight / shown, mean_belief, doubted / judged if judged else None
 
 
 def _judged(
@@ -189,7 +181,7 @@ def _judged(
     if evidence is None:
         return None, None, None, verdict(0.0, 0.0, steps=0)
     _, *parts = evidence
-    gate, mean, error, steps = (float(part[number]) for part in parts)
-    if not steps:  # gates judge groups beside clean rows
-        return gate, None, None, verdict(0.0, 0.0, steps=0)
-    return gate, mean, error, verdict(mean, error, gate=gate, steps=steps)
+    wrong, mean, error, steps = (float(part[number]) for part in parts)
+    if not steps:  # groups are judged beside clean rows
+        return wrong, None, None, verdict(0.0, 0.0, steps=0)
+    return wrong, mean, error, verdict(mean, error, steps=steps)

@@ -53,8 +53,8 @@ class MedMNISTDataModule(ImageDataModule):
         >>> data = MedMNISTDataModule(batch_size=2)
         >>> data.setup("fit")
         >>> batch = next(iter(data.train_dataloader()))
-        >>> batch.augmented, batch.source
-        (tensor([False, False,  True,  True]), tensor([-1, -1,  0,  1]))
+        >>> batch.augmented, len(batch.target)
+        (tensor([False, False,  True,  True]), 4)
     """
 
     def __init__(

@@ -40,22 +40,18 @@ class MixedImages(Dataset[AugmentedBatch]):
         clean = torch.zeros(self.num_real, dtype=torch.int64)
         self.target = torch.cat([real.target, pool.target])
         self.group = torch.cat([clean, pool.group])
-        self.source = torch.cat([clean - 1, pool.source])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, rows: list[int]) -> AugmentedBatch:
         index = torch.tensor(rows)
-        position = {row: place for place, row in enumerate(rows)}
-        sources = self.source[index].tolist()
         return AugmentedBatch(
             inputs=normalize(torch.stack([self.images[row] for row in rows])),
             target=self.target[index],
             augmented=index >= self.num_real,
             group=self.group[index],
             index=index,
-            source=torch.tensor([position.get(source, -1) for source in sources]),
         )
 
 

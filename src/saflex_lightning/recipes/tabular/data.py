@@ -61,8 +61,8 @@ class TabularDataModule(UnionDataModule):
         >>> data = TabularDataModule("qsar", batch_size=2)
         >>> data.setup("fit")
         >>> batch = next(iter(data.train_dataloader()))
-        >>> batch.inputs.numeric.shape, batch.source
-        (torch.Size([4, 41]), tensor([-1, -1,  0,  1]))
+        >>> batch.inputs.numeric.shape, batch.augmented
+        (torch.Size([4, 41]), tensor([False, False,  True,  True]))
     """
 
     def __init__(

@@ -1,0 +1,63 @@
+"""What groups of augmented rows do to the validation loss.
+
+The evidence of single rows is mostly noise; its mean over a group, gathered over many steps, is
+not. Nothing acts on it: a row is weighed by what is believed of its own label. It tells people
+which operations and generators help and which harm.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .weights import Array, host_array
+
+__all__ = ["FEWEST_STEPS", "STANDARD_ERRORS", "GroupMeans"]
+
+_DECAY = 0.98  # of what is gathered, per step that shows the group
+FEWEST_STEPS = 10.0  # steps, faded ones counting less, before a group is judged
+STANDARD_ERRORS = 3.0  # many groups are looked at, so that two would often be chance
+
+
+class GroupMeans:
+    """Running mean and standard error of the mean evidence of each group's rows in one step."""
+
+    def __init__(self) -> None:
+        self._sums: Array | None = None  # of 1, the mean evidence and its square, (3, groups)
+
+    def start(self, num_groups: int) -> None:
+        """Make the sums of a fit, unless a checkpoint brought them."""
+        if self._sums is None:
+            self._sums = np.zeros((3, num_groups))
+
+    def update(self, means: Array, present: NDArray[np.bool_]) -> None:
+        """Take in each group's mean evidence, where a step has ``present`` it."""
+        assert self._sums is not None
+        known = present & np.isfinite(means)
+        means = np.where(known, means, 0)
+        new = _DECAY * self._sums + np.stack([np.ones_like(means), means, means**2])
+        self._sums = np.where(known, new, self._sums)
+
+    @property
+    def steps(self) -> Array:
+        """How many steps have shown each group, faded ones counting less, ``(groups,)``."""
+        assert self._sums is not None
+        return self._sums[0]
+
+    def read(self) -> tuple[Array, Array]:
+        """Return mean evidence of each group and its standard error, ``(groups,)`` each."""
+        assert self._sums is not None
+        count, total, squares = self._sums
+        count = count.clip(1)
+        mean = total / count
+        return mean, np.sqrt((squares / count - mean**2).clip(0) / count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed run needs."""
+        return {"sums": None if self._sums is None else torch.from_numpy(self._sums)}
+
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        """Restore what `state_dict` returned."""
+        self._sums = None if state["sums"] is None else host_array(state["sums"])

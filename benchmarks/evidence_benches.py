@@ -118,8 +118,7 @@ class Data:
         validation: Inputs and labels.
         test: Inputs and labels.
         names: Of the groups.
-        make: From clean rows' numbers and a generator to augmented inputs, labels, groups, indices
-            and whether their source is their clean row.
+        make: From clean rows' numbers and a generator to augmented inputs, labels, groups, indices.
         wrong: Which indices a method that knows better would leave out; None where it is none.
     """
 

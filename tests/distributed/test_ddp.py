@@ -85,28 +85,16 @@ def test_scenarios_are_what_their_names_say(ranks):
     assert any(all(step) for step in dropped)  # on all
 
 
-def test_gates_are_equal_on_all_ranks_and_to_those_of_one_process(ranks):
-    def gates(name):
-        return [rank[name, torch.float64].state for rank in ranks]
-
-    def log_weights(state):
-        return state["evidence"]["gates"]["log_weights"]
-
-    watching, rejecting = map(gates, ("gates", "gates that reject"))
-    alone = train("gates", torch.float64, 1).state
-    for part in ("log_weights", "sums"):
-        expected = alone["evidence"]["gates"][part]
-        found = watching[0]["evidence"]["gates"][part]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
-    assert log_weights(rejecting[0])[1:].max() < -0.1
-    assert log_weights(rejecting[0]).isfinite().all()
-    for first, *others in (watching, rejecting):
-        for other in others:
-            assert_same_state(leaves(first["evidence"]), leaves(other["evidence"]))
-    results = [rank["gates that reject", torch.float64] for rank in ranks]
-    assert all(largest_difference(results[0].parameters, r.parameters) == 0 for r in results)
-    rows = [[step.rows for step in result.refined] for result in results]
-    assert rows[0] != rows[-1]  # every rank draws its own rejections
+def test_what_is_known_of_groups_is_equal_on_all_ranks_and_to_that_of_one_process(ranks):
+    states = [rank["groups", torch.float64].state["evidence"] for rank in ranks]
+    alone = train("groups", torch.float64, 1).state["evidence"]
+    for part, names in (("rule", ("offsets", "likelihoods", "surprises")), ("groups", ("sums",))):
+        for name in names:
+            expected, found = alone[part][name], states[0][part][name]
+            assert found.any()
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    for other in states[1:]:
+        assert_same_state(leaves(states[0]), leaves(other))
 
 
 def test_nan_on_one_rank_is_met_by_all_and_kept_by_none(ranks):

@@ -122,8 +122,8 @@ def parse(monkeypatch, config, *args):
 # What is given to ``saflex`` -> what is given to ``saflex-train``.
 JOBS = {
     ("main",): ["experiment=weak_labels"],
-    ("tabular_mlp method=gates_only model.network.width=16",): [
-        *("experiment=tabular_mlp", "method=gates_only", "model.network.width=16")
+    ("tabular_mlp method=saflex_gradient model.network.width=16",): [
+        *("experiment=tabular_mlp", "method=saflex_gradient", "model.network.width=16")
     ],
     ("medmnist_4gpu_fp16", "--trainer.precision=32"): [
         *("experiment=medmnist_randaugment", "trainer=ddp_4gpu", "data.batch_size=32"),

@@ -13,7 +13,7 @@ import re
 import lightning as L
 import pytest
 from helpers.benchmarks import load_benchmark
-from helpers.configs import CONFIGS, compose_config, gates_in_log, render
+from helpers.configs import CONFIGS, compose_config, groups_in_log, render
 from helpers.standins import STANDINS
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -78,18 +78,12 @@ def test_fast_run_on_a_standin(tmp_path, standin, experiment):
 @pytest.mark.parametrize(
     "method",
     [
-        "gates_only",
+        "saflex_robust",
         *(
             pytest.param(method, marks=pytest.mark.slow)
             for method in (
                 *("label_smoothing", "learning_to_reweight", "no_aug", "saflex_gradient"),
-                *(
-                    "rows_only",
-                    "small_loss",
-                    "soft_augmentation",
-                    "train_plus_val",
-                    "upstream",
-                ),
+                *("small_loss", "soft_augmentation", "train_plus_val", "upstream"),
             )
         ),
     ],
@@ -100,9 +94,9 @@ def test_methods_on_a_pool_of_generated_images(tmp_path, standin, method):
     assert train(cfg)["steps"] == 2
     pooled = method not in {"no_aug", "soft_augmentation"}
     assert (cfg.data.augmentation == "generated") == pooled
-    if "gates" in method:  # one for each prompt
+    if method == "saflex_robust":  # one for each prompt
         names = [f"pool: {prompt}/strength-0.6_guidance-7.5" for prompt in POOL_PROMPTS]
-        assert sorted(gates_in_log(tmp_path)) == names
+        assert sorted(groups_in_log(tmp_path)) == names
 
 
 def test_overfitting_batches_of_a_pool_repeats_them(tmp_path, standin):
@@ -129,7 +123,7 @@ def test_planted_labels_of_a_pool_are_scored(tmp_path, standin):
     cfg = compose_config(
         tmp_path,
         *standin("blood_generated"),
-        *("method=rows_only", "data.label_noise=0.4", "++trainer.limit_train_batches=3"),
+        *("method=saflex_robust", "data.label_noise=0.4", "++trainer.limit_train_batches=3"),
     )
     result = train(cfg)
     assert 0.0 < result["wrong_label_auroc"] < 1.0

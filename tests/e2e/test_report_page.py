@@ -91,6 +91,7 @@ def test_the_page_shows_the_run_in_order_and_needs_nothing_else(run):
     for group in cells(run, "saflex_groups.csv"):
         assert group["name"] in read.texts
         assert group["verdict"].removesuffix(" within error") in read.texts
+        assert f"{float(group['wrong_labels']):.0%}" in read.texts
     first = next(
         row for row in cells(run, "saflex_rows.csv") if row["suggested"] not in {"", row["given"]}
     )
@@ -191,7 +192,10 @@ DAMAGES = {
     ),
     ("saflex_rows.csv", "a cell"): (lambda text: text + "1,2\r\n", "is cut short or too long"),
     ("saflex_rows.csv", "its end"): (lambda text: text[:-4], "its end is cut off"),
-    ("saflex_history.csv", "empty"): (lambda text: "", "there is no column ['group', 'kept'"),
+    ("saflex_history.csv", "empty"): (
+        lambda text: "",
+        "there is no column ['group', 'mean_weight'",
+    ),
     ("csv/metrics.csv", "a word"): (
         lambda text: re.sub(r"0\.\d+", "x", text, count=1),
         "could not convert string to float",

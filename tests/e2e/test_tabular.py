@@ -4,7 +4,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.configs import CONFIGS, compose_config, gates_in_log
+from helpers.configs import CONFIGS, compose_config, groups_in_log
 from helpers.tables import SHARED, make_table, write_csv, write_npz
 from helpers.training import assert_same_state, state_of
 from hydra.errors import InstantiationException
@@ -70,8 +70,7 @@ def test_the_perceptron_learns_qsar(tmp_path):
 @pytest.mark.parametrize(
     "method",
     [
-        *("uniform", "saflex_gradient", "train_plus_val", "small_loss", "gates_only"),
-        pytest.param("rows_only", marks=pytest.mark.slow),
+        *("uniform", "saflex_gradient", "train_plus_val", "small_loss", "saflex_robust"),
         pytest.param("label_smoothing", marks=pytest.mark.slow),
         pytest.param("learning_to_reweight", marks=pytest.mark.slow),
     ],
@@ -80,9 +79,9 @@ def test_other_methods_train_the_perceptron(tmp_path, method):
     limit = ["trainer.limit_val_batches=0"] if method == "train_plus_val" else []
     result = run(tmp_path, f"method={method}", "augmentation=tabular_cutmix_columns", *limit)
     assert 0.0 <= result["test_auroc"] <= 1.0
-    if "gates" in method:
+    if method == "saflex_robust":
         bins = ["cutmix_0_25", "cutmix_25_50", "cutmix_50_75", "cutmix_75_100"]
-        assert sorted(gates_in_log(tmp_path)) == bins
+        assert sorted(groups_in_log(tmp_path)) == bins
 
 
 def test_soft_augmentation_of_a_table_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 
 import lightning as L
 import pytest
-from helpers.configs import CONFIGS, compose_config, gates_in_log, render
+from helpers.configs import CONFIGS, compose_config, groups_in_log, render
 from helpers.standins import write_medmnist
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
@@ -43,11 +43,9 @@ GROUPS = {
     if folder.is_dir() and folder.name not in {"experiment", "lightning_cli", "__pycache__"}
 }
 METHODS = (
-    "gates_only",
     "label_smoothing",
     "learning_to_reweight",
     "no_aug",
-    "rows_only",
     "saflex_gradient",
     "saflex_paper",
     "saflex_robust",
@@ -141,9 +139,9 @@ def test_every_choice_takes_a_short_run(tmp_path, group, choice):
     assert (tmp_path / "csv" / "metrics.csv").is_file() == ((group, choice) != ("logger", "none"))
     weights = tmp_path / "checkpoints" / "last.ckpt"
     assert weights.is_file() == ((group, choice) != ("callbacks", "none"))
-    if choice in {"gates_only", "saflex_robust"}:
+    if choice == "saflex_robust":
         operations = TagOperations(v2.RandAugment()).group_names[1:]
-        assert sorted(gates_in_log(tmp_path)) == sorted(operations)
+        assert sorted(groups_in_log(tmp_path)) == sorted(operations)
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
@@ -208,8 +206,6 @@ def test_combinations_compose_and_instantiate(tmp_path, method, augmentation):
         ("learning_to_reweight", "randaugment", "union", "paper"),
         ("saflex_paper", "randaugment", "union", "paper"),
         ("saflex_gradient", "randaugment", "union", "gradient"),
-        ("gates_only", "randaugment", "union", "robust"),
-        ("rows_only", "randaugment", "union", "robust"),
         ("saflex_robust", "randaugment", "union", "robust"),
     ],
 )

@@ -46,7 +46,6 @@ def union_batches(rows=6, batches=2):
                 augmented=torch.arange(2 * rows) >= rows,
                 group=(torch.arange(2 * rows) >= rows).long(),
                 index=torch.cat([index, index + rows * batches]),
-                source=torch.cat([torch.full((rows,), -1), torch.arange(rows)]),
             )
         )
     return DataLoader(made, batch_size=None)

@@ -19,11 +19,11 @@ def compose_config(output_dir, *overrides):
         return compose("train", overrides=[*overrides, f"output_dir={output_dir}"])
 
 
-def gates_in_log(output_dir):
-    """Names of the groups whose gate was logged, in the order of the log."""
+def groups_in_log(output_dir):
+    """Names of the groups whose mean weight was logged, in the order of the log."""
     with (Path(output_dir) / "csv" / "metrics.csv").open(newline="") as stream:
         columns = csv.DictReader(stream).fieldnames
-    return [name.removeprefix("saflex/gate/") for name in columns if "saflex/gate/" in name]
+    return [name.removeprefix("saflex/weight/") for name in columns if "saflex/weight/" in name]
 
 
 def render(table, width=160):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from helpers.gated import Gated, steering
-from helpers.gated import union_batch as make_union
+from helpers.grouped import Grouped, steering
+from helpers.grouped import union_batch as make_union
 from helpers.processes import run_in_processes
 from helpers.training import NUM_CLASSES, NUM_FEATURES, fit, make_rows, seeded
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -45,15 +45,9 @@ CASES = {
         "every_n_steps": 3,
     },
     "robust": {},
-    "robust, gates only": {"row_evidence": False},
     "robust, Mixup": {},
     "robust, class weights and smoothing": {},
-    "paper, head, gates and rows": {
-        "preset": "paper",
-        "engine": "head",
-        "gates": True,
-        "row_evidence": True,
-    },
+    "paper, head and evidence": {"preset": "paper", "engine": "head", "row_evidence": True},
 }
 KINDS = {"Mixup": "soft", "class weights and smoothing": "weighted", "dropout": "dropout"}
 CASES |= {name: {"preset": "gradient", "engine": "forward_mode"} for name in KINDS}
@@ -61,7 +55,7 @@ KINDS |= {"robust, Mixup": "soft", "robust, class weights and smoothing": "weigh
 NOT_RESUMED = ("dropout",)  # Lightning saves no random state
 
 
-class Net(Gated):
+class Net(Grouped):
     """Smooth, with batch statistics."""
 
     def __init__(self, kind="hard"):

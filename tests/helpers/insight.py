@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from helpers.gated import Gated, gated_loader, steering
+from helpers.grouped import Grouped, grouped_loader, steering
 from helpers.training import fit, seeded
 
 from saflex_lightning import SAflexCallback, SAflexInsight
@@ -30,16 +30,16 @@ class Recorder(pl.Callback):
             self.steps.append((trainer.current_epoch, rows))
 
 
-def gated_run(folder, *, max_epochs=12, module=None, **settings):
+def grouped_run(folder, *, max_epochs=12, module=None, **settings):
     """Fit on union batches; return the callback, the recorder and the Trainer."""
     callback = SAflexCallback(steering(), **settings)
     recorder = Recorder(callback)
     trainer = fit(
-        seeded(Gated) if module is None else module,
+        seeded(Grouped) if module is None else module,
         callback,
         recorder,
         SAflexInsight(folder),
-        train=gated_loader(shuffle=True),
+        train=grouped_loader(shuffle=True),
         max_epochs=max_epochs,
     )
     return callback, recorder, trainer
@@ -54,27 +54,24 @@ def visits(steps):
                 index, group, label, suggested, belief = (
                     -1 if part is None else part[row].item() for part in told
                 )
-                kept, weight = rows.kept[row].item(), rows.weights[row].item()
-                yield epoch, index, group, label, suggested, belief, weight, kept
+                yield epoch, index, group, label, suggested, belief, rows.weights[row].item()
 
 
 def sums_by_loops(steps, key):
-    """Rows, share kept, mean weight, mean belief and share doubted, by what ``key`` returns."""
-    sums = defaultdict(lambda: [0.0] * 6)
+    """Rows, mean weight, mean belief and share doubted, by what ``key`` returns."""
+    sums = defaultdict(lambda: [0.0] * 5)
     last = max(epoch for epoch, _ in steps)
-    for epoch, _, group, label, suggested, belief, weight, kept in visits(steps):
+    for epoch, _, group, label, suggested, belief, weight in visits(steps):
         entry, fading = sums[key(group, label)], 0.5 ** (last - epoch)
         entry[0] += 1
-        if kept:
-            entry[1] += 1
-            entry[2] += weight
-            if suggested >= 0:
-                entry[3] += fading
-                entry[4] += fading * belief
-                entry[5] += fading * (suggested != label)
+        entry[1] += weight
+        if suggested >= 0:
+            entry[2] += fading
+            entry[3] += fading * belief
+            entry[4] += fading * (suggested != label)
     return {
-        name: [rows, kept / rows, weight / kept, belief / judged, doubted / judged]
-        for name, (rows, kept, weight, judged, belief, doubted) in sums.items()
+        name: [rows, weight / rows, belief / judged, doubted / judged]
+        for name, (rows, weight, judged, belief, doubted) in sums.items()
     }
 
 
@@ -100,7 +97,6 @@ def drawn_steps(seed=0):
             beliefs=torch.rand(ROWS, generator=generator),
             weights=2.5 * torch.rand(ROWS, generator=generator),
             shown=shown,
-            kept=shown & (draw(3) > 0),
         )
 
 
@@ -121,10 +117,10 @@ def collect_and_fit(rank, size, folder):
     """Do so in a process group, and take a fit of several processes, into one folder."""
     callback = SAflexCallback(steering())
     fit(
-        seeded(Gated),
+        seeded(Grouped),
         callback,
         SAflexInsight(folder),
-        train=gated_loader(),
+        train=grouped_loader(),
         max_epochs=3,
         devices=size,
         strategy="ddp",

@@ -62,8 +62,6 @@ class Watched(Classifier):
         loss = super().training_step(batch, batch_idx)
         weights = self.saflex_solution.weights
         mask = batch.augmented if isinstance(batch, AugmentedBatch) else weights >= 0
-        rejected = self._saflex_step.rejected
-        mask = mask if rejected is None else mask & ~rejected
         self.refined.append(Refined(int(mask.sum()), float(weights[mask].sum())))
         return loss
 
@@ -167,15 +165,12 @@ def grouped(inputs, target, place, *, wrong):
     moved = augmented == (wrong == "augmented")
     target = torch.where(moved, target + 1, target) % NUM_CLASSES
     batch = augmented_where(augmented, inputs, target, place)
-    group = torch.where(augmented, 1 + (place % 4 == 3).long(), 0)
-    source = torch.where(augmented, torch.arange(len(target)) - 1, -1)
-    return replace(batch, group=group, source=source)
+    return replace(batch, group=torch.where(augmented, 1 + (place % 4 == 3).long(), 0))
 
 
 def augmented_where(mask, inputs, target, place):
     """A batch whose rows are told apart by their place in the whole one."""
-    none = torch.full_like(target, -1)
-    return AugmentedBatch(inputs, target, mask, mask.long(), place, none)
+    return AugmentedBatch(inputs, target, mask, mask.long(), place)
 
 
 @dataclass(frozen=True)
@@ -233,14 +228,12 @@ SCENARIOS = {
         {**GRADIENT, "engine": "finite_difference"}, batch=union
     ),
     "all rows dropped": Scenario(HARD, batch=wrong, batch_size=4),
-    # Augmented rows that are better than the clean ones: none is rejected.
-    "gates": Scenario({"row_evidence": False}, batch=partial(grouped, wrong="clean")),
+    "groups": Scenario(batch=partial(grouped, wrong="augmented")),
     "NaN on one rank": Scenario(module=Surviving, batch=partial(grouped, wrong="clean")),
     "NaN on one rank, gradient": Scenario(
         GRADIENT, module=Surviving, batch=partial(grouped, wrong="clean")
     ),
-    "row evidence": Scenario({"gates": False}, batch=union),
-    "everything": Scenario({**GRADIENT, "gates": True, "row_evidence": True}, batch=union),
+    "everything": Scenario({**GRADIENT, "row_evidence": True}, batch=union),
     # Features gathered over ranks; steered by pairs (gathered too) or by classification.
     **{
         f"{engine}, {steering}": Scenario(
@@ -255,9 +248,6 @@ SCENARIOS = {
 
 # Draws of its own on every rank: several processes do not equal one.
 OWN_DRAWS = {
-    "gates that reject": Scenario(
-        {"row_evidence": False}, batch=partial(grouped, wrong="augmented")
-    ),
     **{
         f"{name}, {engine}": Scenario({**GRADIENT, "engine": engine}, module=module, batch=union)
         for engine in ENGINES

@@ -30,9 +30,9 @@ RUNS = {
     "accumulation": ("adam", Scenario(HEAD, trainer={"accumulate_grad_batches": 2})),
     "robust, Adam": ("adam", Scenario()),
     "robust, groups": ("adam", Scenario(batch=partial(grouped, wrong="clean"))),
-    "gradient, gates": (
+    "gradient, evidence": (
         "adam",
-        Scenario({**HEAD, "gates": True}, batch=partial(grouped, wrong="clean")),
+        Scenario({**HEAD, "row_evidence": True}, batch=partial(grouped, wrong="clean")),
     ),
 }
 SHARDS_ON_CPU = not torch.__version__.startswith("2.4.")  # whose `fully_shard` makes CUDA streams

@@ -76,8 +76,7 @@ def soak(_rank, seed, folder=None):
     sampler = ResumableSampler(rows, num_replicas=1, rank=0, seed=seed)
     workers = {"num_workers": 1} if folder is not None else {}  # the rows do not depend on it
     val = make_loader(40, 8, seed=7, **workers)
-    evidence = {"gates": True, "row_evidence": True}
-    callback = SAflexCallback(val, preset="gradient", gumbel=True, seed=seed, **evidence)
+    callback = SAflexCallback(val, preset="gradient", gumbel=True, row_evidence=True, seed=seed)
     counter, keepers, checkpoint = CountNaN(), [], None
     if folder is not None:
         keepers = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.adopted import EditedWeighted, Unedited, UneditedWeighted
-from helpers.gated import NAMES, gated_loader, steering
+from helpers.grouped import NAMES, grouped_loader, steering
 from helpers.training import (
     Classifier,
     assert_same_state,
@@ -22,7 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from saflex_lightning import AugmentedBatch, SAflexCallback, UnsupportedModelError
+from saflex_lightning import SAflexCallback, UnsupportedModelError
 
 
 def loss_of(function):
@@ -81,61 +81,32 @@ def test_class_weights_and_label_smoothing_are_those_of_the_loss(preset):
     assert_same_runs(EditedWeighted, UneditedWeighted, lambda: callback(preset=preset))
 
 
-class EditedGated(Classifier):
+class EditedGrouped(Classifier):
     def saflex_group_names(self):
         return NAMES
 
 
-class UneditedGated(Unedited):
-    saflex_group_names = EditedGated.saflex_group_names
+class UneditedGrouped(Unedited):
+    saflex_group_names = EditedGrouped.saflex_group_names
 
 
-@pytest.mark.parametrize("engine", ["head", "forward_mode"])
-def test_gates_replace_rows_before_the_network_sees_them(engine):
-    rejected = []
-
-    class Watching(SAflexCallback):
-        def on_train_batch_end(self, *args):
-            found = self._step.rejected  # None while every gate is open
-            rejected.append(found is not None and bool(found.any()))
-            super().on_train_batch_end(*args)
-
-    assert_same_runs(
-        EditedGated,
-        UneditedGated,
-        lambda: Watching(steering(), preset="gradient", gates=True, engine=engine),
-        train=gated_loader(),
-        max_epochs=6,
-    )
-    assert any(rejected)
-
-
-@pytest.mark.parametrize("settings", [{"row_evidence": True}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"preset": "paper"},
+        {"preset": "gradient", "row_evidence": True},
+        {"preset": "gradient", "engine": "forward_mode"},
+    ],
+    ids=str,
+)
 def test_augmented_rows_alone_are_refined_in_a_union_batch(settings):
     assert_same_runs(
-        EditedGated,
-        UneditedGated,
+        EditedGrouped,
+        UneditedGrouped,
         lambda: SAflexCallback(steering(), **settings),
-        train=gated_loader(),
+        train=grouped_loader(),
     )
-
-
-def test_rejected_rows_reach_the_step_with_the_labels_of_their_sources():
-    class Watching(UneditedGated):
-        def training_step(self, batch, batch_idx):
-            assert isinstance(batch, AugmentedBatch)
-            rejected = saflex._step.rejected
-            if rejected is None:  # while every gate is open
-                rejected = torch.zeros_like(batch.augmented)
-            for values in batch:
-                assert values[rejected].equal(values[batch.source[rejected]])
-            counts.append(int(rejected.sum()))
-            return super().training_step(batch, batch_idx)
-
-    counts = []
-    saflex = SAflexCallback(steering(), gates=True)
-    fit(seeded(Watching), saflex, train=gated_loader(), max_epochs=6)
-    assert sum(counts) > 0
 
 
 class EditedRepeating(Classifier):
@@ -473,7 +444,7 @@ def test_rows_that_the_step_permutes_or_mixes():
             return F.cross_entropy(self(inputs[order]), target[order])
 
     match = r"rows of the `AugmentedBatch` in their order.*`SAflexMixin`"
-    assert_refused(seeded(Permuting), match, train=gated_loader())
+    assert_refused(seeded(Permuting), match, train=grouped_loader())
 
 
 def test_ignored_labels():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.gated import Gated, gated_loader, steering, union_batch
+from helpers.grouped import Grouped, grouped_loader, steering, union_batch
 from helpers.training import (
     EVERY_WAY,
     GRADIENT,
@@ -85,7 +85,7 @@ def test_several_loaders_of_validation_rows(collect):
         SAflexCallback(loaders)
 
 
-@pytest.mark.parametrize("gates", [True, False])
+@pytest.mark.parametrize("row_evidence", [True, False])
 @pytest.mark.parametrize(
     ("field", "change"),
     [
@@ -93,36 +93,36 @@ def test_several_loaders_of_validation_rows(collect):
         ("augmented", lambda mask: mask[:-1]),
         ("group", lambda group: group.float()),
         ("index", lambda index: index.int()),
-        ("source", lambda source: source.unsqueeze(1)),
+        ("index", lambda index: index.unsqueeze(1)),
     ],
 )
-def test_fields_of_a_batch_that_do_not_fit(field, change, gates):
+def test_fields_of_a_batch_that_do_not_fit(field, change, row_evidence):
     def batch(*rows):
         made = union_batch(*rows)
         return replace(made, **{field: change(getattr(made, field))})
 
-    module = seeded(Gated)
-    callback = SAflexCallback(steering(), gates=gates)
+    module = seeded(Grouped)
+    callback = SAflexCallback(steering(), row_evidence=row_evidence)
     with pytest.raises(ValueError, match=rf"Expected `AugmentedBatch\.{field}` to be an? "):
-        fit(module, callback, train=gated_loader(make_batch=batch))
+        fit(module, callback, train=grouped_loader(make_batch=batch))
     assert not module.steps
 
 
-@pytest.mark.parametrize("settings", [{}, {**GRADIENT, "gates": True}], ids=str)
-@pytest.mark.parametrize("field", ["group", "source", "index"])
-def test_gates_need_no_groups_sources_or_indices(field, settings):
+@pytest.mark.parametrize("settings", [{}, {**GRADIENT, "row_evidence": True}], ids=str)
+@pytest.mark.parametrize("field", ["group", "index"])
+def test_evidence_needs_no_groups_or_indices(field, settings):
     def batch(*rows):
         return replace(union_batch(*rows), **{field: None})
 
     class Union(Classifier):
-        saflex_group_names = Gated.saflex_group_names
-        names = Gated.names
+        saflex_group_names = Grouped.saflex_group_names
+        names = Grouped.names
 
         def training_step(self, batch, batch_idx):
             return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
 
     callback = SAflexCallback(steering(), **settings)
-    fit(seeded(Union), callback, train=gated_loader(96, make_batch=batch), max_epochs=2)
+    fit(seeded(Union), callback, train=grouped_loader(96, make_batch=batch), max_epochs=2)
     seen = callback.state_dict()["evidence"]["seen"].tolist()
     assert seen == [2 * 96, *((2 * 96, 0) if field == "group" else (96, 96))]
 
@@ -213,12 +213,12 @@ def test_forward_that_writes_in_its_inputs(make, way):
 
 @pytest.mark.parametrize("nest", [lambda batch: {"labeled": batch}, lambda batch: [batch, 1]])
 def test_augmented_batch_inside_another_batch(nest):
-    class Nested(Gated):
+    class Nested(Grouped):
         def training_step(self, batch, batch_idx):
             batch = batch["labeled"] if isinstance(batch, dict) else batch[0]
             return self.saflex_loss(self.saflex_forward(batch.inputs), batch.target)
 
-    train = gated_loader(make_batch=lambda *rows: nest(union_batch(*rows)))
+    train = grouped_loader(make_batch=lambda *rows: nest(union_batch(*rows)))
     module, callback = seeded(Nested), SAflexCallback(steering())
     match = r"`saflex_loss\(\.\.\., augmented=\)` where an `AugmentedBatch` is a part"
     with pytest.raises(ValueError, match=match):

@@ -95,7 +95,6 @@ def union_batch(inputs, target):
         augmented=torch.arange(2 * n) >= n,
         group=(torch.arange(2 * n) >= n).long(),
         index=torch.arange(2 * n),
-        source=torch.cat([torch.full((n,), -1), torch.arange(n)]),
     )
 
 
@@ -154,7 +153,6 @@ def test_soft_upstream_labels(preset):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"row_evidence": False},  # gates alone, of rows that are all augmented
         {**GRADIENT, "weight_rule": "ones", "label_rule": "keep"},  # nothing at all
         # Labels that are learned from a gradient, and stay as they are.
         {
@@ -167,7 +165,7 @@ def test_soft_upstream_labels(preset):
             "gradient_decay": 0.0,
         },
     ],
-    ids=["gates", "nothing", "labels"],
+    ids=["nothing", "labels"],
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [True, False])
@@ -308,9 +306,7 @@ def test_contrastive_scores_are_two_tasks_with_the_diagonal_as_target(engine):
     assert loss != plain
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {**GRADIENT, "row_evidence": True}, {**GRADIENT, "gates": True}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {**GRADIENT, "row_evidence": True}], ids=str)
 @pytest.mark.parametrize("steering", ["pairs", "classes"])
 def test_contrastive_scores_are_refused_where_evidence_is_gathered(settings, steering):
     module = seeded(Contrastive if steering == "pairs" else lambda: Captioned(0))
@@ -398,7 +394,7 @@ def test_pairs_of_one_process_are_solved_without_those_of_others(columns):
         fit = Fit(PRESETS["gradient"], Report())
         fit.ranks = ranks
         fit.gradient.is_usable = lambda number: torch.tensor(True)
-        step = Step(fit, 0, None, torch.Generator(), torch.Generator())
+        step = Step(fit, 0, None, torch.Generator())
         step.calls = [Call((scores,), (jvp,))]
         step.loss(scores, None if columns == 6 else torch.arange(6), NO_OPTIONS)
         solutions.append(step.tasks[0].solution)

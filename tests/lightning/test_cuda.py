@@ -82,9 +82,9 @@ def test_run_resumed_in_the_middle_of_an_epoch_equals_the_uninterrupted_one(
     ("method", "precision"),
     [
         ("saflex_robust", "16-mixed"),
-        ("saflex_gates", "16-mixed"),
+        ("saflex_gradient", "16-mixed"),
         ("saflex_paper", "16-mixed"),
-        ("saflex_gates", "bf16-mixed"),
+        ("saflex_gradient", "bf16-mixed"),
     ],
 )
 def test_main_job_learns_in_half_precision(method, precision, tmp_path):

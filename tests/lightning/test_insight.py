@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.adopted import Unedited
-from helpers.gated import NAMES, Gated, gated_loader, steering
-from helpers.insight import collect, collect_and_fit, gated_run, read_csv, sums_by_loops, visits
+from helpers.grouped import NAMES, Grouped, grouped_loader, steering
+from helpers.insight import collect, collect_and_fit, grouped_run, read_csv, sums_by_loops, visits
 from helpers.processes import run_in_processes
 from helpers.training import Classifier, assert_same_state, fit, make_rows, seeded, state_of
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,17 +22,16 @@ from saflex_lightning.data.cells import from_cell
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.insight.collect import Collector, WeightHistory
 from saflex_lightning.insight.images import DoubtedImages
-from saflex_lightning.insight.summary import Names, RowSummary, summarize_rows
 from saflex_lightning.step import StepRows
 
 TABLES = ("saflex_classes.csv", "saflex_groups.csv", "saflex_history.csv", "saflex_rows.csv")
-SHARES = ("rows", "kept", "mean_weight", "mean_belief", "doubted")
+SHARES = ("rows", "mean_weight", "mean_belief", "doubted")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    callback, recorder, _ = gated_run(folder)
+    callback, recorder, _ = grouped_run(folder)
     return folder, callback, recorder.steps
 
 
@@ -47,7 +46,6 @@ def test_groups_and_classes_are_what_loops_add_up(run):
     assert {row["name"] for row in groups} == set(by_group) == {"generate", "mislabel"}
     for row in groups:
         assert numbers(row) == pytest.approx(by_group[row["name"]], rel=1e-4)
-    assert float(groups[0]["kept"]) < 1  # some rows were turned down
     by_class = sums_by_loops(steps, lambda group, label: (NAMES[group], str(label)))
     classes = read_csv(folder, "classes")
     assert len(classes) == len(by_class)
@@ -58,11 +56,9 @@ def test_groups_and_classes_are_what_loops_add_up(run):
 def test_rows_are_what_loops_add_up_with_the_most_doubted_first(run):
     folder, callback, steps = run
     expected = {}
-    for _, index, group, label, suggested, belief, weight, kept in visits(steps):
-        _, _, *judged, total, count = expected.get(index, (0, 0, -1, math.nan, 0, 0))
-        if kept:
-            judged, total = (suggested, belief), total + weight
-        expected[index] = (label, NAMES[group], *judged, total, count + 1)
+    for _, index, group, label, suggested, belief, weight in visits(steps):
+        *_, total, count = expected.get(index, (0, 0))
+        expected[index] = (label, NAMES[group], suggested, belief, total + weight, count + 1)
     rows = read_csv(folder, "rows")
     assert len(rows) == len(expected)
     for row in rows:
@@ -79,14 +75,14 @@ def test_rows_are_what_loops_add_up_with_the_most_doubted_first(run):
         assert float(row["belief"]) == pytest.approx(evidence[int(row["index"])], rel=1e-4)
 
 
-def test_evidence_and_gates_are_those_of_the_callback(run):
+def test_evidence_and_shares_of_wrong_labels_are_those_of_the_callback(run):
     folder, callback, _ = run
     found = callback.read_group_evidence()
     assert found.names == NAMES
     for row in read_csv(folder, "groups"):
         group = int(row["group"])
-        expected = [float(part[group]) for part in (found.gate, found.mean, found.error)]
-        assert numbers(row, ("gate", "evidence", "standard_error")) == pytest.approx(
+        expected = [float(part[group]) for part in (found.wrong_labels, found.mean, found.error)]
+        assert numbers(row, ("wrong_labels", "evidence", "standard_error")) == pytest.approx(
             expected, rel=1e-4
         )
     assert read_csv(folder, "groups")[0]["verdict"] == "harms"
@@ -98,22 +94,21 @@ def test_history_has_every_epoch(run):
     assert [int(row["step"]) for row in history] == [6 * (n // 2 + 1) for n in range(24)]
     first = sums_by_loops(steps[:6], lambda group, label: NAMES[group])
     for row in history[:2]:
-        expected = [first[row["group"]][2], first[row["group"]][1]]
-        assert numbers(row, ("mean_weight", "kept")) == pytest.approx(expected, rel=1e-4)
+        assert float(row["mean_weight"]) == pytest.approx(first[row["group"]][1], rel=1e-4)
 
 
 def test_figures_lie_beside_the_tables(run):
     folder, _, _ = run
     pictures = {path.name for path in folder.glob("*.png")}
-    assert pictures == {"saflex_gates.png", "saflex_labels.png", "saflex_weights.png"}
+    assert pictures == {"saflex_groups.png", "saflex_labels.png", "saflex_weights.png"}
     assert {path.name for path in folder.glob("*.csv")} == set(TABLES)
 
 
 def test_training_is_the_same_without_it(tmp_path):
-    modules = [seeded(Gated), seeded(Gated)]
+    modules = [seeded(Grouped), seeded(Grouped)]
     for module, insight in zip(modules, ([], [SAflexInsight(tmp_path)]), strict=True):
         callback = SAflexCallback(steering())
-        fit(module, callback, *insight, train=gated_loader(shuffle=True), max_epochs=4)
+        fit(module, callback, *insight, train=grouped_loader(shuffle=True), max_epochs=4)
     assert_same_state(*map(state_of, modules))
 
 
@@ -144,7 +139,7 @@ def assert_equal(found, expected):
 # The end of a fit
 
 
-class Failing(Gated):
+class Failing(Grouped):
     """Fails in its 20th step."""
 
     error = RuntimeError("the disk is gone")
@@ -162,7 +157,7 @@ class Interrupted(Failing):
 @pytest.mark.parametrize("module", [Failing, Interrupted])
 def test_an_error_keeps_what_was_learned(module, tmp_path):
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
-        gated_run(tmp_path, module=seeded(module))
+        grouped_run(tmp_path, module=seeded(module))
     assert {path.name for path in tmp_path.glob("*.csv")} == set(TABLES)
     assert sum(int(row["rows"]) for row in read_csv(tmp_path, "groups")) == 20 * 16
 
@@ -173,16 +168,16 @@ def test_an_error_is_not_hidden_by_a_folder_that_cannot_be_written(tmp_path):
         pytest.warns(SAflexWarning, match=r"Expected to write .* Pass a folder"),
         pytest.raises(RuntimeError, match="the disk is gone"),
     ):
-        gated_run(tmp_path / "file", module=seeded(Failing))
+        grouped_run(tmp_path / "file", module=seeded(Failing))
 
 
 def test_a_resumed_run_has_the_tables_of_an_uninterrupted_one(tmp_path):
     def run(name, **kwargs):
         return fit(
-            seeded(partial(Gated, plain=True)),
+            seeded(partial(Grouped, plain=True)),
             SAflexCallback(steering()),
             SAflexInsight(tmp_path / name),
-            train=gated_loader(),
+            train=grouped_loader(),
             **kwargs,
         )
 
@@ -196,13 +191,13 @@ def test_a_resumed_run_has_the_tables_of_an_uninterrupted_one(tmp_path):
 def test_the_folder_is_that_of_the_logger(tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path, name="runs", version="first")
     callbacks = (SAflexCallback(steering()), SAflexInsight(figures=False))
-    fit(Gated(), *callbacks, train=gated_loader(), max_epochs=1, logger=logger)
+    fit(Grouped(), *callbacks, train=grouped_loader(), max_epochs=1, logger=logger)
     assert (tmp_path / "runs" / "first" / "saflex_groups.csv").is_file()
     assert not list(tmp_path.rglob("*.png"))
 
 
 def test_the_table_of_groups_is_printed(tmp_path, capsys):
-    gated_run(tmp_path, max_epochs=2)
+    grouped_run(tmp_path, max_epochs=2)
     printed = capsys.readouterr().out
     assert "mislabel" in printed
     assert "Tables of rows and groups: " in printed
@@ -214,10 +209,10 @@ def test_tensorboard_gets_the_figures(tmp_path):
 
     logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="")
     callbacks = (SAflexCallback(steering()), SAflexInsight(tmp_path))
-    fit(Gated(), *callbacks, train=gated_loader(), max_epochs=1, logger=logger)
+    fit(Grouped(), *callbacks, train=grouped_loader(), max_epochs=1, logger=logger)
     logger.experiment.flush()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert events.Tags()["images"] == ["saflex/gates", "saflex/weights", "saflex/labels"]
+    assert events.Tags()["images"] == ["saflex/groups", "saflex/weights", "saflex/labels"]
     for name in events.Tags()["images"]:
         (image,) = events.Images(name)
         assert image.step == 6
@@ -230,10 +225,10 @@ def test_mlflow_gets_the_figures(tmp_path):
     uri = f"sqlite:///{tmp_path}/runs.db"
     logger = pl.loggers.MLFlowLogger("saflex", tracking_uri=uri, artifact_location=str(tmp_path))
     callbacks = (SAflexCallback(steering()), SAflexInsight(tmp_path / "tables"))
-    fit(Gated(), *callbacks, train=gated_loader(), max_epochs=1, logger=logger)
+    fit(Grouped(), *callbacks, train=grouped_loader(), max_epochs=1, logger=logger)
     files = logger.experiment.list_artifacts(logger.run_id, "saflex")
     assert {file.path for file in files} == {
-        f"saflex/{name}.png" for name in ("gates", "weights", "labels")
+        f"saflex/{name}.png" for name in ("groups", "weights", "labels")
     }
 
 
@@ -244,17 +239,17 @@ def test_offline_weights_and_biases_get_the_figures(tmp_path, monkeypatch):
     logger = pl.loggers.WandbLogger(save_dir=tmp_path, offline=True)
     try:
         callbacks = (SAflexCallback(steering()), SAflexInsight(tmp_path / "tables"))
-        fit(Gated(), *callbacks, train=gated_loader(), max_epochs=1, logger=logger)
+        fit(Grouped(), *callbacks, train=grouped_loader(), max_epochs=1, logger=logger)
     finally:
         wandb.finish()
-    kept = [file.name for file in tmp_path.rglob("media/images/saflex/*.png")]
-    assert {name.split("_")[0] for name in kept} == {"gates", "weights", "labels"}
+    files = [file.name for file in tmp_path.rglob("media/images/saflex/*.png")]
+    assert {name.split("_")[0] for name in files} == {"groups", "weights", "labels"}
 
 
 def test_without_matplotlib_there_are_tables_alone(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with caplog.at_level("INFO"):
-        gated_run(tmp_path, max_epochs=2)
+        grouped_run(tmp_path, max_epochs=2)
     assert {path.name for path in tmp_path.glob("*.csv")} == set(TABLES)
     assert not list(tmp_path.glob("*.png"))
     assert caplog.text.count("matplotlib is not installed") == 1
@@ -304,20 +299,20 @@ def test_rows_without_identity_count_in_their_group(tmp_path):
 @pytest.mark.filterwarnings("ignore:Expected more matched parameters than unknowns")
 @pytest.mark.parametrize("preset", ["paper", "gradient"])
 def test_without_evidence_labels_are_suggested_by_the_solve(preset, tmp_path):
-    _, recorder, _ = gated_run(tmp_path, max_epochs=2, preset=preset)
+    _, recorder, _ = grouped_run(tmp_path, max_epochs=2, preset=preset)
     for row in read_csv(tmp_path, "groups"):
         expected = sums_by_loops(recorder.steps, lambda group, label: NAMES[group])[row["name"]]
-        found = numbers(row, ("rows", "kept", "mean_weight", "doubted"))
-        assert found == pytest.approx([*expected[:3], expected[4]], rel=1e-4)
+        found = numbers(row, ("rows", "mean_weight", "doubted"))
+        assert found == pytest.approx([*expected[:2], expected[3]], rel=1e-4)
         assert (row["mean_belief"], row["verdict"]) == ("", "not judged")
 
 
-class Named(Gated):
+class Named(Grouped):
     names = ("clean", "=HYPERLINK()", "[bold]$x$")
 
 
 def test_names_are_no_formulas_in_files_tables_or_figures(tmp_path, capsys):
-    gated_run(tmp_path, max_epochs=2, module=seeded(Named))
+    grouped_run(tmp_path, max_epochs=2, module=seeded(Named))
     names = {row["name"] for row in read_csv(tmp_path, "groups")}
     assert names == {"'=HYPERLINK()", "[bold]$x$"}
     assert "[bold]$x$" in capsys.readouterr().out
@@ -329,28 +324,16 @@ def test_names_are_no_formulas_in_files_tables_or_figures(tmp_path, capsys):
 def test_rows_beyond_the_bound_count_in_their_groups(tmp_path):
     insight = SAflexInsight(tmp_path, max_rows=10)
     with pytest.warns(SAflexWarning, match="Expected at most 10 rows"):
-        fit(Gated(), SAflexCallback(steering()), insight, train=gated_loader(), max_epochs=2)
+        fit(Grouped(), SAflexCallback(steering()), insight, train=grouped_loader(), max_epochs=2)
     assert len(read_csv(tmp_path, "rows")) == 10
     assert sum(int(row["rows"]) for row in read_csv(tmp_path, "groups")) == 2 * 96
-
-
-def test_a_row_that_was_always_turned_down_counts_0_and_is_not_judged():
-    collector, ones = Collector(10), torch.ones(2, dtype=torch.bool)
-    index, beliefs = torch.tensor([5, 6]), torch.tensor([0.9, 0.8])
-    rows = StepRows(index, ones.long(), ones.long(), ones.long(), beliefs, 2.0 * ones, ones, ones)
-    collector.add(rows._replace(kept=torch.tensor([True, False])))
-    collector.add(rows._replace(beliefs=beliefs / 2, kept=~ones))
-    collector.flush(Ranks(), 0)
-    kept, turned_down = summarize_rows(collector.table, Names())
-    assert (kept.index, kept.belief, kept.mean_weight, kept.visits) == (5, pytest.approx(0.9), 1, 2)
-    assert turned_down == RowSummary(6, "1", "", None, 0.0, 2, "augmented")
 
 
 def test_the_history_is_thinned():
     history, collector = WeightHistory(), Collector(1)
     collector.history = history
     ones = torch.ones(4, dtype=torch.bool)
-    rows = StepRows(None, ones.long(), ones.long(), None, None, torch.ones(4), ones, ones)
+    rows = StepRows(None, ones.long(), ones.long(), None, None, torch.ones(4), ones)
     for step in range(5000):
         collector.add(rows)
         collector.flush(Ranks(), step)
@@ -374,7 +357,6 @@ def test_images_are_those_whose_newest_label_is_doubted_most():
             torch.tensor(suggested),
             torch.tensor(beliefs),
             torch.ones(3),
-            ones,
             ones,
         )
         batch = (torch.tensor(index).reshape(3, 1, 1, 1).expand(3, 3, 2, 2), rows.target)
@@ -401,7 +383,7 @@ def test_it_stands_behind_the_callback(before, tmp_path):
     with pytest.raises(
         MisconfigurationException, match=r"before `SAflexInsight`.*SAflexCallback\(\)"
     ):
-        fit(Gated(), *callbacks, train=gated_loader())
+        fit(Grouped(), *callbacks, train=grouped_loader())
 
 
 @pytest.mark.parametrize(

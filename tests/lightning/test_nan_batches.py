@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.gated import Gated, gated_loader, steering
+from helpers.grouped import Grouped, grouped_loader, steering
 from helpers.training import EVERY_WAY, assert_same_state, fit, seeded, state_of
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
@@ -19,10 +19,9 @@ pytestmark = [
     )
 ]
 POISONED = (0, 7)  # of 18 batches: before anything was gathered, and later
-EVIDENCE = {"gates": True, "row_evidence": True}
 
 
-class Careful(Gated):
+class Careful(Grouped):
     """Meets batches with NaN, and takes no optimizer step on a loss that is not finite.
 
     Args:
@@ -56,7 +55,7 @@ class Careful(Gated):
 
 def run(module, **settings):
     callback = SAflexCallback(steering(), **settings)
-    fit(module, callback, train=gated_loader(shuffle=True), max_epochs=3)
+    fit(module, callback, train=grouped_loader(shuffle=True), max_epochs=3)
     assert module.number == 17
     return callback.state_dict()
 
@@ -74,7 +73,7 @@ def check_finite(state):
         assert not isinstance(leaf, Tensor) or leaf.isfinite().all(), path
 
 
-@pytest.mark.parametrize("settings", [{**way, **EVIDENCE} for way in EVERY_WAY], ids=str)
+@pytest.mark.parametrize("settings", [{**way, "row_evidence": True} for way in EVERY_WAY], ids=str)
 def test_batch_of_nan_leaves_what_a_batch_without_a_loss_leaves(settings):
     met, silent = seeded(Careful), seeded(lambda: Careful(asks=False))
     with pytest.warns(SAflexWarning, match="non-finite number in the solve at or before batch 0"):
@@ -97,9 +96,9 @@ def test_rows_of_nan_are_no_evidence(rows, skipped):
     module = seeded(lambda: Careful(rows))
     if skipped:
         with pytest.warns(SAflexWarning, match="non-finite number in the solve"):
-            state = run(module, **EVIDENCE)
+            state = run(module)
     else:
-        state = run(module, **EVIDENCE)
+        state = run(module)
     assert state["skipped_steps"] == skipped
     assert module.losses.count(False) == len(POISONED)
     check_finite(state)
@@ -107,13 +106,13 @@ def test_rows_of_nan_are_no_evidence(rows, skipped):
 
 def test_loss_scaling_lets_the_model_survive():
     class Scaled(Careful):
-        training_step = Gated.training_step
+        training_step = Grouped.training_step
 
     module = seeded(Scaled)
-    callback = SAflexCallback(steering(), gates=True)
+    callback = SAflexCallback(steering())
     scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 2.0**10))
     with pytest.warns(SAflexWarning, match="non-finite number in the solve"):
-        fit(module, callback, train=gated_loader(shuffle=True), max_epochs=3, plugins=scaler)
+        fit(module, callback, train=grouped_loader(shuffle=True), max_epochs=3, plugins=scaler)
     assert callback.state_dict()["skipped_steps"] == len(POISONED)
     check_finite(callback.state_dict())
     assert all(value.isfinite().all() for value in state_of(module).values())

@@ -147,9 +147,7 @@ def test_grad_scaler_does_not_notice_the_solve(way, accelerator):
     for refine in (True, False):
         module = seeded(lambda refine=refine: Shadow(refine))
         scaler = torch.amp.GradScaler(device, 2.0**10, growth_interval=2)
-        callback = SAflexCallback(
-            make_loader(), **way, gates=True, row_evidence=True, refresh_every_n_steps=1
-        )
+        callback = SAflexCallback(make_loader(), **way, row_evidence=True, refresh_every_n_steps=1)
         with pytest.warns(SAflexWarning, match="non-finite") if refine else nullcontext():
             trainer = fit(
                 module,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.folders import make_image_folders, make_pool
-from helpers.gated import Gated, gated_loader
+from helpers.grouped import Grouped, grouped_loader
 from helpers.interrupted import train, train_as
 from helpers.processes import exit_codes, run_in_processes
 from helpers.training import (
@@ -73,11 +73,11 @@ def write_images(path):
     return str(path)
 
 
-def fit_images(module, data, *callbacks, gates, ckpt_path=None):
+def fit_images(module, data, *callbacks, ckpt_path=None):
     """Take eight steps; an epoch has three."""
     pl.seed_everything(1, verbose=False)
     trainer = make_trainer(
-        SAflexCallback(gates=gates),
+        SAflexCallback(),
         *callbacks,
         max_epochs=-1,
         max_steps=8,
@@ -86,14 +86,14 @@ def fit_images(module, data, *callbacks, gates, ckpt_path=None):
     trainer.fit(module, data, ckpt_path=ckpt_path)
 
 
-def check_that_a_stopped_run_goes_on(folder, make_module, make_data, *, gates):
+def check_that_a_stopped_run_goes_on(folder, make_module, make_data):
     """Stop in the last step, resume from the middle of the second epoch, compare."""
     through, stopped, resumed = (seeded(make_module) for _ in range(3))
-    fit_images(through, make_data(), gates=gates)
+    fit_images(through, make_data())
     keeper = ModelCheckpoint(folder, "latest", every_n_train_steps=5)
     with pytest.raises(Planted):
-        fit_images(stopped, make_data(), keeper, Failing(7), gates=gates)
-    fit_images(resumed, make_data(), keeper, gates=gates, ckpt_path=folder / "latest.ckpt")
+        fit_images(stopped, make_data(), keeper, Failing(7))
+    fit_images(resumed, make_data(), keeper, ckpt_path=folder / "latest.ckpt")
     assert_same_state(state_of(through), state_of(resumed))
 
 
@@ -146,16 +146,13 @@ def test_run_ended_by_sigterm_saves_between_two_steps_and_resumes_exactly(tmp_pa
     assert_same_state(train(preset="paper"), train(tmp_path, resume=True, **settings))
 
 
-@pytest.mark.parametrize(
-    ("num_workers", "gates"), [(0, False), (0, True), pytest.param(2, True, marks=pytest.mark.slow)]
-)
-def test_medmnist_run_goes_on_in_the_middle_of_an_epoch(tmp_path, num_workers, gates):
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_medmnist_run_goes_on_in_the_middle_of_an_epoch(tmp_path, num_workers):
     path = write_images(tmp_path / "images.npz")
     check_that_a_stopped_run_goes_on(
         tmp_path,
         lambda: Linear(28, 8),
         lambda: MedMNISTDataModule(path=path, batch_size=32, num_workers=num_workers),
-        gates=gates,
     )
 
 
@@ -175,7 +172,6 @@ def test_run_on_a_generated_pool_goes_on_in_the_middle_of_an_epoch(tmp_path, num
             redraw=True,
             num_workers=num_workers,
         ),
-        gates=True,
     )
 
 
@@ -235,7 +231,7 @@ def test_equal_settings_do_not_warn(way):
     ("before", "now", "said", "engine", "seen"),
     [
         ("robust", "paper", "`engine` was 'auto' and is now 'forward_mode'", "forward_mode", 0),
-        ("gradient", "robust", "`gates` was False and is now True", "head", 4 * 16),
+        ("gradient", "robust", "`row_evidence` was False and is now True", "head", 4 * 16),
         ("robust", "gradient", "`label_rule` was 'keep' and is now 'auto'", "head", 0),
     ],
 )
@@ -318,7 +314,7 @@ def test_damaged_state_is_refused_by_name(damage, message):
         (with_value((), "evidence", "seen"), "`evidence.seen` is a sequence, not a float tensor"),
         (with_value("4", "evidence", "memory", "added"), "`evidence.memory.added` is a str, not"),
         (lambda state: state["evidence"]["rule"].pop("offsets"), "`evidence.rule.offsets` is miss"),
-        (with_value(1, "evidence", "gates"), "`evidence.gates` is a number, not a dict"),
+        (with_value(1, "evidence", "groups"), "`evidence.groups` is a number, not a dict"),
     ],
 )
 def test_damaged_evidence_is_refused_by_name(damage, message):
@@ -337,9 +333,8 @@ def paths_of(state, prefix=()):
 
 
 def test_damage_anywhere_is_refused_and_leaves_the_callback_as_it_was():
-    settings = {"gates": True, "row_evidence": True}
-    callback = SAflexCallback(make_loader(40, 8, seed=7), **settings)
-    fit(seeded(lambda: Gated(plain=True)), callback, train=gated_loader(), max_epochs=1)
+    callback = SAflexCallback(make_loader(40, 8, seed=7))
+    fit(seeded(lambda: Grouped(plain=True)), callback, train=grouped_loader(), max_epochs=1)
     state = callback.state_dict()
     places = list(paths_of(state))
     assert len(places) > 25
@@ -352,7 +347,7 @@ def test_damage_anywhere_is_refused_and_leaves_the_callback_as_it_was():
             part.pop(place[-1])
             if damage != "gone":
                 part[place[-1]] = damage
-            fresh = SAflexCallback(make_loader(40, 8, seed=7), **settings)
+            fresh = SAflexCallback(make_loader(40, 8, seed=7))
             before = repr(fresh.state_dict())
             with pytest.raises(MisconfigurationException, match=r"Expected .*checkpoint"):
                 fresh.load_state_dict(damaged)

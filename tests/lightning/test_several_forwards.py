@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.gated import Gated, gated_loader, steering
+from helpers.grouped import Grouped, grouped_loader, steering
 from helpers.training import (
     ENGINES,
     EVERY_WAY,
@@ -136,25 +136,23 @@ def test_a_copy_of_the_only_logits_is_taken_for_them(settings):
     assert_same_state(state_of(plain), state_of(copied))
 
 
-@pytest.mark.parametrize("settings", [{}, {**GRADIENT, "gates": True}], ids=str)
-def test_a_forward_before_that_of_the_loss_changes_nothing_with_gates(settings):
-    class Twice(Gated):
+@pytest.mark.parametrize("settings", [{}, {**GRADIENT, "row_evidence": True}], ids=str)
+def test_a_forward_before_that_of_the_loss_changes_nothing(settings):
+    class Twice(Grouped):
         times = 2
 
         def training_step(self, batch, batch_idx):
             scores = [self.saflex_forward(batch.inputs) for _ in range(self.times)]
-            rejected = self._saflex_step.rejected
-            # None while every gate is open
-            self.steps.append(0 if rejected is None else int(rejected[batch.augmented].sum()))
-            assert all(one.equal(scores[0]) for one in scores)  # of the same rows
-            return self.saflex_loss(scores[-1], batch.target)
+            loss = self.saflex_loss(scores[-1], batch.target)
+            self.steps.append(self.saflex_solution.weights.tolist())
+            return loss
 
     class Once(Twice):
         times = 1
 
     once, twice = (seeded(lambda make=make: make(plain=True)) for make in (Once, Twice))
     for module in (once, twice):
-        fit(module, SAflexCallback(steering(), **settings), train=gated_loader(), max_epochs=8)
-    assert sum(once.steps) > 0
+        fit(module, SAflexCallback(steering(), **settings), train=grouped_loader(), max_epochs=8)
+    assert len(set(once.steps[-1])) > 1
     assert once.steps == twice.steps
     assert_same_state(state_of(once), state_of(twice))

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.adopted import Unedited
-from helpers.gated import gated_loader
+from helpers.grouped import grouped_loader
 from helpers.interrupted import Batches
 from helpers.training import (
     ENGINES,
@@ -34,7 +34,7 @@ METRICS = {
     "saflex/solve_seconds",
 }
 WAYS = {  # what each way logs beside these
-    "robust": {"saflex/gate/group 1", "saflex/weight/group 1"},
+    "robust": {"saflex/wrong_labels/group 1", "saflex/weight/group 1"},
     "gradient": {"saflex/val_gradient_norm"},
     "paper": {"saflex/val_gradient_norm"},
 }
@@ -119,7 +119,7 @@ def test_skipped_steps_are_plain_cross_entropy(way):
 @pytest.mark.parametrize(
     ("way", "shown"),
     [
-        ("robust", {"saflex/kept_fraction", "saflex/effective_fraction"}),
+        ("robust", {"saflex/effective_fraction"}),
         ("gradient", {"saflex/relabelled_fraction", "saflex/effective_fraction"}),
         (
             "paper",
@@ -246,7 +246,7 @@ LEARNS = {
     way: f"SAFLEX learns {what} from a validation batch every 4 training batches. Algorithm 1 to "
     "the letter: SAflexCallback(preset='paper')."
     for way, what in {
-        "robust": "weights of rows from evidence and gates of groups",
+        "robust": "weights of rows from evidence",
         "gradient": "sample weights and soft labels with engine 'head' over `net.4`",
     }.items()
 }
@@ -259,7 +259,7 @@ UNIONS = (
 
 @pytest.mark.parametrize("way", LEARNS)
 @pytest.mark.parametrize("make", [Classifier, Unedited])
-@pytest.mark.parametrize(("train", "told"), [(make_loader, [UNIONS]), (gated_loader, [])])
+@pytest.mark.parametrize(("train", "told"), [(make_loader, [UNIONS]), (grouped_loader, [])])
 def test_fit_says_once_what_is_learned_and_what_measured_better(make, train, told, way, caplog):
     with caplog.at_level("INFO"):
         fit(seeded(make), SAflexCallback(make_loader(), way), train=train())

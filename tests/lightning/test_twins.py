@@ -5,7 +5,7 @@ import pytest
 import pytorch_lightning as twin
 import torch
 from helpers.adopted import Unedited
-from helpers.gated import NAMES, gated_loader, steering
+from helpers.grouped import NAMES, grouped_loader, steering
 from helpers.training import (
     NUM_CLASSES,
     Classifier,
@@ -62,15 +62,15 @@ class Named(Unedited):
         return NAMES
 
 
-@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("is_union", [False, True])
 @pytest.mark.parametrize("steers", ["a loader", "the Trainer's own rows"])
-def test_an_unedited_module_of_the_twin_package(steers, gates):
+def test_an_unedited_module_of_the_twin_package(steers, is_union):
     rows = steering() if steers == "a loader" else None
     runs = []
     for run, make in ((fit, Named), (fit_twin, twin_of(Unedited))):
-        module, train = seeded(make), gated_loader() if gates else None
+        module, train = seeded(make), grouped_loader() if is_union else None
         settings = {"val_dataloaders": make_loader(seed=9)} if run is fit else {}
-        trainer = run(module, SAflexCallback(rows, gates=gates), train=train, **settings)
+        trainer = run(module, SAflexCallback(rows), train=train, **settings)
         assert "saflex/effective_fraction" in trainer.callback_metrics
         runs.append(state_of(module))
     assert_same_state(*runs)

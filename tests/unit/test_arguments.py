@@ -92,7 +92,6 @@ CASES = {
             "augmented": torch.tensor([False, True]),
             "group": torch.tensor([0, 1]),
             "index": torch.tensor([0, 1]),
-            "source": torch.tensor([-1, 0]),
         },
         None,
     ),

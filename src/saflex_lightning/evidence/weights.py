@@ -94,9 +94,7 @@ class GroupWeights:
             them, ``(rows, shares)``.
         """
         slope, level = self._copy("mixture", posteriors, lambda: mixture(classes))
-        shares = self._copy("shares", posteriors, lambda: self._probabilities() * (1 - NOISE))[
-            group
-        ]
+        shares = self._copy("shares", posteriors, self._right)[group]
         offsets = self._copy("offsets", posteriors, lambda: self._state["offsets"])[group]
         given = torch.addcmul(level, posteriors.unsqueeze(1), slope)
         beliefs = posteriors * (shares / given).sum(1)

@@ -90,7 +90,6 @@ def test_a_batch_that_is_there_becomes_a_union_batch(augment):
             torch.eye(CLASSES)[LABELS] if isinstance(augment, v2.MixUp) else LABELS
         )
         assert batch.augmented.tolist() == [False] * ROWS + [True] * ROWS
-        assert batch.source.tolist() == [-1] * ROWS + list(range(ROWS))
         assert batch.group[:ROWS].eq(0).all()
         assert 1 <= batch.group[ROWS:].unique().item() < len(names)
         assert batch.index.unique().numel() == 2 * ROWS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.insight import gated_run, visits
+from helpers.insight import grouped_run, visits
 from helpers.training import NUM_CLASSES, Classifier, fit, make_rows, seeded, short_warm_up
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, WeightedRandomSampler
 
@@ -58,11 +58,11 @@ def test_a_second_run_without_the_callback_draws_by_them(first_run):
     assert losses[0] < losses[1] - 0.05
 
 
-def test_what_union_batches_made_of_a_row_has_its_number_and_turned_down_visits_count_0(tmp_path):
-    _, recorder, _ = gated_run(tmp_path, max_epochs=12)
+def test_what_union_batches_made_of_a_row_has_its_number(tmp_path):
+    _, recorder, _ = grouped_run(tmp_path, max_epochs=12)
     sums, counts = torch.zeros(96, dtype=torch.float64), torch.zeros(96)
-    for _, index, *_, weight, kept in visits(recorder.steps):
-        sums[index - 1000] += weight * kept
+    for _, index, *_, weight in visits(recorder.steps):
+        sums[index - 1000] += weight
         counts[index - 1000] += 1
     weights = read_row_weights(tmp_path / "saflex_rows.csv", 100, first_index=1000)
     torch.testing.assert_close(weights[:96], sums / counts, rtol=1e-4, atol=1e-6)

@@ -102,7 +102,6 @@ def test_augmentations_of_pictures(kind):
         assert batch.target.equal(LABELS[rows].repeat(2))
         assert batch.augmented.tolist() == [False] * 5 + [True] * 5
         assert batch.index[5:].equal(rows + ROWS)
-        assert batch.source.tolist() == [-1] * 5 + list(range(5))
         assert batch.group[:5].eq(0).all()
         assert batch.group[5:].min() >= 1
         assert batch.group.max() < number
@@ -161,7 +160,6 @@ def test_replace_keeps_the_augmented_rows_alone():
     for both, batch in zip(union, all_batches(loader), strict=True):
         for name in ("inputs", "target", "augmented", "group", "index"):
             assert getattr(batch, name).equal(getattr(both, name)[5:]), name
-        assert batch.source.eq(-1).all()
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -287,7 +285,7 @@ def test_inputs_of_several_parts():
 def test_a_loader_of_ones_own():
     rows = UnionDataset(TENSORS, v2.RandAugment())
     batch = next(iter(DataLoader(rows, 5, collate_fn=rows.collate)))
-    assert batch.source.tolist() == [-1] * 5 + list(range(5))
+    assert batch.augmented.tolist() == [False] * 5 + [True] * 5
 
 
 class Endless(IterableDataset):

@@ -31,14 +31,12 @@ ROBUST = {
     "precondition": True,
     "refresh_every_n_steps": 4,
     "val_batch_ratio": 0.25,
-    "gates": True,
     "row_evidence": True,
 }
 GRADIENT = {
     **ROBUST,
     "label_rule": "auto",
     "weight_rule": "sigmoid",
-    "gates": False,
     "row_evidence": False,
 }
 PAPER = {
@@ -54,7 +52,6 @@ PAPER = {
     "precondition": False,
     "refresh_every_n_steps": 1,
     "val_batch_ratio": 1.0,
-    "gates": False,
     "row_evidence": False,
 }
 
@@ -71,12 +68,10 @@ def test_settings_without_arguments_are_robust() -> None:
 
 
 def test_what_a_preset_learns_follows_from_its_values() -> None:
-    assert (PRESETS["robust"].solves, PRESETS["robust"].gathers) == (False, True)
-    for name in ("gradient", "paper"):
-        assert (PRESETS[name].solves, PRESETS[name].gathers) == (True, False)
+    assert not PRESETS["robust"].solves
+    assert PRESETS["gradient"].solves
+    assert PRESETS["paper"].solves
     assert make_settings("robust", label_rule="argmax").solves
-    assert make_settings("robust", row_evidence=False).gathers
-    assert not make_settings("robust", row_evidence=False, gates=False).gathers
 
 
 def test_solve_learns_without_settings() -> None:
@@ -150,7 +145,7 @@ def test_edges_of_the_ranges_are_accepted(edge) -> None:
         ("params", [], "a list of one or more name patterns, or None"),
         ("params", "head.*", "a list of one or more name patterns, or None"),
         ("params", ["head.*", 1], "a list of one or more name patterns, or None"),
-        ("gates", 1, "True or False"),
+        ("gumbel", 1, "True or False"),
         ("row_evidence", "discriminant", "True or False"),
         ("measure_overhead", 1, "True or False"),
         ("val_batch_ratio", 0.0, "a positive float"),

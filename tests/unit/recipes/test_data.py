@@ -73,7 +73,6 @@ class TestBatches:
         assert batch.augmented.tolist() == [False] * 16 + [True] * 16
         assert batch.group[:16].tolist() == [0] * 16
         assert batch.group[16:].min() >= 1
-        assert batch.source.tolist() == [-1] * 16 + list(range(16))
         assert batch.index[16:].equal(batch.index[:16] + 1200)
         splits = read_medmnist()
         clean = splits["train"].images[batch.index[:16]]
@@ -86,7 +85,6 @@ class TestBatches:
         batch = batches(set_up(batch_size=16, seed=3, batch="replace"))[0]
         for name in ("inputs", "target", "augmented", "group", "index"):
             assert getattr(batch, name).equal(getattr(union, name)[16:]), name
-        assert batch.source.tolist() == [-1] * 16
 
     @pytest.mark.parametrize("batch", ["union", "replace"])
     def test_without_augmentation_all_rows_are_clean(self, batch):
@@ -94,7 +92,6 @@ class TestBatches:
         assert first.inputs.shape == (16, 3, 28, 28)
         assert not first.augmented.any()
         assert first.group.tolist() == [0] * 16
-        assert first.source.tolist() == [-1] * 16
         assert first.index.max() < 1200
 
     @pytest.mark.parametrize(

@@ -63,13 +63,13 @@ class TestBatches:
         )
         real = ImageFolder(str(folders / "real" / "train"))
         pool = sorted((folders / "pool").rglob("*.png"))
-        for inputs, target, augmented, group, index, source in (
+        for inputs, target, augmented, group, index in (
             row for batch in batches(data) for row in zip(*vars(batch).values(), strict=True)
         ):
             assert bool(augmented) == (index >= NUM_REAL)
             if not augmented:
                 file, label = real.samples[index]
-                assert (group, source) == (0, -1)
+                assert group == 0
             else:
                 file = pool[index - NUM_REAL]
                 label = real.class_to_idx[file.parent.name]
@@ -83,7 +83,7 @@ class TestBatches:
             assert batch.augmented.tolist() == [False] * 4 + [True] * 16
             for row in batch.augmented.nonzero().flatten():
                 file = pool[batch.index[row] - NUM_REAL]
-                assert batch.index[batch.source[row]] == int(file.stem.split("-")[0])
+                assert int(file.stem.split("-")[0]) in batch.index[~batch.augmented]
 
     def test_every_image_once_per_epoch(self, folders):
         index = joined(set_up(folders), "index")
@@ -117,7 +117,6 @@ class TestBatches:
         data = set_up(folders, batch="replace", **settings)
         assert all(len(batch.index) == 4 for batch in batches(data))
         assert joined(data, "augmented").sum() == 6
-        assert (joined(data, "source") == -1).all()
 
     @pytest.mark.parametrize("has_sources", [True, False])
     def test_a_pass_can_begin_at_any_batch(self, folders, has_sources):
@@ -156,7 +155,6 @@ class TestBatches:
             data = set_up(folders, batch_size=3, has_sources=has_sources)
             kwargs = {"num_replicas": 2, "rank": rank}
             data.trainer = SimpleNamespace(distributed_sampler_kwargs=kwargs)
-            assert ((joined(data, "source") >= 0) == joined(data, "augmented")).all() == has_sources
             index += joined(data, "index").tolist()
         assert sorted(index) == list(range(NUM_REAL + NUM_GENERATED))
 
@@ -164,7 +162,7 @@ class TestBatches:
     def test_ordinary_augmentations_serve_as_rivals(self, folders, augmentation):
         data = set_up(folders, augmentation=augmentation, generated=None)
         batch = batches(data)[0]
-        assert batch.source.tolist() == [-1] * 4 + [0, 1, 2, 3]
+        assert batch.augmented.tolist() == [False] * 4 + [True] * 4
         assert batch.group.max() < len(data.saflex_group_names())
 
 
@@ -213,7 +211,7 @@ class TestLabelNoise:
         for one, other in zip(batches(plain), batches(data), strict=True):
             assert one.inputs.equal(other.inputs)
             assert one.target.ne(other.target).equal(wrong[other.index])
-            for name in ("augmented", "group", "index", "source"):
+            for name in ("augmented", "group", "index"):
                 assert getattr(one, name).equal(getattr(other, name)), name
         assert data.class_counts().equal(plain.class_counts())
 
@@ -264,9 +262,8 @@ class TestSteering:
         data = set_up(folders, merge_val=True, batch_size=6)
         assert data.class_counts().tolist() == [8, 6, 4]
         assert data.val_dataloader() == []
-        index, source = joined(data, "index"), joined(data, "source")
+        index = joined(data, "index")
         assert sorted(index.tolist()) == list(range(NUM_REAL + 6 + NUM_GENERATED))
-        assert (source >= 0).equal(joined(data, "augmented"))
         with pytest.raises(MisconfigurationException, match=r"`steering` other than 'val'"):
             data.saflex_dataloader()
 
@@ -280,7 +277,6 @@ class TestLayouts:
         assert data.saflex_group_names() == ("clean", "pool")
         sizes = [int(batch.augmented.sum()) for batch in batches(data)]
         assert sorted(sizes) == [2, 2, 3]
-        assert (joined(data, "source") == -1).all()
         assert generated_rows(data) == list(range(NUM_REAL, NUM_REAL + 7))
         orders = [
             [row for row in joined(data, "index", epoch).tolist() if row >= NUM_REAL]
@@ -312,7 +308,7 @@ class TestLayouts:
         assert batch.index[12:][order].tolist() == [12, 13, 14]
         assert batch.target[12:][order].tolist() == [1, 2, 0]
         assert batch.group[12:][order].tolist() == groups
-        assert batch.index[batch.source[12:][order]].tolist() == [7, 11, 0]
+        assert data.train_dataloader().sampler.pool.source.tolist() == [7, 11, 0]
 
     def test_manifest_may_leave_sources_empty(self, own_folders):
         write_manifest(own_folders / "pool", [("x/cat/a.png", "cat", "", "text2img", "a {class}")])

@@ -22,11 +22,10 @@ def union_batch(inputs, target, index):
         augmented=torch.arange(2 * n) >= n,
         group=torch.cat([torch.zeros(n, dtype=torch.long), 1 + harmful.long()]),
         index=torch.cat([index, index + 1000]),
-        source=torch.cat([torch.full((n,), -1), torch.arange(n)]),
     )
 
 
-def gated_loader(num_rows=96, batch_size=CLEAN_ROWS, *, make_batch=union_batch, **kwargs):
+def grouped_loader(num_rows=96, batch_size=CLEAN_ROWS, *, make_batch=union_batch, **kwargs):
     inputs, target = make_rows(num_rows, dtype=kwargs.pop("dtype", torch.float32))
     rows = TensorDataset(inputs, target, torch.arange(num_rows))
 
@@ -37,22 +36,7 @@ def gated_loader(num_rows=96, batch_size=CLEAN_ROWS, *, make_batch=union_batch, 
     return DataLoader(rows, collate_fn=collate, **settings, **kwargs)
 
 
-def without(batch, rejected):
-    """Return what is left of a batch: rejected rows are their source, and count as clean."""
-    if rejected is None:
-        return batch
-    places = torch.where(rejected, batch.source, torch.arange(len(rejected)))
-    return AugmentedBatch(
-        batch.inputs[places],
-        batch.target[places],
-        batch.augmented & ~rejected,
-        torch.where(rejected, 0, batch.group),
-        batch.index[places],
-        torch.where(rejected, -1, batch.source),
-    )
-
-
-class Gated(Classifier):
+class Grouped(Classifier):
     """Remembers what its steps trained on, and their solutions."""
 
     names = NAMES
@@ -65,10 +49,8 @@ class Gated(Classifier):
         return self.names
 
     def training_step(self, batch, batch_idx):
-        step = self._saflex_step
         loss = super().training_step(batch, batch_idx)
-        left = without(batch, None if step is None else step.rejected)
-        self.steps.append((left, self.saflex_solution, loss.item()))
+        self.steps.append((batch, self.saflex_solution, loss.item()))
         return loss
 
 

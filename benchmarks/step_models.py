@@ -108,7 +108,6 @@ def draw_batches(case: Case, rows: int, *, union: bool) -> list[AugmentedBatch]:
             augmented,
             augmented * (1 + place % 3),
             place + rows * number,
-            torch.where(augmented, place - clean, -1) if union else torch.full((rows,), -1),
         )
         for number in range(BATCHES)
     ]

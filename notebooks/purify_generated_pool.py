@@ -97,7 +97,7 @@ batch = next(iter(data.train_dataloader()))
 for group, name in enumerate(data.saflex_group_names()):
     rows = (batch.group == group).nonzero().flatten()[:8]
     if group and len(rows):
-        show(batch.inputs[torch.cat([batch.source[rows], rows])], f"sources, and {name}")
+        show(batch.inputs[rows], name)
 
 # %% [markdown]
 # ## Three runs

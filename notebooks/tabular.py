@@ -43,14 +43,14 @@ seed = 1
 #
 # Rows are split 65 / 15 / 20 %; means and deviations come from the training rows. A union batch
 # holds clean rows and, behind them, one augmented row for each. `group` is a bin of how much of the
-# row has changed, `source` the position of the clean row it was made from.
+# row has changed.
 
 # %%
 data = TabularDataModule("qsar", batch_size=batch_size, seed=seed)
 data.setup("fit")
 batch = next(iter(data.train_dataloader()))
 augmented = batch.augmented
-clean = batch.inputs.numeric[batch.source[augmented]]
+clean = batch.inputs.numeric[~augmented]
 changed = (batch.inputs.numeric[augmented] != clean).float().mean(1)
 print(f"{len(batch.target)} rows, {int(augmented.sum())} of them augmented")
 for group, name in enumerate(data.saflex_group_names()):
@@ -72,7 +72,7 @@ class KeepSolution(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         rows = batch.augmented
-        clean = batch.inputs.numeric[batch.source[rows]]
+        clean = batch.inputs.numeric[~rows]
         self.weights.append(pl_module.saflex_solution.weights[rows])
         self.changed.append((batch.inputs.numeric[rows] != clean).float().mean(1))
 

@@ -132,7 +132,6 @@ def union_batches(number=LAST + 4):
             is_augmented,
             is_augmented * (1 + torch.arange(ROWS) % 3),
             torch.arange(ROWS) + ROWS * (step % 8),
-            torch.where(is_augmented, torch.arange(ROWS) - half, -1),
         )
 
 

@@ -413,8 +413,7 @@ def test_an_augmented_batch_of_pairs_needs_no_target():
     def batch(samples):
         numbers = torch.arange(len(samples))
         inputs = torch.stack([sample[0] for sample in samples])
-        source = (numbers - 4).clamp(min=-1)
-        return AugmentedBatch(inputs, None, mask, mask.long(), numbers, source)
+        return AugmentedBatch(inputs, None, mask, mask.long(), numbers)
 
     module = seeded(Pairs)
     train = DataLoader(TensorDataset(*make_rows(64)), 8, collate_fn=batch)

@@ -34,8 +34,7 @@ def pool(*, batched=True, shuffle=True):
         if not batched:
             return inputs, target, index
         augmented = index >= ROWS // 4
-        none = torch.full_like(index, -1)
-        return AugmentedBatch(inputs, target, augmented, augmented.long(), index, none)
+        return AugmentedBatch(inputs, target, augmented, augmented.long(), index)
 
     rows = TensorDataset(inputs, given, torch.arange(ROWS))
     return DataLoader(rows, BATCH, shuffle=shuffle, collate_fn=collate)

@@ -278,7 +278,7 @@ class Evidence:
                 slope = (vs - vs.sum() / total * v) / (scale * total)
                 self.rule.ascend(_of_groups(slope))
         if number >= _WARM_UP and not self.is_alone:
-            self.groups.update(us / (scale * u.clip(_FLOOR)), present)
+            self.rule.move_gates(self.groups.update(us / (scale * u.clip(_FLOOR)), present))
         self.seen = self.seen + count
         self.mean_weights = np.where(present, v / count.clip(1), self.mean_weights)
 

@@ -1,8 +1,8 @@
 """What groups of augmented rows do to the validation loss.
 
 The evidence of single rows is mostly noise; its mean over a group, gathered over many steps, is
-not. Nothing acts on it: a row is weighed by what is believed of its own label. It tells people
-which operations and generators help and which harm.
+not. It tells which operations and generators help and which harm, where the labels that are wrong
+fit their rows, so that no row gives itself away.
 """
 
 from typing import Any
@@ -32,13 +32,23 @@ class GroupMeans:
         if self._sums is None:
             self._sums = np.zeros((3, num_groups))
 
-    def update(self, means: Array, present: NDArray[np.bool_]) -> None:
-        """Take in each group's mean evidence, where a step has ``present`` it."""
+    def update(self, means: Array, present: NDArray[np.bool_]) -> Array:
+        """Take in each group's mean evidence, where a step has ``present`` it.
+
+        Returns:
+            1 where the group helps, -1 where it harms beyond three standard errors, else 0; 0 for
+            clean rows and groups that were not shown, ``(groups,)``.
+        """
         assert self._sums is not None
         known = present & np.isfinite(means)
         means = np.where(known, means, 0)
         new = _DECAY * self._sums + np.stack([np.ones_like(means), means, means**2])
         self._sums = np.where(known, new, self._sums)
+        mean, error = self.read()
+        harms = (mean + STANDARD_ERRORS * error < 0) & (self.steps > FEWEST_STEPS)
+        verdicts = np.where(known, (mean > 0).astype(float) - harms, 0)
+        verdicts[0] = 0
+        return verdicts
 
     @property
     def steps(self) -> Array:

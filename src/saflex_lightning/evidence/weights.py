@@ -8,11 +8,15 @@ the label under the discriminant, and the group's share of wrong labels known to
 which is averaged over epsilon by how likely each makes the newest rows of the group: of a group
 without wrong labels every row is believed. The weight is
 
-.. math:: \log v_i = \min(0.7,\; a \log r_i + b_g),
+.. math:: \log v_i = \min(0.7,\; a \log r_i + b_g + c_g),
 
-1 for clean rows. A network is surer of rows that it was trained on than it should be, of wrong
-labels too, and the more of them it fits the less they may weigh. How much surer it is clean rows
-tell, whose labels are right: by -log q, the surprise, of validation rows over that of clean ones,
+1 for clean rows. c closes a group: it falls by 0.2, down to -6, in each step while the mean
+evidence of the group is below zero by three standard errors, and rises while it is above zero, up
+to 0.
+
+A network is surer of rows that it was trained on than it should be, of wrong labels too, and the
+more of them it fits the less they may weigh. How much surer it is clean rows tell, whose labels are
+right: by -log q, the surprise, of validation rows over that of clean ones,
 
 .. math:: a = \min\left(10,\; 3 \max\left(1,\;
     \frac{\mathrm{mean}_{\text{validation}} (-\log q)}{\mathrm{mean}_{\text{clean}} (-\log q)}
@@ -51,6 +55,7 @@ _MEMORY = 30  # steps in which likelihoods and surprises fade
 _RATE = 0.02  # of Adam
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 _OFFSETS = (-6.0, 0.7)  # of b
+_GATE_STEP, _LOWEST_GATE = 0.2, -6.0  # of c
 _MOST = 0.7  # of log v
 SURE = 1e-4  # posteriors are between this and 1 minus this
 
@@ -64,6 +69,7 @@ class GroupWeights:
     def __init__(self) -> None:
         self._state: dict[str, Any] = {
             "offsets": None,  # b, (groups,)
+            "gates": None,  # c, (groups,)
             "moments": None,  # of Adam: mean and square of the gradient of b, (2, groups)
             "steps": 0,  # of Adam
             "likelihoods": None,  # of each share of wrong labels, in logarithms, (groups, shares)
@@ -76,6 +82,7 @@ class GroupWeights:
         state = self._state
         if state["offsets"] is None:
             state["offsets"], state["moments"] = np.zeros(num_groups), np.zeros((2, num_groups))
+            state["gates"] = np.zeros(num_groups)
             state["likelihoods"] = np.zeros((num_groups, len(NOISE)))
         self._copies.clear()
 
@@ -95,7 +102,7 @@ class GroupWeights:
         """
         slope, level = self._copy("mixture", posteriors, lambda: mixture(classes))
         shares = self._copy("shares", posteriors, self._right)[group]
-        offsets = self._copy("offsets", posteriors, lambda: self._state["offsets"])[group]
+        offsets = self._copy("offsets", posteriors, self._offsets)[group]
         given = torch.addcmul(level, posteriors.unsqueeze(1), slope)
         beliefs = posteriors * (shares / given).sum(1)
         own = self.power * beliefs.clamp(min=SURE).log()
@@ -121,6 +128,12 @@ class GroupWeights:
         mean, square = changed
         moved = state["offsets"] + _RATE * mean / (np.sqrt(square) + _EPSILON)
         state["offsets"] = moved.clip(*_OFFSETS)
+        self._copies.pop("offsets", None)
+
+    def move_gates(self, verdicts: Array) -> None:
+        """Close the gates of groups that harm, at -1, and open those of groups that help, at 1."""
+        moved = self._state["gates"] + _GATE_STEP * verdicts
+        self._state["gates"] = moved.clip(_LOWEST_GATE, 0)
         self._copies.pop("offsets", None)
 
     def compare(self, found: float, expected: float) -> None:
@@ -152,6 +165,9 @@ class GroupWeights:
     def wrong_labels(self) -> Array:
         """Estimated share of wrong labels of each group, ``(groups,)`` in [0, 0.9]."""
         return self._probabilities() @ NOISE
+
+    def _offsets(self) -> Array:
+        return self._state["offsets"] + self._state["gates"]
 
     def _right(self) -> Array:
         """Return the probability of each share of wrong labels, times that of right ones."""

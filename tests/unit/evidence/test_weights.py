@@ -239,7 +239,7 @@ def test_ranks_learn_from_the_whole_batch():
             found = torch.cat([weights[step] for weights, _ in parts])
             torch.testing.assert_close(found, whole[step].weights)
         for _, state in parts:
-            for name in ("offsets", "likelihoods", "surprises"):
+            for name in ("offsets", "gates", "likelihoods", "surprises"):
                 torch.testing.assert_close(state["rule"][name], evidence.state_dict()["rule"][name])
 
 
@@ -326,3 +326,21 @@ def test_a_step_without_rows_to_judge_changes_nothing():
     weigh(evidence, {**batch, "augmented": torch.zeros(24, dtype=torch.bool)}, 25)
     for name, value in evidence.rule.state_dict().items():
         assert np.array_equal(value, before[name]), name
+
+
+def test_gates_close_and_open_within_their_bounds():
+    rule = GroupWeights()
+    rule.start(GROUPS)
+    posteriors, group = torch.full((3,), 0.9).double(), torch.arange(3)
+    before, own, _ = rule.weigh(posteriors, group, CLASSES)
+    for _ in range(10):
+        rule.move_gates(np.array([0.0, 1.0, -1.0]))
+    after, own_after, _ = rule.weigh(posteriors, group, CLASSES)
+    torch.testing.assert_close(after - before, torch.tensor([0, 0, -2.0]).double())
+    assert own.equal(own_after), "so that a closed group can show that it has become better"
+    for _ in range(50):
+        rule.move_gates(np.array([0.0, 0.0, -1.0]))
+    assert rule.state_dict()["gates"].tolist() == [0, 0, -6]
+    for _ in range(50):
+        rule.move_gates(np.array([0.0, 0.0, 1.0]))
+    assert rule.weigh(posteriors, group, CLASSES)[0].equal(before)

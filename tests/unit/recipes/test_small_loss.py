@@ -125,9 +125,8 @@ def test_step_of_the_classifier_is_one_along_the_filtered_loss(tell):
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(ROWS, 5, generator=generator)
     target = torch.randint(CLASSES, (ROWS,), generator=generator)
-    none = torch.full_like(target, -1)
     rows = torch.arange(ROWS)
-    batch = AugmentedBatch(inputs, target, AUGMENTED, AUGMENTED.long(), rows, none)
+    batch = AugmentedBatch(inputs, target, AUGMENTED, AUGMENTED.long(), rows)
     model, weight = make_classifier(dropped_share=0.25), make_classifier().network.weight
     trainer = fit(model, batch if tell else (inputs, target))
     before = make_classifier().network

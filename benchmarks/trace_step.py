@@ -86,7 +86,6 @@ def union(rows):
         augmented,
         augmented.long(),
         torch.arange(2 * n),
-        torch.where(augmented, torch.arange(2 * n) - n, -1),
     )
 
 

@@ -137,7 +137,7 @@ def test_recipes_use_only_the_public_api():
         ({}, 17, 108),
         pytest.param({"preset": "gradient", "engine": "head"}, 14, 104, marks=pytest.mark.slow),
         pytest.param(
-            {"preset": "gradient", "gates": True, "row_evidence": True},
+            {"preset": "gradient", "row_evidence": True},
             20,
             150,
             marks=pytest.mark.slow,

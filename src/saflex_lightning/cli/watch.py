@@ -110,7 +110,7 @@ class ProgressLines(ProgressBar):
 
 
 def _shorten(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics by names that fit in a line: loss, kept, val accuracy."""
+    """Return metrics by names that fit in a line: loss, effective, val accuracy."""
     return {
         name.removeprefix("train/")
         .removeprefix("saflex/")

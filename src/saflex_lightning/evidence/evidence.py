@@ -50,7 +50,7 @@ class GatheredRows(NamedTuple):
     Attributes:
         weights: ``(rows,)``, in [0, 2.01]; 1 for clean rows.
         products: Gradient inner products over their root mean square, ``(rows, classes)``; 0 for
-            clean rows, dropped ones, and those whose scores are not finite.
+            clean rows and those whose scores are not finite.
         rms: That root mean square, scalar.
         finite: False where a row's scores were not finite; such a row has weight 1, scalar bool.
         suggested: Most probable class of each row, ``(rows,)`` int64; -1 where its scores tell
@@ -72,7 +72,8 @@ class GroupEvidence(NamedTuple):
 
     Attributes:
         names: Of the groups; empty where the data names none.
-        wrong_labels: Estimated share of wrong labels, ``(groups,)`` in [0, 0.9].
+        wrong_labels: Estimated share of wrong labels, ``(groups,)`` in [0, 0.9]; NaN for a group
+            that was not seen.
         mean: Mean evidence, positive where the group lowers the validation loss, ``(groups,)``.
         error: Its standard error, ``(groups,)``.
         steps: How many steps have shown the group beside clean rows, faded ones counting less,
@@ -198,9 +199,9 @@ class Evidence:
         log_weights, own, told = self.rule.weigh(posteriors, group, scores.shape[-1])
         weights, trust = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)
-        columns = [weights, weights * given, trust, trust * given, ones, products.square().mean(-1)]
-        columns += [newest.log(), self._expected.expand_as(ones)]
-        columns = torch.column_stack([*columns, told])
+        sizes, expected = products.square().mean(-1), self._expected.expand_as(ones)
+        columns = [weights, weights * given, trust, trust * given, ones, sizes]
+        columns = torch.column_stack([*columns, newest.log(), expected, told])
         places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
         sums = ranks.sum(sums.index_add_(0, places, columns)[:-1])
@@ -288,7 +289,7 @@ class Evidence:
         """Return each group's share of wrong labels, and mean weight of its rows, by its name."""
         found: dict[str, Tensor] = {}
         names = self.names or [f"group {number}" for number in range(len(self.seen))]
-        numbers, wrong = range(1, len(names)), self.rule.wrong_labels
+        numbers, wrong = range(1, len(names)), self._wrong_labels()
         for number in numbers if self.names else [n for n in numbers if self.seen[n]]:
             found[f"wrong_labels/{names[number]}"] = torch.tensor(wrong[number])
             found[f"weight/{names[number]}"] = torch.tensor(self.mean_weights[number])
@@ -298,8 +299,14 @@ class Evidence:
         """Return what the newest steps tell of each group; None before a fit has begun."""
         if self.names is None:
             return None
-        columns = (self.rule.wrong_labels, *self.groups.read(), self.groups.steps)
+        columns = (self._wrong_labels(), *self.groups.read(), self.groups.steps)
         return GroupEvidence(self.names or (), *(torch.from_numpy(part.copy()) for part in columns))
+
+    def _wrong_labels(self) -> Array:
+        """Return the estimated share of wrong labels of each group; clean rows have none."""
+        found = np.where(self.seen > 0, self.rule.wrong_labels, np.nan)
+        found[0] = 0
+        return found
 
     # Checkpoints
 

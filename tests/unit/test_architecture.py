@@ -134,12 +134,12 @@ def test_recipes_use_only_the_public_api():
 @pytest.mark.parametrize(
     ("settings", "files", "changes"),
     [
-        ({}, 17, 108),
+        ({}, 16, 100),
         pytest.param({"preset": "gradient", "engine": "head"}, 14, 104, marks=pytest.mark.slow),
         pytest.param(
             {"preset": "gradient", "row_evidence": True},
-            20,
-            150,
+            19,
+            142,
             marks=pytest.mark.slow,
         ),
     ],

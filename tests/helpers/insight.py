@@ -59,19 +59,20 @@ def visits(steps):
 
 def sums_by_loops(steps, key):
     """Rows, mean weight, mean belief and share doubted, by what ``key`` returns."""
-    sums = defaultdict(lambda: [0.0] * 5)
+    sums = defaultdict(lambda: [0.0] * 6)
     last = max(epoch for epoch, _ in steps)
     for epoch, _, group, label, suggested, belief, weight in visits(steps):
         entry, fading = sums[key(group, label)], 0.5 ** (last - epoch)
         entry[0] += 1
-        entry[1] += weight
+        entry[1] += fading
+        entry[2] += fading * weight
         if suggested >= 0:
-            entry[2] += fading
-            entry[3] += fading * belief
-            entry[4] += fading * (suggested != label)
+            entry[3] += fading
+            entry[4] += fading * belief
+            entry[5] += fading * (suggested != label)
     return {
-        name: [rows, weight / rows, belief / judged, doubted / judged]
-        for name, (rows, weight, judged, belief, doubted) in sums.items()
+        name: [rows, weight / shown, belief / judged, doubted / judged]
+        for name, (rows, shown, weight, judged, belief, doubted) in sums.items()
     }
 
 
@@ -108,7 +109,7 @@ def collect(rank, size):
         collector.add(StepRows(*(field[part] for field in rows)))
         if number % 4 == 3:
             collector.flush(ranks, number)
-            collector.counts.fade()
+            collector.fade()
     collector.flush(ranks, STEPS)
     return collector.state_dict()
 

@@ -2,10 +2,12 @@
 
 import math
 import sys
+from collections import defaultdict
 from functools import partial
 from itertools import pairwise
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from helpers.adopted import Unedited
@@ -55,18 +57,19 @@ def test_groups_and_classes_are_what_loops_add_up(run):
 
 def test_rows_are_what_loops_add_up_with_the_most_doubted_first(run):
     folder, callback, steps = run
-    expected = {}
-    for _, index, group, label, suggested, belief, weight in visits(steps):
-        *_, total, count = expected.get(index, (0, 0))
-        expected[index] = (label, NAMES[group], suggested, belief, total + weight, count + 1)
+    expected, weights = {}, defaultdict(list)
+    for epoch, index, group, label, suggested, belief, weight in visits(steps):
+        expected[index] = (label, NAMES[group], suggested, belief)
+        weights[index].append((2.0**epoch, weight))
     rows = read_csv(folder, "rows")
     assert len(rows) == len(expected)
     for row in rows:
-        label, group, suggested, belief, total, count = expected[int(row["index"])]
+        label, group, suggested, belief = expected[int(row["index"])]
+        fading, weight = zip(*weights[int(row["index"])], strict=True)
         assert (row["given"], row["suggested"]) == (str(label), str(suggested))
-        assert (row["group"], int(row["visits"])) == (group, count)
+        assert (row["group"], int(row["visits"])) == (group, len(weight))
         found = numbers(row, ("belief", "mean_weight"))
-        assert found == pytest.approx([belief, total / count], rel=1e-4)
+        assert found == pytest.approx([belief, np.average(weight, weights=fading)], rel=1e-4)
     beliefs = [float(row["belief"]) for row in rows]
     assert beliefs == sorted(beliefs)
     known = callback.read_row_evidence()

@@ -54,7 +54,7 @@ class SAflexInsight(pl.Callback):
             ``default_root_dir``.
         class_names: Of the classes in their order; None asks the hook ``saflex_class_names()`` of
             datamodule or module, else they are numbered.
-        max_rows: Rows that are remembered, of 56 bytes each; further ones count in their groups
+        max_rows: Rows that are remembered, of 64 bytes each; further ones count in their groups
             alone.
         figures: Whether to draw.
 
@@ -126,8 +126,8 @@ class SAflexInsight(pl.Callback):
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the epochs before count less in what is thought of labels."""
-        self._collector.counts.fade()
+        """Let the epochs before count less in what is thought of rows."""
+        self._collector.fade()
 
     def on_train_batch_end(
         self,

@@ -16,8 +16,7 @@ __all__ = ["Collector", "GroupCounts", "RowTable", "WeightHistory"]
 STEPS_PER_FLUSH = 64  # that stay on their device before they are added up
 _BINS, _MOST = 40, 2.0  # of the histogram of weights
 _MOST_POINTS = 512  # of the history
-_COUNTS = ("shown", "weight", "judged", "doubted", "belief")
-_FADING = ("judged", "doubted", "belief")
+_LEAST = 1e-200  # what has faded to this fades no more
 _FACTS = ("label", "suggested", "group")
 
 
@@ -37,10 +36,10 @@ class Packed:
 
 
 class RowTable:
-    """The newest facts of every row, known by its index, and sums over its visits.
+    """The newest facts of every row, known by its index, and sums over its visits, which fade.
 
     Args:
-        max_rows: At most so many rows are held, of 56 bytes each; later ones are only counted.
+        max_rows: At most so many rows are held, of 64 bytes each; later ones are only counted.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -49,7 +48,7 @@ class RowTable:
         self.facts = {name: np.zeros(0, dtype=np.int64) for name in _FACTS}
         self.beliefs = np.zeros(0)  # NaN where nobody knows
         self.visits = np.zeros(0, dtype=np.int64)
-        self.weight_sums = np.zeros(0)
+        self.sums = np.zeros((2, 0))  # of visits and their weights
         self.left_out = 0  # visits of rows for which there was no room
 
     def update(self, rows: Packed) -> None:
@@ -62,10 +61,20 @@ class RowTable:
         self.left_out += int((~there).sum())
         places = places[there]
         self.visits += np.bincount(places, minlength=len(self.index))
-        self.weight_sums += np.bincount(places, rows.weight[there], len(self.index))
+        self.sums[0] += np.bincount(places, minlength=len(self.index))
+        self.sums[1] += np.bincount(places, rows.weight[there], len(self.index))
         for column in _FACTS:
             _put_newest(self.facts[column], places, getattr(rows, column)[there])
         _put_newest(self.beliefs, places, rows.belief[there])
+
+    def fade(self) -> None:
+        """Let weights count half; those of the newest epochs are known best."""
+        _halve(self.sums)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Mean weight of every row over its visits."""
+        return self.sums[1] / self.sums[0]
 
     def find(self, index: int) -> int | None:
         """Return the place of a row, if it is held."""
@@ -81,7 +90,7 @@ class RowTable:
             self.facts = {name: np.insert(old, places, -1) for name, old in self.facts.items()}
             self.beliefs = np.insert(self.beliefs, places, np.nan)
             self.visits = np.insert(self.visits, places, 0)
-            self.weight_sums = np.insert(self.weight_sums, places, 0.0)
+            self.sums = np.insert(self.sums, places, 0.0, axis=1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""
@@ -90,7 +99,7 @@ class RowTable:
             "facts": {name: torch.from_numpy(old.copy()) for name, old in self.facts.items()},
             "beliefs": torch.from_numpy(self.beliefs.copy()),
             "visits": torch.from_numpy(self.visits.copy()),
-            "weight_sums": torch.from_numpy(self.weight_sums.copy()),
+            "sums": torch.from_numpy(self.sums.copy()),
             "left_out": self.left_out,
         }
 
@@ -98,9 +107,14 @@ class RowTable:
         """Restore what `state_dict` returned."""
         self.index = state["index"].numpy()
         self.facts = {name: state["facts"][name].numpy().copy() for name in _FACTS}
-        for name in ("beliefs", "visits", "weight_sums"):
+        for name in ("beliefs", "visits", "sums"):
             setattr(self, name, state[name].numpy().copy())
         self.left_out = state["left_out"]
+
+
+def _halve(sums: NDArray[np.float64]) -> None:
+    """Halve sums whose first row counts, so that their ratios stay."""
+    sums[:, sums[0] > _LEAST] *= 0.5
 
 
 def _put_newest(values: NDArray[Any], places: NDArray[np.int64], new: NDArray[Any]) -> None:
@@ -112,14 +126,14 @@ def _put_newest(values: NDArray[Any], places: NDArray[np.int64], new: NDArray[An
 class GroupCounts:
     """Sums over the rows of every group and class, ``(groups, classes)`` each.
 
-    ``shown`` counts augmented rows, ``weight`` is the sum of their weights, ``judged`` counts those
-    with a label suggested, ``doubted`` those where it is another one than the given, and ``belief``
-    is the sum over the judged ones. Rows without a label count as class 0. The last three fade, see
-    `fade`.
+    ``rows`` counts augmented rows. The others fade, see `fade`: ``shown`` counts them too,
+    ``weight`` is the sum of their weights, ``judged`` counts those with a label suggested,
+    ``doubted`` those where it is another one than the given, and ``belief`` is the sum over the
+    judged ones. Rows without a label count as class 0.
     """
 
     def __init__(self) -> None:
-        self.sums = np.zeros((len(_COUNTS), 0, 0))
+        self.sums = np.zeros((6, 0, 0))
 
     def update(self, rows: Packed) -> None:
         """Take in rows."""
@@ -130,8 +144,10 @@ class GroupCounts:
         by = [(0, int(new - old)) for new, old in zip(grown, self.sums.shape[1:], strict=True)]
         self.sums = np.pad(self.sums, [(0, 0), *by])
         judged = (rows.suggested >= 0) & (rows.label >= 0)
+        ones = np.ones(len(label))
         values = (
-            np.ones(len(label)),
+            ones,
+            ones,
             rows.weight,
             judged,
             judged & (rows.suggested != rows.label),
@@ -141,13 +157,13 @@ class GroupCounts:
             np.add.at(sums, (rows.group, label), column)
 
     def fade(self) -> None:
-        """Let what is thought of labels count half; each epoch knows better than the one before."""
-        for name in _FADING:
-            self.read(name)[:] *= 0.5
+        """Let what is thought of rows count half; each epoch knows better than the one before."""
+        _halve(self.sums[1:])
 
-    def read(self, name: str) -> NDArray[np.float64]:
-        """Return one of the sums by its name, ``(groups, classes)``."""
-        return self.sums[_COUNTS.index(name)]
+    @property
+    def rows(self) -> NDArray[np.float64]:
+        """How many rows of each group and class were shown, ``(groups, classes)``."""
+        return self.sums[0]
 
 
 class WeightHistory:
@@ -214,6 +230,11 @@ class Collector:
         """Take in the rows of a step, and say whether it is time to add up."""
         self._waiting.append(_pack(rows, len(self._waiting)))
         return len(self._waiting) >= STEPS_PER_FLUSH
+
+    def fade(self) -> None:
+        """Let earlier epochs count less."""
+        self.table.fade()
+        self.counts.fade()
 
     def flush(self, ranks: Ranks, step: int) -> None:
         """Add up what waits, over the ranks; each of them must call it."""

@@ -47,7 +47,7 @@ class Names(NamedTuple):
 class GroupSummary(NamedTuple):
     """One group of augmented rows over the whole fit; the last four of its newest steps.
 
-    In what is thought of labels an epoch counts twice as much as the one before.
+    In means and shares an epoch counts twice as much as the one before.
     """
 
     group: int
@@ -80,7 +80,7 @@ class RowSummary(NamedTuple):
     given: str
     suggested: str
     belief: float | None
-    mean_weight: float  # over its visits
+    mean_weight: float  # over its visits, an epoch counting twice as much as the one before
     visits: int
     group: str
 
@@ -112,24 +112,24 @@ def summarize_groups(
             *_shares(counts, number, slice(None)),
             *_judged(evidence, number),
         )
-        for number in range(counts.read("shown").shape[0])
-        if counts.read("shown")[number].any()
+        for number in range(len(counts.rows))
+        if counts.rows[number].any()
     ]
     return sorted(found, key=lambda group: (group.evidence or 0.0, group.group))
 
 
 def summarize_classes(counts: GroupCounts, names: Names) -> list[ClassSummary]:
     """Return every class in every group that was shown."""
-    shown = counts.read("shown")
     return [
         ClassSummary(names.group(group), names.label(label), *_shares(counts, group, label))
-        for group, label in zip(*(place.tolist() for place in shown.nonzero()), strict=True)
+        for group, label in zip(*(place.tolist() for place in counts.rows.nonzero()), strict=True)
     ]
 
 
 def summarize_rows(table: RowTable, names: Names) -> Iterator[RowSummary]:
     """Yield every row, the most doubted ones first."""
     label, suggested, group = (table.facts[name] for name in ("label", "suggested", "group"))
+    weights = table.weights
     for row in table.beliefs.argsort(kind="stable"):  # NaN comes last
         belief = float(table.beliefs[row])
         yield RowSummary(
@@ -137,7 +137,7 @@ def summarize_rows(table: RowTable, names: Names) -> Iterator[RowSummary]:
             names.label(int(label[row])),
             names.label(int(suggested[row])),
             belief if belief == belief else None,
-            float(table.weight_sums[row] / table.visits[row]),
+            float(weights[row]),
             int(table.visits[row]),
             names.group(int(group[row])),
         )
@@ -166,13 +166,12 @@ def make_groups_table(groups: Sequence[GroupSummary]) -> Table:
 def _shares(
     counts: GroupCounts, group: int, label: int | slice
 ) -> tuple[int, float, float | None, float | None]:
-    shown, weight, judged, doubted, belief = (
-        float(counts.read(name)[group, label].sum())
-        for name in ("shown", "weight", "judged", "doubted", "belief")
+    rows, shown, weight, judged, doubted, belief = (
+        float(sums[group, label].sum()) for sums in counts.sums
     )
     # Without evidence a label may be suggested, but nothing is believed.
     mean_belief = belief / judged if judged and belief == belief else None
-    return int(shown), weight / shown, mean_belief, doubted / judged if judged else None
+    return int(rows), weight / shown, mean_belief, doubted / judged if judged else None
 
 
 def _judged(

@@ -21,7 +21,7 @@ def union_batch(inputs, target, index):
         target=torch.cat([target, torch.where(harmful, wrong, new_target)]),
         augmented=torch.arange(2 * n) >= n,
         group=torch.cat([torch.zeros(n, dtype=torch.long), 1 + harmful.long()]),
-        index=torch.cat([index, index + 1000]),
+        index=torch.cat([index, index + 1000 * (1 + harmful.long())]),
     )
 
 

@@ -109,7 +109,7 @@ def collect(rank, size):
         collector.add(StepRows(*(field[part] for field in rows)))
         if number % 4 == 3:
             collector.flush(ranks, number)
-            collector.fade()
+            collector.counts.fade()
     collector.flush(ranks, STEPS)
     return collector.state_dict()
 

@@ -34,7 +34,7 @@ def read_row_weights(file: str | PathLike[str], num_rows: int, *, first_index: i
             of clean rows, since what was made of row i has this number more.
 
     Returns:
-        Mean weight over the visits of each row, the last epochs counting most, ``(num_rows,)``
+        Mean weight over the visits of each row, the newest counting most, ``(num_rows,)``
         float64; 1 for a row that the file does not know.
 
     Raises:

@@ -74,7 +74,8 @@ class GroupEvidence(NamedTuple):
         names: Of the groups; empty where the data names none.
         wrong_labels: Estimated share of wrong labels, ``(groups,)`` in [0, 0.9]; NaN for a group
             that was not seen.
-        mean: Mean evidence, positive where the group lowers the validation loss, ``(groups,)``.
+        mean: Mean evidence of its rows as they are, positive where the group lowers the validation
+            loss, ``(groups,)``.
         error: Its standard error, ``(groups,)``.
         steps: How many steps have shown the group beside clean rows, faded ones counting less,
             ``(groups,)``.
@@ -200,7 +201,7 @@ class Evidence:
         weights, trust = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)
         sizes, expected = products.square().mean(-1), self._expected.expand_as(ones)
-        columns = [weights, weights * given, trust, trust * given, ones, sizes]
+        columns = [weights, weights * given, trust, trust * given, ones, given, sizes]
         columns = torch.column_stack([*columns, newest.log(), expected, told])
         places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
@@ -210,7 +211,7 @@ class Evidence:
             self._take_in()
         if self.is_alone and number < _WARM_UP_ALONE:
             weights = ones
-        count, squares = sums[:, 4:6].sum(0)
+        count, _, squares = sums[:, 4:7].sum(0)
         rms = (squares / count.clamp(min=1)).sqrt()
         products = (products / rms.clamp(min=_FLOOR)).masked_fill(ignored.unsqueeze(1), 0)
         suggested = suggested.masked_fill(useless, -1)
@@ -269,17 +270,18 @@ class Evidence:
 
     def _learn(self, number: int, sums: Array) -> None:
         """Learn from the sums of a step, ``(groups, columns)``."""
-        v, vs, u, us, count, squares = sums[:, :6].T
+        v, vs, u, us, count, s, squares = sums[:, :7].T
         scale = max((squares.sum() / max(count.sum(), 1)) ** 0.5, _FLOOR)
         total, present = max(v.sum(), _FLOOR), count > 0
         if present[1:].any():
-            self.rule.compare(*-sums[0, 6:8])
-            self.rule.watch(_of_groups(sums[:, 8:]))
+            self.rule.compare(*-sums[0, 7:9])
+            self.rule.watch(_of_groups(sums[:, 9:]))
             if number >= _WARM_UP and not self.is_alone:
                 slope = (vs - vs.sum() / total * v) / (scale * total)
                 self.rule.ascend(_of_groups(slope))
         if number >= _WARM_UP and not self.is_alone:
-            self.rule.move_gates(self.groups.update(us / (scale * u.clip(_FLOOR)), present))
+            means = np.stack([s / count.clip(1), us / u.clip(_FLOOR)]) / scale
+            self.rule.move_gates(self.groups.update(means, present))
         self.seen = self.seen + count
         self.mean_weights = np.where(present, v / count.clip(1), self.mean_weights)
 
@@ -299,7 +301,8 @@ class Evidence:
         """Return what the newest steps tell of each group; None before a fit has begun."""
         if self.names is None:
             return None
-        columns = (self._wrong_labels(), *self.groups.read(), self.groups.steps)
+        mean, error = (parts[0] for parts in self.groups.read())
+        columns = (self._wrong_labels(), mean, error, self.groups.steps)
         return GroupEvidence(self.names or (), *(torch.from_numpy(part.copy()) for part in columns))
 
     def _wrong_labels(self) -> Array:

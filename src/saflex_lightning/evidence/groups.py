@@ -22,31 +22,35 @@ STANDARD_ERRORS = 3.0  # many groups are looked at, so that two would often be c
 
 
 class GroupMeans:
-    """Running mean and standard error of the mean evidence of each group's rows in one step."""
+    """Running mean and standard error of the mean evidence of each group's rows in one step.
+
+    There are two means: of all rows, which says what the group does as it is, and of rows by their
+    belief to the power a, which says what it does once rows are weighed.
+    """
 
     def __init__(self) -> None:
-        self._sums: Array | None = None  # of 1, the mean evidence and its square, (3, groups)
+        self._sums: Array | None = None  # of 1, the means and their squares, (3, 2, groups)
 
     def start(self, num_groups: int) -> None:
         """Make the sums of a fit, unless a checkpoint brought them."""
         if self._sums is None:
-            self._sums = np.zeros((3, num_groups))
+            self._sums = np.zeros((3, 2, num_groups))
 
     def update(self, means: Array, present: NDArray[np.bool_]) -> Array:
-        """Take in each group's mean evidence, where a step has ``present`` it.
+        """Take in each group's mean evidence, ``(2, groups)``, where a step has ``present`` it.
 
         Returns:
-            1 where the group helps, -1 where it harms beyond three standard errors, else 0; 0 for
-            clean rows and groups that were not shown, ``(groups,)``.
+            1 where the weighed group helps, -1 where it harms beyond three standard errors, else 0;
+            0 for clean rows and groups that were not shown, ``(groups,)``.
         """
         assert self._sums is not None
-        known = present & np.isfinite(means)
+        known = present & np.isfinite(means).all(0)
         means = np.where(known, means, 0)
         new = _DECAY * self._sums + np.stack([np.ones_like(means), means, means**2])
         self._sums = np.where(known, new, self._sums)
         mean, error = self.read()
-        harms = (mean + STANDARD_ERRORS * error < 0) & (self.steps > FEWEST_STEPS)
-        verdicts = np.where(known, (mean > 0).astype(float) - harms, 0)
+        harms = (mean[1] + STANDARD_ERRORS * error[1] < 0) & (self.steps > FEWEST_STEPS)
+        verdicts = np.where(known, (mean[1] > 0).astype(float) - harms, 0)
         verdicts[0] = 0
         return verdicts
 
@@ -54,10 +58,10 @@ class GroupMeans:
     def steps(self) -> Array:
         """How many steps have shown each group, faded ones counting less, ``(groups,)``."""
         assert self._sums is not None
-        return self._sums[0]
+        return self._sums[0, 0]
 
     def read(self) -> tuple[Array, Array]:
-        """Return mean evidence of each group and its standard error, ``(groups,)`` each."""
+        """Return both means of each group and their standard errors, ``(2, groups)`` each."""
         assert self._sums is not None
         count, total, squares = self._sums
         count = count.clip(1)

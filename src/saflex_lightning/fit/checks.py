@@ -27,7 +27,7 @@ __all__ = [
     "launch_problems",
 ]
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 _INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning ignores SLURM
 
 

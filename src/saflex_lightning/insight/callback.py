@@ -127,7 +127,7 @@ class SAflexInsight(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the epochs before count less in what is thought of rows."""
-        self._collector.fade()
+        self._collector.counts.fade()
 
     def on_train_batch_end(
         self,

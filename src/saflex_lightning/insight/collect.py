@@ -16,6 +16,7 @@ __all__ = ["Collector", "GroupCounts", "RowTable", "WeightHistory"]
 STEPS_PER_FLUSH = 64  # that stay on their device before they are added up
 _BINS, _MOST = 40, 2.0  # of the histogram of weights
 _MOST_POINTS = 512  # of the history
+_DECAY = 0.7  # of earlier weights of a row, per visit
 _LEAST = 1e-200  # what has faded to this fades no more
 _FACTS = ("label", "suggested", "group")
 
@@ -36,7 +37,7 @@ class Packed:
 
 
 class RowTable:
-    """The newest facts of every row, known by its index, and sums over its visits, which fade.
+    """The newest facts of every row, known by its index, and its mean weight over its visits.
 
     Args:
         max_rows: At most so many rows are held, of 64 bytes each; later ones are only counted.
@@ -61,19 +62,17 @@ class RowTable:
         self.left_out += int((~there).sum())
         places = places[there]
         self.visits += np.bincount(places, minlength=len(self.index))
-        self.sums[0] += np.bincount(places, minlength=len(self.index))
-        self.sums[1] += np.bincount(places, rows.weight[there], len(self.index))
+        fading = _DECAY ** _later_ones(places)
+        self.sums *= _DECAY ** np.bincount(places, minlength=len(self.index))
+        self.sums[0] += np.bincount(places, fading, len(self.index))
+        self.sums[1] += np.bincount(places, fading * rows.weight[there], len(self.index))
         for column in _FACTS:
             _put_newest(self.facts[column], places, getattr(rows, column)[there])
         _put_newest(self.beliefs, places, rows.belief[there])
 
-    def fade(self) -> None:
-        """Let weights count half; those of the newest epochs are known best."""
-        _halve(self.sums)
-
     @property
     def weights(self) -> NDArray[np.float64]:
-        """Mean weight of every row over its visits."""
+        """Mean weight of every row over its visits, the newest ones counting most."""
         return self.sums[1] / self.sums[0]
 
     def find(self, index: int) -> int | None:
@@ -112,9 +111,13 @@ class RowTable:
         self.left_out = state["left_out"]
 
 
-def _halve(sums: NDArray[np.float64]) -> None:
-    """Halve sums whose first row counts, so that their ratios stay."""
-    sums[:, sums[0] > _LEAST] *= 0.5
+def _later_ones(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many equal values follow each one."""
+    order = values.argsort(kind="stable")
+    _, counts = np.unique(values, return_counts=True)
+    later = np.empty_like(values)
+    later[order] = np.repeat(counts.cumsum(), counts) - 1 - np.arange(len(values))
+    return later
 
 
 def _put_newest(values: NDArray[Any], places: NDArray[np.int64], new: NDArray[Any]) -> None:
@@ -158,7 +161,7 @@ class GroupCounts:
 
     def fade(self) -> None:
         """Let what is thought of rows count half; each epoch knows better than the one before."""
-        _halve(self.sums[1:])
+        self.sums[1:, self.sums[1] > _LEAST] *= 0.5
 
     @property
     def rows(self) -> NDArray[np.float64]:
@@ -230,11 +233,6 @@ class Collector:
         """Take in the rows of a step, and say whether it is time to add up."""
         self._waiting.append(_pack(rows, len(self._waiting)))
         return len(self._waiting) >= STEPS_PER_FLUSH
-
-    def fade(self) -> None:
-        """Let earlier epochs count less."""
-        self.table.fade()
-        self.counts.fade()
 
     def flush(self, ranks: Ranks, step: int) -> None:
         """Add up what waits, over the ranks; each of them must call it."""

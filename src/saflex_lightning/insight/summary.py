@@ -80,7 +80,7 @@ class RowSummary(NamedTuple):
     given: str
     suggested: str
     belief: float | None
-    mean_weight: float  # over its visits, an epoch counting twice as much as the one before
+    mean_weight: float  # over its visits, the newest counting most
     visits: int
     group: str
 

@@ -239,11 +239,14 @@ def merge(data, bench, weights=None):
     """Put the validation rows among the clean ones, or in the pool where no row is clean."""
     if bench.alone:
         pool, trusted = data.make, data.validation
+        if weights is not None:
+            weights = torch.cat([weights, torch.ones(len(trusted[1]))])
+            weights = weights / weights.mean()  # no row stands beside them
         data.make = Pool(
             torch.cat([pool.inputs, trusted[0]]),
             torch.cat([pool.labels, trusted[1]]),
             torch.cat([pool.group, torch.ones_like(trusted[1])]),
-            None if weights is None else torch.cat([weights, torch.ones(len(trusted[1]))]),
+            weights,
         )
         return
     parts = zip(data.clean, data.validation, strict=True)

@@ -134,7 +134,11 @@ class Data:
 
 @dataclass
 class Pool:
-    """The augmented rows of a fixed pool: see `Data.make`; drawn by weight where there is one."""
+    """The augmented rows of a fixed pool: see `Data.make`.
+
+    With weights, beside clean rows of weight 1, rows are drawn by weight, and fewer of them where
+    they weigh less on the mean.
+    """
 
     inputs: Tensor
     labels: Tensor
@@ -142,12 +146,13 @@ class Pool:
     weights: Tensor | None = None
 
     def __call__(self, rows: Tensor, draws: torch.Generator) -> tuple[Tensor, ...]:
-        """Draw as many rows as there are clean ones."""
+        """Draw as many rows as there are clean ones, or fewer."""
         size = len(rows)
         if self.weights is None:
             picked = torch.randint(0, len(self.labels), (size,), generator=draws)
         else:
-            picked = torch.multinomial(self.weights, size, replacement=True, generator=draws)
+            size = round(size * min(self.weights.mean().item(), 1))
+            picked = torch.multinomial(self.weights, max(size, 1), True, generator=draws)
         return self.inputs[picked], self.labels[picked], self.group[picked], picked
 
 

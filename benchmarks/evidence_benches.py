@@ -177,7 +177,7 @@ class Batches(Dataset):
             return AugmentedBatch(inputs, target, none > 0, none, rows)
         draws = torch.Generator().manual_seed(self.seed * 100_003 + step)
         made, labels, group, index = data.make(rows, draws)
-        kept = torch.ones(len(rows), dtype=torch.bool)
+        kept = torch.ones_like(index, dtype=torch.bool)
         if self.method == "oracle" and data.wrong is not None:
             kept = ~data.wrong[index]
         made, labels, group, index = made[kept], labels[kept], group[kept], index[kept]

@@ -40,16 +40,15 @@ class RowAverages:
         self._waiting: list[tuple[Tensor, Tensor]] = []  # index and what is new, of each step
         self._those: set[int] = set()  # indices that wait, where looking at them is free
 
-    def update(self, index: Tensor, values: Tensor, counted: Tensor, ranks: Ranks) -> Tensor:
+    def update(self, index: Tensor, values: Tensor, ignored: Tensor, ranks: Ranks) -> Tensor:
         """Let the numbers of one step wait, and return the averages of its rows with them.
 
-        These are ``(rows,)`` like ``values``; the value itself for a row that was never
-        ``counted``. What is not finite is left out.
+        These are ``(rows,)`` like ``values``. What is ``ignored`` counts in this step alone.
         """
         if not self._sums.shape[1]:
             self._index, self._sums = self._index.to(index.device), self._sums.to(values)
-        counted = counted & (values.abs() < torch.inf)
-        new = torch.stack([torch.where(counted, values, 0), counted])
+        sums = torch.stack([values, torch.ones_like(values)])
+        new = sums.masked_fill(ignored, 0)
         rows = index, new
         if ranks.size > 1:
             room = ranks.most_rows(values)
@@ -59,14 +58,12 @@ class RowAverages:
             if not self._those.isdisjoint(those):
                 self.take_in()
             self._those |= those
-        sums = new
         if len(self._index):
             own = torch.searchsorted(self._index, index).clamp(max=len(self._index) - 1)
             known = self._index[own] == index
-            sums = torch.add(new, self._sums[:, own] * known, alpha=_DECAY)
+            sums = torch.add(sums, self._sums[:, own] * known, alpha=_DECAY)
         self._waiting.append(rows)
-        totals, visits = sums
-        return torch.where(visits > 0, totals / visits, values)
+        return sums[0] / sums[1]
 
     def take_in(self) -> None:
         """Take in what waits; this looks at values."""

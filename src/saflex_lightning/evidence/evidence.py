@@ -196,7 +196,7 @@ class Evidence:
         ignored = useless | ~augmented
         newest = posteriors
         if index is not None:
-            posteriors = self.averages.update(index, posteriors, ~ignored, ranks)
+            posteriors = self.averages.update(index, posteriors, ignored, ranks)
         log_weights, own, told = self.rule.weigh(posteriors, group, scores.shape[-1])
         weights, trust = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)

@@ -12,10 +12,10 @@ from saflex_lightning.evidence.averages import RowAverages
 KEYS = torch.tensor([-(2**63), -7, 0, 3, 4, 10**6, 2**40, 2**62, 2**63 - 1])
 
 
-def update(averages, index, values, counted=None, ranks=ALONE):
+def update(averages, index, values, ignored=None, ranks=ALONE):
     index, values = torch.as_tensor(index), torch.as_tensor(values)
-    counted = torch.ones(len(values), dtype=torch.bool) if counted is None else counted
-    found = averages.update(index, values, torch.as_tensor(counted), ranks)
+    ignored = torch.zeros(len(values), dtype=torch.bool) if ignored is None else ignored
+    found = averages.update(index, values, torch.as_tensor(ignored), ranks)
     averages.take_in()
     return found
 
@@ -57,7 +57,7 @@ class TestAverages:
         averages = RowAverages()
         for values, expected in (([0.2, 0.5], [0.2, 0.5]), ([0.6, 0.1], [0.74 / 1.7, 0.45 / 1.7])):
             found = averages.update(
-                torch.tensor([7, 3]), torch.tensor(values), torch.ones(2, dtype=torch.bool), ALONE
+                torch.tensor([7, 3]), torch.tensor(values), torch.zeros(2, dtype=torch.bool), ALONE
             )
             assert found.tolist() == pytest.approx(expected)
 
@@ -70,7 +70,7 @@ class TestAverages:
             index = KEYS[torch.randint(len(KEYS), (5,), generator=generator)]
             values = torch.rand(5, generator=generator)
             update(at_once, index, values)
-            waiting.update(index, values, torch.ones(5, dtype=torch.bool), ALONE)
+            waiting.update(index, values, torch.zeros(5, dtype=torch.bool), ALONE)
         copy = RowAverages()
         copy.load_state_dict(waiting.state_dict())
         before = deepcopy(waiting.state_dict())
@@ -83,20 +83,17 @@ class TestAverages:
         assert copy.state_dict()["waiting"] is None
         torch.testing.assert_close(copy.state_dict()["sums"], at_once.state_dict()["sums"])
 
-    def test_rows_that_do_not_count_or_have_no_finite_number_are_left_out(self):
+    def test_rows_that_are_ignored_count_in_their_step_alone(self):
         averages = RowAverages()
-        assert update(averages, [8], [0.3], [False]).tolist() == pytest.approx([0.3])
+        assert update(averages, [8], [0.3], [True]).tolist() == pytest.approx([0.3])
         assert averages.read().index.tolist() == []
         update(averages, [0, 1], [0.5, 0.5])
-        counted = [False, True, True, False]
-        found = update(averages, [-1, 1, 2, 0], [0.1, torch.nan, 0.9, 0.7], counted)
-        assert found.tolist() == pytest.approx([0.1, 0.5, 0.9, 0.5])
+        ignored = [True, True, False, True]
+        found = update(averages, [-1, 1, 2, 0], [0.1, torch.nan, 0.9, 0.7], ignored).tolist()
+        assert found == pytest.approx([0.1, torch.nan, 0.9, 1.05 / 1.7], nan_ok=True)
         index, evidence = averages.read()
         assert index.tolist() == [0, 1, 2]
         assert evidence.tolist() == pytest.approx([0.5, 0.5, 0.9])
-
-    def test_a_number_that_is_not_finite_is_nobody_s_average(self):
-        assert update(RowAverages(), [4], [torch.inf]).tolist() == [torch.inf]
 
     @pytest.mark.parametrize("before", [[], [3]])
     def test_a_batch_without_rows(self, before):
@@ -124,13 +121,13 @@ class TestAverages:
 
     def test_ranks_share_the_averages_of_the_whole_batch(self):
         index, values = KEYS[[8, 0, 3, 3, 5]], torch.rand(5)
-        counted = torch.tensor([True, True, True, True, False])
+        ignored = torch.tensor([False, False, False, False, True])
         whole = RowAverages()
-        expected = update(whole, index, values, counted)
+        expected = update(whole, index, values, ignored)
 
         def work(own, ranks):
             averages = RowAverages()
-            return update(averages, index[own], values[own], counted[own], ranks), averages.read()
+            return update(averages, index[own], values[own], ignored[own], ranks), averages.read()
 
         parts = in_parts([4, 1], work)
         torch.testing.assert_close(torch.cat([found for found, _ in parts]), expected)

@@ -169,7 +169,7 @@ def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     labels = batch["target"]
     labels = one_hot(labels, CLASSES).double() if labels.ndim == 1 else labels
     judgement = evidence.judge(batch["scores"], batch["target"], NO_OPTIONS)
-    q = averages.update(batch["index"], judgement.posteriors, batch["augmented"], ALONE)
+    q = averages.update(batch["index"], judgement.posteriors, ~batch["augmented"], ALONE)
     q = q.clamp(1e-4, 1 - 1e-4)
     rms = judgement.products.square().mean().sqrt()
     s = (labels * judgement.products).sum(1) / rms

@@ -1,6 +1,7 @@
 """What ``saflex-train`` says and leaves: help, progress, weights, its rivals and where they are."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,11 @@ def test_rivals_share_the_closing_table_and_the_folder_is_printed(tmp_path, caps
     assert table.endswith(
         f"Results and weights: {tmp_path}\nA page of them: saflex-report {tmp_path}\n"
     )
+    (again,) = re.findall(r"^saflex-train (.*)$", table, flags=re.MULTILINE)
+    given = *shlex.split(again), "trainer.limit_val_batches=0"  # which short runs set
+    second = compose_config(tmp_path / "second", *given)
+    assert second.data.row_weights == str(tmp_path / "saflex_rows.csv")
+    assert train(second)["name"] == "train_plus_val"
     for folder in (tmp_path, *(tmp_path / "rivals" / method for method in methods[:3])):
         assert (folder / "checkpoints" / "last.ckpt").is_file()
 

@@ -27,6 +27,7 @@ from saflex_lightning.cli.report import RunReport, make_run_table, read_report
 from saflex_lightning.cli.sweep import make_sweep_table, read_results
 from saflex_lightning.cli.watch import add_insight, make_progress
 from saflex_lightning.fit.checks import check_launch
+from saflex_lightning.insight.write import ROWS
 
 __all__ = ["CONFIG", "compare", "main", "train"]
 
@@ -181,6 +182,11 @@ def compare(cfg: DictConfig) -> None:
     results = read_results(home, since=start)
     console.print(make_run_table(result))
     console.print(make_sweep_table(results, title=f"the same rows, seed {result['seed']}"))
+    if (home / ROWS).is_file():
+        kept = [override for override in given if not override.startswith("output_dir=")]
+        again = ["method=train_plus_val", f"data.row_weights={home / ROWS}"]
+        print("Train again by what was learned, on the validation rows too:")
+        print(shlex.join(["saflex-train", *kept, *again]))
     _say_where(home)
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from .checks import check
@@ -18,7 +20,13 @@ class ResumableSampler(DistributedSampler[Any]):
         dataset: Rows; only its length is asked for.
         num_replicas: Number of processes; None takes that of the process group, once there is one.
         rank: Which of them this is.
+        weights: How often rows are drawn, ``(rows,)``, on any scale: with replacement, as many as
+            there are. None takes each row once.
         **kwargs: As for `DistributedSampler`.
+
+    Raises:
+        TypeError: If the weights are no tensor.
+        ValueError: If they are not those of the rows, or none is positive.
     """
 
     start = 0
@@ -28,17 +36,26 @@ class ResumableSampler(DistributedSampler[Any]):
         dataset: Sized,
         num_replicas: int | None = None,
         rank: int | None = None,
+        *,
+        weights: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         rows = cast("Dataset[Any]", range(len(dataset)))
         super().__init__(rows, num_replicas or 1, rank or 0, **kwargs)
+        self.weights = _checked(weights, len(dataset))
         self._is_shared = num_replicas is not None
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the rows of one pass but the first `start`, which counts for this pass only."""
         self._join_group()
         start, self.start = self.start, 0
-        return (row for place, row in enumerate(super().__iter__()) if place >= start)
+        rows = super().__iter__() if self.weights is None else self._draw(self.weights)
+        return (row for place, row in enumerate(rows) if place >= start)
+
+    def _draw(self, weights: Tensor) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        rows = torch.multinomial(weights, self.total_size, replacement=True, generator=generator)
+        return iter(rows[self.rank :: self.num_replicas].tolist())
 
     def __len__(self) -> int:
         self._join_group()
@@ -51,6 +68,28 @@ class ResumableSampler(DistributedSampler[Any]):
         share = (dist.get_world_size(), dist.get_rank())
         super().__init__(self.dataset, *share, self.shuffle, self.seed, self.drop_last)
         self.epoch = epoch
+
+
+def _checked(weights: Tensor | None, num_rows: int) -> Tensor | None:
+    """Return weights that rows can be drawn by."""
+    if weights is None:
+        return None
+    if not isinstance(cast("Any", weights), Tensor):
+        raise TypeError(
+            f"Expected `weights` to be a tensor of {num_rows} numbers, one of each row, but got "
+            f"{type(weights).__name__}. Pass what `read_row_weights` returns."
+        )
+    if weights.shape != (num_rows,):
+        raise ValueError(
+            f"Expected `weights` of shape {(num_rows,)}, one of each row, but got "
+            f"{tuple(weights.shape)}. Add ones for rows that an earlier run did not have."
+        )
+    if not (bool(weights.isfinite().all()) and bool((weights >= 0).all()) and weights.sum() > 0):
+        raise ValueError(
+            "Expected finite `weights` of 0 or more, one of them positive, but got "
+            f"{weights.min():g} to {weights.max():g}. Pass what `read_row_weights` returns."
+        )
+    return weights.double()
 
 
 class EpochSampler(ResumableSampler):

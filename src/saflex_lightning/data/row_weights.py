@@ -27,6 +27,8 @@ def read_row_weights(file: str | PathLike[str], num_rows: int, *, first_index: i
         rows = ConcatDataset([train_rows, val_rows])
         loader = DataLoader(rows, 64, sampler=WeightedRandomSampler(weights, len(rows)))
 
+    `union_loader` takes them as ``weights=weights``.
+
     Args:
         file: ``saflex_rows.csv``.
         num_rows: Rows of the dataset.

@@ -240,6 +240,7 @@ def union_loader(
     replace: bool = False,
     batch_size: int = 1,
     shuffle: bool = True,
+    weights: Tensor | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     **loader_options: Any,
 ) -> ResumableLoader:
@@ -258,6 +259,8 @@ def union_loader(
         replace: As for `UnionDataset`.
         batch_size: Clean rows per batch and process; a union batch has twice as many rows.
         shuffle: Whether to draw an order for each epoch.
+        weights: How often rows are drawn, ``(rows,)``, see `read_row_weights`; None takes each row
+            once in an epoch.
         collate_fn: As for `UnionDataset`.
         **loader_options: Further options of `torch.utils.data.DataLoader`, such as
             ``num_workers`` or ``drop_last``.
@@ -280,13 +283,18 @@ def union_loader(
     if given := sorted({"sampler", "batch_sampler"} & loader_options.keys()):
         raise ValueError(
             f"Expected no {given} among the options of the loader, whose order is a function of "
-            "seed and epoch, but got one. Pass `shuffle` instead."
+            "seed and epoch, but got one. Pass `shuffle` or `weights` instead."
+        )
+    if weights is not None and not shuffle:
+        raise ValueError(
+            "Expected `shuffle`=True with `weights`, as rows are drawn by them, but got False. "
+            "Leave one of them out."
         )
     rows = UnionDataset(
         dataset, augment, transform, seed=seed, replace=replace, collate_fn=collate_fn
     )
     # The sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
-    sampler = EpochSampler(rows, shuffle=shuffle, seed=mix_seeds(seed))
+    sampler = EpochSampler(rows, shuffle=shuffle, seed=mix_seeds(seed), weights=weights)
     # Otherwise each pass draws from the global random state.
     loader_options.setdefault("generator", torch.Generator().manual_seed(seed))
     return ResumableLoader(

@@ -1,6 +1,7 @@
 """What the datamodules share: union batches to train on, and the rows that steer SAFLEX."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import lightning as L
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from saflex_lightning import AugmentedBatch
-from saflex_lightning.data import ResumableLoader
+from saflex_lightning.data import ResumableLoader, read_row_weights
 from saflex_lightning.data.checks import check
 from saflex_lightning.data.draws import mix_seeds
 from saflex_lightning.data.resumable import EpochSampler
@@ -73,6 +74,9 @@ class UnionDataModule(L.LightningDataModule):
         steering_fraction: Share of the training rows that ``"split"`` takes, in (0, 1).
         merge_val: Train on the validation rows too. Then there are none: nothing can be selected
             on them, and SAFLEX needs ``steering`` ``"train"`` or ``"split"``.
+        row_weights: ``saflex_rows.csv`` of an earlier run with the same training rows, by whose
+            weights rows are drawn, see `read_row_weights`; validation rows that are trained on have
+            weight 1. None takes each row once in an epoch.
         seed: Seed of the order of the rows, of the augmentation and of every split.
         num_workers: Loader processes; 0 loads in the training process.
 
@@ -90,6 +94,7 @@ class UnionDataModule(L.LightningDataModule):
         steering: SteeringName = "val",
         steering_fraction: float = 0.2,
         merge_val: bool = False,
+        row_weights: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -101,12 +106,14 @@ class UnionDataModule(L.LightningDataModule):
         check("a non-negative integer", num_workers=num_workers)
         check("a number between 0 and 1, both excluded", steering_fraction=steering_fraction)
         check("True or False", merge_val=merge_val)
+        check("a path", optional=True, row_weights=row_weights)
         self.batch: BatchName = batch
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.steering: SteeringName = steering
         self.steering_fraction = steering_fraction
         self.merge_val = merge_val
+        self.row_weights = row_weights
         self.seed = seed
         self.num_workers = num_workers
         self._is_set_up = False
@@ -176,8 +183,17 @@ class UnionDataModule(L.LightningDataModule):
             ValueError: If a process has fewer rows than a batch.
         """
         rows = self.make_augmented(self._train)
+        known = len(rows) - self.num_merged()
+        weights = self.read_weights(known, first_index=known)
+        if weights is not None:
+            weights = torch.cat([weights, torch.ones(self.num_merged())])
         # The sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
-        sampler = EpochSampler(rows, seed=mix_seeds(self.seed), **process_share(self.trainer))
+        sampler = EpochSampler(
+            rows,
+            seed=mix_seeds(self.seed),
+            weights=weights,
+            **process_share(self.trainer),
+        )
         check_batch_size(self.batch_size, len(sampler))
         return ResumableLoader(
             rows,
@@ -187,6 +203,25 @@ class UnionDataModule(L.LightningDataModule):
             drop_last=True,
             **self.loader_options(),
         )
+
+    def read_weights(self, num_rows: int, *, first_index: int) -> Tensor | None:
+        """Return the weights of an earlier run, see `read_row_weights`; None without one.
+
+        Raises:
+            FileNotFoundError: If there is no file of them.
+        """
+        if self.row_weights is None:
+            return None
+        if not Path(self.row_weights).is_file():
+            raise FileNotFoundError(
+                "Expected `row_weights` to be the saflex_rows.csv of an earlier run, but there is "
+                f"no file {self.row_weights}. `SAflexInsight` writes one, and `saflex-train` too."
+            )
+        return read_row_weights(self.row_weights, num_rows, first_index=first_index)
+
+    def num_merged(self) -> int:
+        """Return how many validation rows are trained on; they come behind the training rows."""
+        return len(self._val) if self.merge_val else 0
 
     def saflex_dataloader(self) -> CleanLoader:
         """Return the loader of the rows that steer SAFLEX, without augmentation.

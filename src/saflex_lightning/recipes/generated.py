@@ -229,6 +229,9 @@ class GeneratedDataModule(ImageDataModule):
             self._pool,
             self._wanted,
             usable=self._usable(),
+            shares=self.read_weights(
+                len(self._pool.target), first_index=len(self._whole.target) - self.num_merged()
+            ),
             redraw=self.redraw,
             batch=self.batch,
             batch_size=self.batch_size,

@@ -68,6 +68,8 @@ class PairedBatches(ResumableSampler):
         pool: Generated images.
         wanted: See `draw_pool`.
         usable: See `draw_pool`; images whose source is not in use are left out too.
+        shares: Share of the epochs that use each generated image, ``(n,)``; 1 and more is all of
+            them. None uses all alike.
         redraw: Draw from the pool in each epoch anew.
         batch: ``"union"`` keeps the clean rows; ``"replace"`` leaves out those that a generated
             row was made from.
@@ -87,6 +89,7 @@ class PairedBatches(ResumableSampler):
         wanted: Tensor,
         *,
         usable: Tensor,
+        shares: Tensor | None = None,
         redraw: bool,
         batch: Literal["union", "replace"],
         batch_size: int,
@@ -112,6 +115,7 @@ class PairedBatches(ResumableSampler):
         sources = pool.source.tolist()
         known = torch.tensor([source < 0 or source in used for source in sources])
         self.usable = usable & known
+        self.shares = shares
 
     def __len__(self) -> int:
         return self.num_samples // self.batch_size
@@ -132,10 +136,14 @@ class PairedBatches(ResumableSampler):
 
     def _share_out(self) -> tuple[dict[int, list[int]], list[int]]:
         """Return this epoch's generated rows by source, and this process's rows without one."""
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
+        usable = self.usable
+        if self.shares is not None:
+            usable = usable & (torch.rand(len(usable), generator=generator) < self.shares)
         drawn = draw_pool(
             self.pool,
             self.wanted,
-            usable=self.usable,
+            usable=usable,
             seed=mix_seeds(self.seed, self.epoch if self.redraw else 0),
         )
         sources = self.pool.source[drawn]
@@ -143,7 +151,6 @@ class PairedBatches(ResumableSampler):
         for source, place in zip(sources.tolist(), drawn.tolist(), strict=True):
             pairs[source].append(self.num_real + place)
         free = pairs.pop(-1, [])
-        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
         order = torch.randperm(len(free), generator=generator)
         mine = order[self.rank :: self.num_replicas].tolist()
         return pairs, [free[place] for place in mine]

@@ -7,7 +7,8 @@ from helpers.training import NUM_CLASSES, Classifier, fit, make_rows, seeded, sh
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, WeightedRandomSampler
 
 from saflex_lightning import SAflexCallback, SAflexInsight
-from saflex_lightning.data import read_row_weights, with_index
+from saflex_lightning.data import read_row_weights, union_loader, with_index
+from saflex_lightning.data.resumable import ResumableSampler
 
 ROWS, TRUSTED, BATCH = 192, 64, 32
 HEADER = "index,given,belief,mean_weight\n"
@@ -68,6 +69,64 @@ def test_what_union_batches_made_of_a_row_has_its_number(tmp_path):
     expected = torch.where(counts > 0, expected / counts, 1)  # 1 for rows not known to the file
     torch.testing.assert_close(weights, expected[1000:], rtol=1e-4, atol=1e-6)
     assert (counts > 0).sum() > 150
+
+
+def drawn(epochs, **settings):
+    sampler = ResumableSampler(range(6), weights=torch.tensor([0.0, 1, 2, 3, 0, 2]), **settings)
+    found = []
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        found.append(list(sampler))
+    return found
+
+
+def test_loaders_draw_rows_as_often_as_they_weigh():
+    counts = torch.tensor(drawn(range(4000), seed=1)).flatten().bincount(minlength=6)
+    assert counts[[0, 4]].tolist() == [0, 0]
+    expected = 24_000 * torch.tensor([1.0, 2, 3, 2]) / 8
+    assert (counts[[1, 2, 3, 5]] - expected).abs().max() < 5 * expected.max().sqrt()
+    assert drawn([3], seed=1) == drawn([3], seed=1) != drawn([4], seed=1)
+
+
+def test_processes_share_the_rows_that_are_drawn_and_a_pass_begins_anywhere():
+    (whole,) = drawn([2], seed=1)
+    parts = [drawn([2], seed=1, num_replicas=2, rank=rank)[0] for rank in range(2)]
+    assert [row for pair in zip(*parts, strict=True) for row in pair] == whole
+    sampler = ResumableSampler(range(6), seed=1, weights=torch.tensor([0.0, 1, 2, 3, 0, 2]))
+    sampler.set_epoch(2)
+    sampler.start = 4
+    assert [list(sampler), list(sampler)] == [whole[4:], whole]
+
+
+def test_union_batches_of_rows_by_weight():
+    rows = [(torch.full((2,), float(row)), row % 2) for row in range(6)]
+    weights = torch.tensor([0.0, 0, 0, 1, 0, 1])
+    loader = union_loader(rows, torch.neg, replace=True, batch_size=3, weights=weights)
+    batches = list(loader)
+    assert set(torch.cat([batch.index for batch in batches]).tolist()) == {9, 11}
+    assert sum(len(batch.index) for batch in batches) == 6
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([1.0] * 6, TypeError, "a tensor of 6 numbers.*got list"),
+        (torch.ones(5), ValueError, r"shape \(6,\).*got \(5,\)"),
+        (torch.ones(6, 1), ValueError, r"got \(6, 1\)"),
+        (torch.zeros(6), ValueError, "one of them positive, but got 0 to 0"),
+        (torch.tensor([1, 1, 1, 1, 1, -1.0]), ValueError, "got -1 to 1"),
+        (torch.tensor([1, 1, 1, 1, 1, torch.nan]), ValueError, "finite"),
+    ],
+)
+def test_weights_that_no_row_can_be_drawn_by(weights, error, message):
+    rows = [(torch.ones(2), 0)] * 6
+    with pytest.raises(error, match=message):
+        union_loader(rows, torch.neg, weights=weights)
+
+
+def test_an_order_that_is_kept_has_no_weights():
+    with pytest.raises(ValueError, match="`shuffle`=True"):
+        union_loader([(torch.ones(2), 0)] * 6, torch.neg, weights=torch.ones(6), shuffle=False)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,25 @@ class TestMergedValidationRows:
         assert set_up().class_counts().tolist() == [85, 219, 109, 203, 85, 100, 234, 165]
 
 
+class TestRowWeights:
+    def test_rows_are_drawn_by_those_of_an_earlier_run_and_validation_rows_by_1(self, tmp_path):
+        file = tmp_path / "saflex_rows.csv"
+        lines = [f"{1200 + row},{0 if row % 2 else 2}" for row in range(1200)]
+        file.write_text("\n".join(["index,mean_weight", *lines]))
+        data = set_up(merge_val=True, row_weights=str(file), batch="replace")
+        index = torch.cat([batch.index for epoch in range(5) for batch in batches(data, epoch)])
+        rows = index - 1600
+        trained = rows[rows < 1200]
+        assert (trained % 2 == 0).all()
+        assert len(trained) / len(rows) == pytest.approx(1200 / 1600, abs=0.03)
+
+    def test_a_file_of_other_rows_is_refused(self, tmp_path):
+        file = tmp_path / "saflex_rows.csv"
+        file.write_text("index,mean_weight\n3,1\n")
+        with pytest.raises(ValueError, match="indices from 1200 to 2399, but line 2 has 3"):
+            set_up(row_weights=str(file)).train_dataloader()
+
+
 class TestFiles:
     def test_grey_images_get_one_channel(self, tmp_path):
         grey = np.zeros((40, 8, 8), np.uint8)

@@ -268,6 +268,27 @@ class TestSteering:
             data.saflex_dataloader()
 
 
+class TestRowWeights:
+    @pytest.mark.parametrize("merge_val", [False, True])
+    def test_generated_images_are_used_as_often_as_an_earlier_run_weighed_them(
+        self, folders, tmp_path, merge_val
+    ):
+        file = tmp_path / "saflex_rows.csv"
+        weights = [(0.0, 0.5, 1.0, 1.7)[row % 4] for row in range(NUM_GENERATED)]
+        lines = [f"{NUM_REAL + row},{weight}" for row, weight in enumerate(weights)]
+        file.write_text("\n".join(["index,mean_weight", *lines]))
+        data = set_up(folders, row_weights=str(file), merge_val=merge_val, batch_size=6)
+        first, epochs = NUM_REAL + (6 if merge_val else 0), 200
+        used = torch.zeros(NUM_GENERATED)
+        for epoch in range(epochs):
+            index = joined(data, "index", epoch)
+            used += torch.bincount(index[index >= first] - first, minlength=NUM_GENERATED)
+        expected = torch.tensor(weights).clamp(max=1)
+        assert (used / epochs - expected).abs().max() < 0.16
+        assert used[expected == 0].sum() == 0
+        assert (used[expected == 1] == epochs).all()
+
+
 class TestLayouts:
     def test_class_folders_without_sources(self, own_folders):
         shutil.rmtree(own_folders / "pool")

@@ -23,6 +23,7 @@ SHARED = [
     ("num_workers", "a non-negative integer", [True, -1, "2", NAN]),
     ("steering_fraction", "a number between 0 and 1", [True, 0.0, 1, -0.2, NAN, "0.2", None]),
     ("merge_val", "True or False", [1, "yes", None]),
+    ("row_weights", "a path", [3, True]),
     ("batch", "one of", ["both", 3, None, ["union"]]),
     ("steering", "one of", ["late", True, ["val"]]),
     ("augmentation", "one of", ["blur", None, 1, ["none"]]),

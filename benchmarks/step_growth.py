@@ -30,6 +30,7 @@ from torch.nn.functional import one_hot
 
 from saflex_lightning.evidence import discriminant
 from saflex_lightning.evidence.averages import RowAverages
+from saflex_lightning.evidence.weights import NOISE
 from saflex_lightning.functional.ranks import Ranks
 
 ROWS, FEATURES, WIDTH, REMEMBERED = 128, 64, 256, 2048
@@ -173,7 +174,7 @@ def sent_by_theory(ranks: int) -> float:
     """Return bytes per step: sums of groups and weights, indices with two numbers, scores."""
     if ranks == 1:
         return 0
-    groups, columns, number = 4, 8, 4
+    groups, columns, number = 4, 9 + len(NOISE), 4  # what a step shows of its groups
     validation = ranks * (ROWS // LOOK) * (3 * CLASSES + 1) * number / LOOK
     table = ranks * ROWS * (8 + 2 * number) + ranks * number
     return number * (groups * columns + 1) + table + validation

@@ -118,19 +118,25 @@ class Calls(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_an_accelerator(calls: Calls) -> Iterator[None]:
-    """Let the package believe on a CPU that looks wait; copies to the CPU are counted too."""
+def as_on_an_accelerator() -> Iterator[None]:
+    """Let the package believe on a CPU that looks wait."""
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("saflex_lightning.") and hasattr(module, "looking_is_free"):
+                stack.enter_context(patch.object(module, "looking_is_free", lambda _: False))
+        yield
+
+
+@contextmanager
+def counted_copies(calls: Calls) -> Iterator[None]:
+    """Count copies to the CPU among the looks; those of a GPU's tensors are counted already."""
     own = Tensor.cpu
 
     def cpu(tensor, *args, **kwargs):
         calls.waits += not tensor.is_cuda
         return own(tensor, *args, **kwargs)
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(Tensor, "cpu", cpu))
-        for name, module in list(sys.modules.items()):
-            if name.startswith("saflex_lightning.") and hasattr(module, "looking_is_free"):
-                stack.enter_context(patch.object(module, "looking_is_free", lambda _: False))
+    with patch.object(Tensor, "cpu", cpu):
         yield
 
 
@@ -149,7 +155,7 @@ class First(pl.Callback):
             self.meter.begin(batch_idx, pl_module.device)
         elif batch_idx % (self.meter.counted + 1):
             self.calls, self.flops = Calls(), FlopCounterMode(display=False)
-            self.stack.enter_context(as_on_an_accelerator(self.calls))
+            self.stack.enter_context(counted_copies(self.calls))
             self.stack.enter_context(self.flops)
             self.stack.enter_context(self.calls)
 
@@ -257,7 +263,8 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict:
     settings = make_settings(**KINDS.get(cell.kind, {}))
     counting = First(Meter(settings), counts=True)
     steps = 2 * (counting.meter.counted + 1)
-    fit(cell, args, steps, counting, Last(counting, 0))
+    with as_on_an_accelerator():
+        fit(cell, args, steps, counting, Last(counting, 0))
     plain, refined = counting.found[True], counting.found[False]
 
     refined_blocks, plain_blocks = measure_blocks(cell, args)

@@ -43,6 +43,7 @@ METHODS = {
     "label smoothing": None,
     "merged": None,  # trains on the validation rows too
     "merged by rows": None,  # the same after a first run, on the rows that this one believed
+    "merged by shuffled rows": None,  # its control: the same weights, of other rows
     "merged by confident learning": None,
     "small loss": None,
     "early-learning regularization": None,
@@ -58,6 +59,7 @@ METHODS = {
 LOOKING_AHEAD = {"learning to reweight": LearningToReweight, "meta-weight-net": MetaWeightNet}
 SMOOTHING = 0.1
 CONTROL, PLAIN = "shuffled", "union"
+SECOND_RUNS = ("merged by rows", "merged by shuffled rows")  # and its control
 
 
 class Classifier(SAflexMixin, pl.LightningModule):
@@ -185,8 +187,11 @@ def run(name, method, seed, folder):
     data = make_data(bench, seed, folder)
     if method.startswith("merged"):
         believed = None
-        if method == "merged by rows":
+        if method in SECOND_RUNS:
             believed = rows_of_a_first_run(bench, data, seed)
+        if method == SECOND_RUNS[1]:
+            draws = torch.Generator().manual_seed(seed)
+            believed = believed[torch.randperm(len(believed), generator=draws)]
         merge(data, bench, believed)
     pl.seed_everything(seed, verbose=False)
     module = Classifier(data.network(), method, data)
@@ -356,7 +361,7 @@ def tables(found):
         yield from mean_table(found, methods, kind, "accuracy", 1)
         yield "\nTest loss, nats, mean over seeds.\n"
         yield from mean_table(found, methods, kind, "loss", 3)
-        for method in ("robust", "merged by rows"):
+        for method in ("robust", SECOND_RUNS[0]):
             yield from pair_table(found, method, [m for m in methods if m != method], kind)
     aurocs: dict[str, list[float]] = {}
     for (bench, method, _), result in found.items():

@@ -248,7 +248,7 @@ def main() -> None:
     for axis in args.axes:
         if axis in own:
             sizes, measure = own[axis]
-            sizes = sizes + [10_000] * (args.large and axis.startswith("classes"))
+            sizes = sizes + [10_000] * (args.large and axis == "classes, diagonal")
         else:
             sizes, large, *_ = AXES[axis]
             sizes, measure = sizes + args.large * large, partial(measure_point, axis)

@@ -101,7 +101,7 @@ def test_a_file_is_gone_on_with(args, tmp_path):
 
 def test_growth_by_theory():
     assert growth.sent_by_theory(1) == 0
-    assert growth.sent_by_theory(2) == 4 * 33 + (2 * 128 * 16 + 8) + 2 * 32 * 25 * 4 / 4
+    assert growth.sent_by_theory(2) == 4 * 97 + (2 * 128 * 16 + 8) + 2 * 32 * 25 * 4 / 4
     full, diagonal = (
         growth.discriminant_operations(10, diagonal=diagonal) for diagonal in (False, True)
     )

@@ -8,9 +8,9 @@ from torch import Tensor
 from saflex_lightning.functional.losses import looking_is_free
 from saflex_lightning.functional.ranks import Ranks
 
-__all__ = ["RowAverages", "RowEvidence"]
+__all__ = ["VISIT_DECAY", "RowAverages", "RowEvidence"]
 
-_DECAY = 0.7  # of earlier visits of a row, per visit
+VISIT_DECAY = 0.7  # of earlier visits of a row, per visit
 
 
 class RowEvidence(NamedTuple):
@@ -61,7 +61,7 @@ class RowAverages:
         if len(self._index):
             own = torch.searchsorted(self._index, index).clamp(max=len(self._index) - 1)
             known = self._index[own] == index
-            sums = torch.add(sums, self._sums[:, own] * known, alpha=_DECAY)
+            sums = torch.add(sums, self._sums[:, own] * known, alpha=VISIT_DECAY)
         self._waiting.append(rows)
         return sums[0] / sums[1]
 
@@ -109,7 +109,7 @@ class RowAverages:
             index, sums = _with_room(index, sums, torch.cat([rows for rows, _ in waiting]))
         for rows, new in waiting:
             places = torch.searchsorted(index, rows)
-            sums.index_copy_(1, places, _DECAY * sums[:, places])
+            sums.index_copy_(1, places, VISIT_DECAY * sums[:, places])
             sums.index_add_(1, places, new)
         return index, sums
 

@@ -180,7 +180,9 @@ class UnionDataModule(L.LightningDataModule):
         other epochs, and every step has the same size.
 
         Raises:
-            ValueError: If a process has fewer rows than a batch.
+            FileNotFoundError: If ``row_weights`` is no file.
+            ValueError: If a process has fewer rows than a batch, or ``row_weights`` is the file of
+                other rows.
         """
         rows = self.make_augmented(self._train)
         known = len(rows) - self.num_merged()

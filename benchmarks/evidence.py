@@ -232,7 +232,9 @@ def rows_of_a_first_run(bench, data, seed):
         insight = SAflexInsight(folder, figures=False)
         fit(module, bench, data, seed, "robust", [steering(data), insight])
         first = 0 if bench.alone else len(data.clean[1])
-        return read_row_weights(Path(folder) / ROWS, len(data.make.labels), first_index=first)
+        labels = data.make.labels
+        file = Path(folder) / ROWS
+        return read_row_weights(file, len(labels), first_index=first, labels=labels)
 
 
 def can_merge(method, bench):

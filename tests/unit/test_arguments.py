@@ -75,7 +75,7 @@ CASES = {
     ),
     "read_row_weights": (
         data.read_row_weights,
-        {"file": "rows.csv", "num_rows": 4, "first_index": 0},
+        {"file": "rows.csv", "num_rows": 4, "first_index": 0, "labels": torch.zeros(4).long()},
         None,
     ),
     "SAflexInsight": (

@@ -12,11 +12,17 @@ from .files import read_records
 
 __all__ = ["read_row_weights"]
 
-_INDEX, _WEIGHT = "index", "mean_weight"
+_INDEX, _WEIGHT, _LABEL = "index", "mean_weight", "given"
 _ADVICE = "Pass the saflex_rows.csv that `SAflexInsight` wrote."
 
 
-def read_row_weights(file: str | PathLike[str], num_rows: int, *, first_index: int = 0) -> Tensor:
+def read_row_weights(
+    file: str | PathLike[str],
+    num_rows: int,
+    *,
+    first_index: int = 0,
+    labels: Tensor | None = None,
+) -> Tensor:
     """Return how much each row counted in an earlier run, from what `SAflexInsight` wrote of it.
 
     The validation rows of that run need not be held out in the next one, which is a plain one
@@ -34,6 +40,8 @@ def read_row_weights(file: str | PathLike[str], num_rows: int, *, first_index: i
         num_rows: Rows of the dataset.
         first_index: Index of its first row: 0 after `with_index`; after `union_loader` the number
             of clean rows, since what was made of row i has this number more.
+        labels: Class of each row, ``(num_rows,)`` integers, to refuse the file of other rows; None
+            does not compare, as is right where an augmentation mixed the labels of that run.
 
     Returns:
         Mean weight over the visits of each row, the newest counting most, ``(num_rows,)``
@@ -42,11 +50,17 @@ def read_row_weights(file: str | PathLike[str], num_rows: int, *, first_index: i
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If an argument is of another type.
-        ValueError: If it is no table of rows, or one of another dataset.
+        ValueError: If it is no table of rows, or one of another dataset, by its indices or labels.
     """
     check("a path", file=file)
     check("a positive integer", num_rows=num_rows)
     check("a non-negative integer", first_index=first_index)
+    check("a tensor of integers, (rows,)", optional=True, labels=labels)
+    if labels is not None and len(labels) != num_rows:
+        raise ValueError(
+            f"Expected `labels` to hold the class of each of {num_rows} rows, but got "
+            f"{len(labels)}. Pass those of all rows of the dataset."
+        )
     path = Path(file)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
@@ -55,7 +69,8 @@ def read_row_weights(file: str | PathLike[str], num_rows: int, *, first_index: i
             "one where rows have an `index`, see `with_index`."
         )
     weights = torch.ones(num_rows, dtype=torch.float64)
-    known = set[int]()
+    known, classes = set[int](), None if labels is None else labels.tolist()
+    names, numbers = dict[int, str](), dict[str, int]()
     for line, cells in read_records(path, (_INDEX, _WEIGHT), _ADVICE):
         index, weight = _read(path, line, cells)
         row = index - first_index
@@ -72,6 +87,17 @@ def read_row_weights(file: str | PathLike[str], num_rows: int, *, first_index: i
             )
         known.add(row)
         weights[row] = weight
+        given = cells.get(_LABEL, "")
+        if classes is None or not given:
+            continue
+        label = classes[row]
+        if names.setdefault(label, given) != given or numbers.setdefault(given, label) != label:
+            raise ValueError(
+                f"Expected the labels of {path} to be those of the rows, but line {line} has "
+                f"{given!r} for row {row}, which is of class {label}, and earlier lines contradict "
+                "that. Pass the file of a run on the same rows in the same order, with the same "
+                "seed where wrong labels are planted."
+            )
     return weights
 
 

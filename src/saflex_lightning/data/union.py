@@ -117,6 +117,11 @@ class UnionDataset(Dataset[UnionRow]):
         """What each value of ``AugmentedBatch.group`` stands for; the first is ``"clean"``."""
         return group_names_of(self._augment if self._mix is None else self._mix)
 
+    @property
+    def keeps_labels(self) -> bool:
+        """Whether every augmented row has the label of its own row."""
+        return self._mix is None and not getattr(self._augment, "changes_label", False)
+
     def __len__(self) -> int:
         return len(self.dataset)
 

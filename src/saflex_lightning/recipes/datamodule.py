@@ -186,7 +186,8 @@ class UnionDataModule(L.LightningDataModule):
         """
         rows = self.make_augmented(self._train)
         known = len(rows) - self.num_merged()
-        weights = self.read_weights(known, first_index=known)
+        labels = torch.as_tensor(self._train.target)[:known] if rows.keeps_labels else None
+        weights = self.read_weights(known, first_index=known, labels=labels)
         if weights is not None:
             weights = torch.cat([weights, torch.ones(self.num_merged())])
         # The sampler adds the epoch to its seed: keep the orders of neighbouring seeds apart.
@@ -206,7 +207,9 @@ class UnionDataModule(L.LightningDataModule):
             **self.loader_options(),
         )
 
-    def read_weights(self, num_rows: int, *, first_index: int) -> Tensor | None:
+    def read_weights(
+        self, num_rows: int, *, first_index: int, labels: Tensor | None
+    ) -> Tensor | None:
         """Return the weights of an earlier run, see `read_row_weights`; None without one.
 
         Raises:
@@ -219,7 +222,7 @@ class UnionDataModule(L.LightningDataModule):
                 "Expected `row_weights` to be the saflex_rows.csv of an earlier run, but there is "
                 f"no file {self.row_weights}. `SAflexInsight` writes one, and `saflex-train` too."
             )
-        return read_row_weights(self.row_weights, num_rows, first_index=first_index)
+        return read_row_weights(self.row_weights, num_rows, first_index=first_index, labels=labels)
 
     def num_merged(self) -> int:
         """Return how many validation rows are trained on; they come behind the training rows."""

@@ -230,7 +230,9 @@ class GeneratedDataModule(ImageDataModule):
             self._wanted,
             usable=self._usable(),
             shares=self.read_weights(
-                len(self._pool.target), first_index=len(self._whole.target) - self.num_merged()
+                len(self._pool.target),
+                first_index=len(self._whole.target) - self.num_merged(),
+                labels=self._pool.target,
             ),
             redraw=self.redraw,
             batch=self.batch,

@@ -153,6 +153,30 @@ def test_a_file_that_is_none_of_these_rows_is_refused(tmp_path, content, message
         read_row_weights(file, 3)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("0,cat,,1\n2,dog,,1\n1,dog,,1\n", "line 4 has 'dog' for row 1, which is of class 0"),
+        ("0,cat,,1\n2,cat,,1\n", "line 3 has 'cat' for row 2, which is of class 1"),
+        ("2,0,,1\n0,1,,1\n1,0,,1\n", "line 4 has '0' for row 1"),
+    ],
+)
+def test_a_file_of_rows_with_other_labels_is_refused(tmp_path, lines, message):
+    file = tmp_path / "saflex_rows.csv"
+    file.write_text(HEADER + lines)
+    with pytest.raises(ValueError, match=message):
+        read_row_weights(file, 3, labels=torch.tensor([0, 0, 1]))
+
+
+def test_labels_may_have_names_and_rows_none(first_run, tmp_path):
+    folder, (_, given), _ = first_run
+    read_row_weights(folder / "saflex_rows.csv", ROWS, labels=given)
+    file = tmp_path / "saflex_rows.csv"
+    file.write_text(HEADER + "0,cat,,0.5\n2,dog,,1\n1,,,1\n")
+    weights = read_row_weights(file, 3, labels=torch.tensor([1, 1, 0], dtype=torch.uint8))
+    assert weights.tolist() == [0.5, 1, 1]
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_file_that_is_not_there_is_told(tmp_path, folder):
     file = tmp_path if folder else tmp_path / "rows.csv"
@@ -162,10 +186,19 @@ def test_a_file_that_is_not_there_is_told(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
-    [((1, 3), "file"), (("f", 0), "num_rows"), (("f", 1.0), "num_rows"), (("f", 1, -1), "first")],
+    ("name", "value"),
+    [
+        ("file", 1),
+        ("num_rows", 0),
+        ("num_rows", 1.0),
+        ("first_index", -1),
+        ("labels", [0, 1]),
+        ("labels", torch.ones(2)),
+        ("labels", torch.tensor([0])),
+    ],
+    ids=str,
 )
-def test_arguments_are_checked(arguments, name):
-    file, num_rows, *first = arguments
+def test_arguments_are_checked(name, value):
+    arguments = {"file": "f", "num_rows": 2, name: value}
     with pytest.raises((TypeError, ValueError), match=f"Expected `{name}"):
-        read_row_weights(file, num_rows, first_index=first[0] if first else 0)
+        read_row_weights(**arguments)

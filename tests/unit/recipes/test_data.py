@@ -231,6 +231,19 @@ class TestRowWeights:
         with pytest.raises(ValueError, match="indices from 1200 to 2399, but line 2 has 3"):
             set_up(row_weights=str(file)).train_dataloader()
 
+    def test_a_file_of_a_run_with_other_planted_labels_is_refused(self, tmp_path):
+        file = tmp_path / "saflex_rows.csv"
+        planted = set_up(label_noise=0.4, seed=1).doubted_rows().target.tolist()
+        lines = [f"{1200 + row},{label},1" for row, label in enumerate(planted)]
+        file.write_text("\n".join(["index,given,mean_weight", *lines]))
+        noisy = {"label_noise": 0.4, "row_weights": str(file)}
+        set_up(**noisy, seed=1).train_dataloader()
+        set_up(**noisy, seed=1, merge_val=True).train_dataloader()
+        with pytest.raises(ValueError, match="with the same seed"):
+            set_up(**noisy, seed=2).train_dataloader()
+        # The labels that a mixed row was shown with are no longer those of the row.
+        set_up(**noisy, seed=2, augmentation="mixup").train_dataloader()
+
 
 class TestFiles:
     def test_grey_images_get_one_channel(self, tmp_path):

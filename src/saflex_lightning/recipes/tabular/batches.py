@@ -155,6 +155,11 @@ class TrainingTable(Dataset[AugmentedBatch]):
         self.replace = replace
         self.seed = seed
 
+    @property
+    def keeps_labels(self) -> bool:
+        """Whether every augmented row has the label of its own row."""
+        return self.augmentation is None or not self.augmentation.mix_labels
+
     def __len__(self) -> int:
         return len(self.rows)
 

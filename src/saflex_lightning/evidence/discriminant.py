@@ -92,7 +92,7 @@ def fit_discriminant(
 
 
 class _ClassMeans(NamedTuple):
-    """Rows by their classes: ``centred`` on all rows, and ``within`` their classes."""
+    """Sets of rows by their classes: ``centred`` on all of a set, and ``within`` their classes."""
 
     size: Tensor
     center: Tensor
@@ -103,45 +103,44 @@ class _ClassMeans(NamedTuple):
 
 
 def _class_means(scores: Tensor, labels: Tensor, present: Tensor) -> _ClassMeans:
-    size = present.sum().clamp(min=1)
-    center = scores.sum(0) / size
-    centred = (scores - center) * present.unsqueeze(1)
-    counts = labels.sum(0) + _PRIOR
-    means = (labels.T @ centred) / counts.unsqueeze(1)
+    size = present.sum(-1, keepdim=True).clamp(min=1)
+    center = scores.sum(-2) / size
+    centred = (scores - center.unsqueeze(-2)) * present.unsqueeze(-1)
+    counts = labels.sum(-2) + _PRIOR
+    means = (labels.mT @ centred) / counts.unsqueeze(-1)
     return _ClassMeans(size, center, centred, counts, means, centred - labels @ means)
 
 
 def _offsets(rows: _ClassMeans, directions: Tensor) -> Tensor:
-    return rows.counts.log() - 0.5 * (rows.means * directions.T).sum(1)
+    return rows.counts.log() - 0.5 * (rows.means * directions.mT).sum(-1)
 
 
 def _solve(rows: _ClassMeans, columns: Tensor) -> Tensor:
     """Return S^-1 times columns, with the covariance S of rows within their classes."""
     within, size = rows.within, rows.size
-    if within.shape[1] > MOST_SCORES:
-        variances = within.square().sum(0) / size
-        ridge = (_RIDGE * variances.mean()).clamp(min=_FLOOR)
-        return columns / (variances + ridge).unsqueeze(1)
-    covariance = within.T @ within / size
-    ridge = (_RIDGE * covariance.diagonal().mean()).clamp(min=_FLOOR)
-    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    factor = torch.linalg.cholesky_ex(covariance + ridge * eye)[0]  # does not wait for a check
+    if within.shape[-1] > MOST_SCORES:
+        variances = within.square().sum(-2) / size
+        ridge = (_RIDGE * variances.mean(-1, keepdim=True)).clamp(min=_FLOOR)
+        return columns / (variances + ridge).unsqueeze(-1)
+    covariance = within.mT @ within / size.unsqueeze(-1)
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    ridge = (_RIDGE * diagonal.mean(-1, keepdim=True)).clamp(min=_FLOOR)
+    ridged = covariance.diagonal_scatter(diagonal + ridge, dim1=-2, dim2=-1)
+    factor = torch.linalg.cholesky_ex(ridged)[0]  # does not wait for a check
     return torch.cholesky_solve(columns, factor)
 
 
 def best_temperature(scores: Tensor, labels: Tensor, present: Tensor) -> Tensor:
     """Return the tau under which each half of the rows is most likely by the other half, scalar."""
     choices = scores.new_tensor(TEMPERATURES)
-    given = scores, labels, present.unsqueeze(1)
+    given = scores, labels, present
     if len(scores) % 2:  # a row that is not there makes the halves equal
         given = tuple(torch.cat([part, torch.zeros_like(part[:1])]) for part in given)
 
-    def likelihoods(h: Tensor, y: Tensor, there: Tensor, others: Tensor, theirs: Tensor) -> Tensor:
-        rows = _class_means(h, y, there.squeeze(1))
-        directions = _solve(rows, rows.means.T)
-        logits = (others - rows.center) @ directions + _offsets(rows, directions)
-        return (torch.log_softmax(choices.view(-1, 1, 1) * logits, -1) * theirs).sum((1, 2))
-
     h, y, there = (torch.stack([part[::2], part[1::2]]) for part in given)
-    found = torch.vmap(likelihoods)(h, y, there, h.flip(0), y.flip(0))
-    return choices[found.sum(0).argmax()]
+    rows = _class_means(h, y, there)
+    directions = _solve(rows, rows.means.mT)
+    others = h.flip(0) - rows.center.unsqueeze(1)
+    logits = others @ directions + _offsets(rows, directions).unsqueeze(1)
+    tempered = torch.log_softmax(choices.view(-1, 1, 1, 1) * logits, -1)
+    return choices[(tempered * y.flip(0)).sum((1, 2, 3)).argmax()]

@@ -198,11 +198,11 @@ class Evidence:
         if index is not None:
             posteriors = self.averages.update(index, posteriors, ignored, ranks)
         log_weights, own, told = self.rule.weigh(posteriors, group, scores.shape[-1])
-        weights, trust = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
+        weights, trust = both = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)
         sizes, expected = products.square().mean(-1), self._expected.expand_as(ones)
-        columns = [weights, weights * given, trust, trust * given, ones, given, sizes]
-        columns = torch.column_stack([*columns, newest.log(), expected, told])
+        columns = [weights, trust, *(both * given), ones, given, sizes, newest.log(), expected]
+        columns = torch.column_stack([*columns, told])
         places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
         sums = ranks.sum(sums.index_add_(0, places, columns)[:-1])
@@ -270,7 +270,7 @@ class Evidence:
 
     def _learn(self, number: int, sums: Array) -> None:
         """Learn from the sums of a step, ``(groups, columns)``."""
-        v, vs, u, us, count, s, squares = sums[:, :7].T
+        v, u, vs, us, count, s, squares = sums[:, :7].T
         scale = max((squares.sum() / max(count.sum(), 1)) ** 0.5, _FLOOR)
         total, present = max(v.sum(), _FLOOR), count > 0
         if present[1:].any():

@@ -145,19 +145,20 @@ def weighted_cross_entropy(
     log_p = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
     if class_weight is not None:
         class_weight = class_weight.to(log_p)
+    total = weights.sum() if total is None else total
+    total = total.clamp(min=torch.finfo(total.dtype).tiny)
     if labels.ndim == 1 and not label_smoothing:
         losses = torch.nn.functional.nll_loss(log_p, labels.long(), class_weight, reduction="none")
-    else:
-        labels = dense_target(labels, log_p.shape[-1], log_p.dtype)
-        if label_smoothing:
-            labels = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
-        if class_weight is not None:
-            labels = labels * class_weight
-        # A class that is ruled out by a score of minus infinity costs nothing without a label.
-        losses = -(labels * log_p.masked_fill(labels == 0, 0)).sum(-1)
-    total = weights.sum() if total is None else total
-    losses = losses.masked_fill(weights == 0, 0)  # infinite ones too
-    return (weights * losses).sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
+        losses = losses.masked_fill(weights == 0, 0)  # infinite ones too
+        return (weights * losses).sum() / total
+    labels = dense_target(labels, log_p.shape[-1], log_p.dtype)
+    if label_smoothing:
+        labels = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
+    if class_weight is not None:
+        labels = labels * class_weight
+    # A class that a score of minus infinity rules out costs nothing without a label or a weight.
+    labels = labels * weights.unsqueeze(1)
+    return (labels * log_p.masked_fill(labels == 0, 0)).sum() / -total
 
 
 def mean_cross_entropy(

@@ -103,19 +103,20 @@ def solve(
     jvp = jvp.to(probs.dtype).masked_fill(clean, 0)
 
     squares = jvp.square().sum(-1)
-    sums = ranks.sum(torch.column_stack([jvp, augmented, squares]).sum(0))
-    count = sums[-2].clamp(min=1)
-    size = count * probs.shape[-1]
-    # Where centring leaves nothing but rounding, that must not be blown up to size 1.
-    rounding = 8 * torch.finfo(probs.dtype).eps * (sums[-1] / size).sqrt()
+    sums = ranks.sum(torch.column_stack([jvp, squares, augmented]).sum(0))
+    count, num_classes = sums[-1].clamp(min=1), probs.shape[-1]
+    means = sums[:-1] / count
     if settings.normalize:
-        jvp = (jvp - sums[:-2] / count).masked_fill(clean, 0)
+        jvp = jvp - means[:-1]
     products = inner_products(jvp, probs, settings.score_space)
     products = loss_inner_products(products, *options)
     products = products.masked_fill(clean, 0)
-    rms = (ranks.sum(products.square().sum()) / size).sqrt()
+    flat = products.flatten()
+    rms = (ranks.sum(flat.dot(flat)) / (count * num_classes)).sqrt()
     finite = rms < torch.inf
     if settings.normalize:
+        # Where centring leaves nothing but rounding, that must not be blown up to size 1.
+        rounding = means[-1].sqrt() * (8 * torch.finfo(probs.dtype).eps / num_classes**0.5)
         products = products / rms.clamp(min=_FLOOR).maximum(rounding)
 
     noise = _gumbel_noise(products, generator) if settings.gumbel else None
@@ -227,9 +228,9 @@ def learned_weights(
     rows_of_class, weight_of_class = sums = ranks.sum(sums)
     count, total = sums.sum(1)
     if settings.weight_rule == "sigmoid" and balance_classes:
-        prior = _CLASS_PRIOR * total / count.clamp(min=1)
-        factors = (rows_of_class + _CLASS_PRIOR) / (weight_of_class + prior).clamp(min=_FLOOR)
-        factors = factors.clamp(max=_CLASS_LIMIT)
+        average = total / count.clamp(min=1)
+        steadied = torch.add(weight_of_class, average, alpha=_CLASS_PRIOR)
+        factors = ((rows_of_class + _CLASS_PRIOR) / steadied).clamp(max=_CLASS_LIMIT)
         raw = raw * (labels * factors).sum(-1)  # a matrix product autocast would round
         total = (weight_of_class * factors).sum()
     return count * (raw / total.clamp(min=torch.finfo(raw.dtype).tiny))  # all 0 stay 0

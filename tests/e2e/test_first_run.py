@@ -157,7 +157,9 @@ def test_the_settings_lie_beside_the_result(tmp_path):
 
 
 def test_rivals_share_the_closing_table_and_the_folder_is_printed(tmp_path, capsys):
-    given = [*SHORT, f"output_dir={tmp_path}"]
+    home = tmp_path / "it's a run, \N{LATIN SMALL LETTER U WITH DIAERESIS} (lr=0.1)"
+    own = "callbacks.saflex.refresh_every_n_steps=2", "callbacks=best", "data.steering=train"
+    given = [*SHORT, *own, "output_dir='" + str(home).replace("'", r"\'") + "'"]
     with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
         cfg = compose("train", given, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
@@ -170,14 +172,21 @@ def test_rivals_share_the_closing_table_and_the_folder_is_printed(tmp_path, caps
     methods = ["no_aug", "upstream", "label_smoothing", "saflex_robust"]
     assert re.findall(r"^│ (\w+)", table, flags=re.MULTILINE) == methods
     assert table.endswith(
-        f"Results and weights: {tmp_path}\nA page of them: saflex-report {tmp_path}\n"
+        f"Results and weights: {home}\nA page of them: saflex-report {shlex.quote(str(home))}\n"
+    )
+    assert (
+        yaml.safe_load((home / "config.yaml").read_text())["callbacks"]["saflex"][
+            "refresh_every_n_steps"
+        ]
+        == 2
     )
     (again,) = re.findall(r"^saflex-train (.*)$", table, flags=re.MULTILINE)
-    given = *shlex.split(again), "trainer.limit_val_batches=0"  # which short runs set
-    second = compose_config(tmp_path / "second", *given)
-    assert second.data.row_weights == str(tmp_path / "saflex_rows.csv")
+    with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
+        second = compose("train", shlex.split(again))
+    assert second.data.row_weights == str(home / "saflex_rows.csv")
     assert train(second)["name"] == "train_plus_val"
-    for folder in (tmp_path, *(tmp_path / "rivals" / method for method in methods[:3])):
+    rivals = [home / "rivals" / method for method in methods[:3]]
+    for folder in (home, *rivals, home / "second"):
         assert (folder / "checkpoints" / "last.ckpt").is_file()
 
 

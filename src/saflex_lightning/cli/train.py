@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import time
 from pathlib import Path
@@ -175,19 +176,56 @@ def compare(cfg: DictConfig) -> None:
     start = time.time()
     for number, rival in enumerate(cfg.rivals, 1):
         console.print(Text(f"Rival {number} of {len(cfg.rivals)}: {rival}"))
-        own = [f"method={rival}", f"output_dir={home / 'rivals' / rival}"]
-        train(compose("train", overrides=[*given, *own]), table=False)
+        own = [f"method={rival}", _assign("output_dir", home / "rivals" / rival)]
+        kept = _without(given, "callbacks.saflex")  # which rivals do not have
+        train(compose("train", overrides=[*kept, *own]), table=False)
     console.print(Text(f"SAFLEX: {cfg.name}"))
     result = train(cfg, table=False)
     results = read_results(home, since=start)
     console.print(make_run_table(result))
     console.print(make_sweep_table(results, title=f"the same rows, seed {result['seed']}"))
-    if (home / ROWS).is_file():
-        kept = [override for override in given if not override.startswith("output_dir=")]
-        again = ["method=train_plus_val", f"data.row_weights={home / ROWS}"]
+    if (home / ROWS).is_file() and cfg.data.get("steering") != "split":  # whose rows are a part
         print("Train again by what was learned, on the validation rows too:")
-        print(shlex.join(["saflex-train", *kept, *again]))
+        print(shlex.join(_command_of_a_second_run(given, home)))
     _say_where(home)
+
+
+def _command_of_a_second_run(given: list[str], home: Path) -> list[str]:
+    """Return the command that trains on all rows by the weights of a run in ``home``.
+
+    What the run was given stays, but for what needs validation rows or SAFLEX.
+    """
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    not_kept = "output_dir", "callbacks", "data.steering", "trainer.limit_val_batches"
+    return [
+        "saflex-train",
+        *(part for folder in folders for part in ("--config-dir", folder)),
+        *_without(given, *not_kept),
+        "method=train_plus_val",
+        _assign("data.row_weights", home / ROWS),
+        _assign("output_dir", home / "second"),
+    ]
+
+
+def _without(overrides: list[str], *names: str) -> list[str]:
+    """Return the overrides but those of some settings, and of what is inside of these."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    return [
+        override
+        for override, key in zip(overrides, keys, strict=True)
+        if not any(key == name or key.startswith(f"{name}.") for name in names)
+    ]
+
+
+def _assign(name: str, path: Path) -> str:
+    """Return an override of Hydra, whose grammar reads some characters of a path otherwise."""
+    value = str(path)
+    if re.fullmatch(r"[\w/.:@+-]+", value, re.ASCII):
+        return f"{name}={value}"
+    # Backslashes count where a quotation mark follows them.
+    value = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), value)
+    return f"{name}='{value}'"
 
 
 if __name__ == "__main__":

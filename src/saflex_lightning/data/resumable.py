@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from .checks import check
 
-__all__ = ["EpochSampler", "ResumableLoader", "ResumableSampler", "check_dataset", "epoch_and_row"]
+__all__ = ["EpochSampler", "ResumableLoader", "ResumableSampler", "check_dataset", "draw_and_row"]
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -54,7 +54,9 @@ class ResumableSampler(DistributedSampler[Any]):
 
     def _draw(self, weights: Tensor) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        rows = torch.multinomial(weights, self.total_size, replacement=True, generator=generator)
+        places = torch.rand(self.total_size, dtype=torch.float64, generator=generator)
+        ends = weights.cumsum(0)  # `torch.multinomial` takes 2**24 rows at most
+        rows = torch.searchsorted(ends, places * ends[-1], right=True).clamp(max=len(ends) - 1)
         return iter(rows[self.rank :: self.num_replicas].tolist())
 
     def __len__(self) -> int:
@@ -93,14 +95,22 @@ def _checked(weights: Tensor | None, num_rows: int) -> Tensor | None:
 
 
 class EpochSampler(ResumableSampler):
-    """Shuffled ``(epoch, row)`` pairs: the epoch reaches the dataset, in loader workers too."""
+    """Shuffled ``(draw, row)`` pairs, no two of them alike, by which rows are augmented anew.
+
+    The draw is the epoch; where rows come by weight, several times in one, it counts their places
+    over all epochs.
+    """
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, row) for row in super().__iter__())
+        first, rows = self.start, super().__iter__()
+        if self.weights is None:
+            return ((self.epoch, row) for row in rows)
+        offset = self.epoch * self.total_size + self.rank
+        return ((offset + self.num_replicas * place, row) for place, row in enumerate(rows, first))
 
 
-def epoch_and_row(key: tuple[int, int] | int) -> tuple[int, int]:
-    """Return a key of `EpochSampler` as it is, and a plain row number as one of epoch 0.
+def draw_and_row(key: tuple[int, int] | int) -> tuple[int, int]:
+    """Return a key of `EpochSampler` as it is, and a plain row number as one of draw 0.
 
     Lightning's ``overfit_batches`` puts a sampler of plain row numbers in the place of ours.
     """
@@ -167,6 +177,21 @@ class ResumableLoader(DataLoader[Any]):
         for batch in super().__iter__():
             self._place = (self._place[0], self._place[1] + 1)
             yield batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Put the state of the generator in its place, which no spawned process could open."""
+        state, generator = dict(vars(self)), self.generator
+        if generator is not None:
+            state["generator"] = generator.get_state().numpy()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a generator of its state."""
+        vars(self).update(state)
+        if state["generator"] is not None:
+            generator = torch.Generator()
+            generator.set_state(torch.from_numpy(state["generator"]))
+            vars(self)["generator"] = generator
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and how many of its batches were taken; equal on every rank."""

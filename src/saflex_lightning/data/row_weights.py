@@ -96,7 +96,8 @@ def read_row_weights(
                 f"Expected the labels of {path} to be those of the rows, but line {line} has "
                 f"{given!r} for row {row}, which is of class {label}, and earlier lines contradict "
                 "that. Pass the file of a run on the same rows in the same order, with the same "
-                "seed where wrong labels are planted."
+                "seed where wrong labels are planted. Labels that an augmentation mixed in that "
+                "run cannot be compared."
             )
     return weights
 

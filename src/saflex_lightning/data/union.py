@@ -17,7 +17,7 @@ from .draws import kept_generators, mix_seeds, seed_draws, seeded_draws
 from .mixing import check_mixing, group_of_mixed, is_mixing, mixing_group_names
 from .operations import TaggedImage, TagOperations, can_be_tagged
 from .own_draws import FromGlobalDraws, has_own_draws
-from .resumable import EpochSampler, ResumableLoader, check_dataset, epoch_and_row
+from .resumable import EpochSampler, ResumableLoader, check_dataset, draw_and_row
 
 __all__ = [
     "MadeRows",
@@ -33,7 +33,7 @@ __all__ = [
 class UnionRow(NamedTuple):
     """One row before collation; ``made`` is its augmented version and ``group`` what made it."""
 
-    epoch: int
+    draw: int
     row: int
     clean: tuple[Any, Any]
     made: tuple[Any, Any] | None
@@ -51,9 +51,9 @@ class MadeRows(NamedTuple):
 class UnionDataset(Dataset[UnionRow]):
     """Rows of a dataset with one augmented version each, and `collate`, which makes union batches.
 
-    What is drawn depends on (seed, epoch, row) alone: neither the order of the batches, the number
-    of workers nor what the training draws changes a row. Items are addressed by ``(epoch, row)``,
-    as `union_loader` does; a plain row number is one of epoch 0.
+    What is drawn depends on (seed, draw, row) alone: neither the order of the batches, the number
+    of workers nor what the training draws changes a row. Items are addressed by ``(draw, row)``, as
+    `union_loader` does, whose draw is the epoch; a plain row number is one of draw 0.
 
     Args:
         dataset: Map-style, yields ``(input, label)``; the label is a class or class probabilities.
@@ -130,17 +130,17 @@ class UnionDataset(Dataset[UnionRow]):
 
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> list[UnionRow]:
         """Return some rows; a loader asks for those of a batch."""
-        pairs = [epoch_and_row(key) for key in keys]
+        pairs = [draw_and_row(key) for key in keys]
         if not self._is_random:
             return [self._read(*pair) for pair in pairs]
         with kept_generators():
             return [self._draw(*pair) for pair in pairs]
 
-    def _draw(self, epoch: int, row: int) -> UnionRow:
-        seed_draws(self.seed, epoch, row)
-        return self._read(epoch, row)
+    def _draw(self, draw: int, row: int) -> UnionRow:
+        seed_draws(self.seed, draw, row)
+        return self._read(draw, row)
 
-    def _read(self, epoch: int, row: int) -> UnionRow:
+    def _read(self, draw: int, row: int) -> UnionRow:
         pair = self.dataset[row]
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise TypeError(
@@ -150,11 +150,11 @@ class UnionDataset(Dataset[UnionRow]):
         value, label = pair
         clean = self._transform(value)
         if self._augment is None:
-            return UnionRow(epoch, row, (clean, label), None, 0)
+            return UnionRow(draw, row, (clean, label), None, 0)
         made, made_label, group = self._make(value, label)
         made = self._transform(made)
         check_shape(clean, made, f"row {row}")
-        return UnionRow(epoch, row, (clean, label), (made, made_label), group)
+        return UnionRow(draw, row, (clean, label), (made, made_label), group)
 
     def _transform(self, value: Any) -> Any:
         return value if self.transform is None else self.transform(value)
@@ -181,7 +181,7 @@ class UnionDataset(Dataset[UnionRow]):
         inputs, target = self._collate([row.clean for row in rows])
         made = None
         if self._mix is not None:
-            with seeded_draws(self.seed, rows[0].epoch, rows[0].row):
+            with seeded_draws(self.seed, rows[0].draw, rows[0].row):
                 made = mix_rows(self._mix, inputs, target)
         elif self._augment is not None:
             group = torch.tensor([row.group for row in rows])

@@ -129,7 +129,7 @@ class UnionDataModule(L.LightningDataModule):
         raise NotImplementedError
 
     def make_augmented(self, clean: Any) -> Any:
-        """Return a dataset by ``(epoch, row)`` whose ``collate`` makes training batches."""
+        """Return a dataset by ``(draw, row)`` whose ``collate`` makes training batches."""
         raise NotImplementedError
 
     def sizes(self) -> dict[str, Any]:
@@ -181,9 +181,15 @@ class UnionDataModule(L.LightningDataModule):
 
         Raises:
             FileNotFoundError: If ``row_weights`` is no file.
-            ValueError: If a process has fewer rows than a batch, or ``row_weights`` is the file of
-                other rows.
+            ValueError: If a process has fewer rows than a batch, ``row_weights`` is the file of
+                other rows, or ``steering`` splits rows that are merged.
         """
+        if self.row_weights is not None and self.merge_val and self.steering == "split":
+            raise ValueError(
+                "Expected `steering` other than 'split' beside `row_weights` and `merge_val`, but "
+                "got it, which leaves other rows than in a run without `merge_val`. Pass 'train', "
+                "or no SAFLEX: `method=train_plus_val` needs no steering."
+            )
         rows = self.make_augmented(self._train)
         known = len(rows) - self.num_merged()
         labels = torch.as_tensor(self._train.target)[:known] if rows.keeps_labels else None

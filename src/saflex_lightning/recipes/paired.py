@@ -68,8 +68,8 @@ class PairedBatches(ResumableSampler):
         pool: Generated images.
         wanted: See `draw_pool`.
         usable: See `draw_pool`; images whose source is not in use are left out too.
-        shares: Share of the epochs that use each generated image, ``(n,)``; 1 and more is all of
-            them. None uses all alike.
+        shares: Share of its draws from the pool that use each generated image, ``(n,)``; 1 and
+            more is all of them. None uses all alike.
         redraw: Draw from the pool in each epoch anew.
         batch: ``"union"`` keeps the clean rows; ``"replace"`` leaves out those that a generated
             row was made from.
@@ -137,15 +137,14 @@ class PairedBatches(ResumableSampler):
     def _share_out(self) -> tuple[dict[int, list[int]], list[int]]:
         """Return this epoch's generated rows by source, and this process's rows without one."""
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
-        usable = self.usable
-        if self.shares is not None:
-            usable = usable & (torch.rand(len(usable), generator=generator) < self.shares)
         drawn = draw_pool(
             self.pool,
             self.wanted,
-            usable=usable,
+            usable=self.usable,
             seed=mix_seeds(self.seed, self.epoch if self.redraw else 0),
         )
+        if self.shares is not None:  # none takes the place of those that are left out
+            drawn = drawn[torch.rand(len(drawn), generator=generator) < self.shares[drawn]]
         sources = self.pool.source[drawn]
         pairs: dict[int, list[int]] = defaultdict(list)
         for source, place in zip(sources.tolist(), drawn.tolist(), strict=True):

@@ -8,7 +8,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, WeightedR
 
 from saflex_lightning import SAflexCallback, SAflexInsight
 from saflex_lightning.data import read_row_weights, union_loader, with_index
-from saflex_lightning.data.resumable import ResumableSampler
+from saflex_lightning.data.resumable import EpochSampler, ResumableSampler
 
 ROWS, TRUSTED, BATCH = 192, 64, 32
 HEADER = "index,given,belief,mean_weight\n"
@@ -96,6 +96,40 @@ def test_processes_share_the_rows_that_are_drawn_and_a_pass_begins_anywhere():
     sampler.set_epoch(2)
     sampler.start = 4
     assert [list(sampler), list(sampler)] == [whole[4:], whole]
+
+
+def keys(*, rank=0, num_replicas=1, start=0):
+    found = []
+    for epoch in range(3):
+        weights = torch.tensor([0.0, 1, 2, 3, 0, 2])
+        share = {"rank": rank, "num_replicas": num_replicas}
+        sampler = EpochSampler(range(6), seed=1, weights=weights, **share)
+        sampler.set_epoch(epoch)
+        sampler.start = start
+        found.append(list(sampler))
+    return found
+
+
+def test_a_row_that_comes_again_is_augmented_anew():
+    found = [key for epoch in keys() for key in epoch]
+    assert len(set(found)) == len(found) == 18 > len({row for _, row in found})
+    assert [key for epoch in keys(start=4) for key in epoch] == found[4:6] + found[10:12] + found[
+        16:
+    ]
+    for first, second, whole in zip(
+        *(keys(rank=rank, num_replicas=2) for rank in range(2)), keys(), strict=True
+    ):
+        assert [key for pair in zip(first, second, strict=True) for key in pair] == whole
+
+    rows = [(torch.zeros(4), 0)] * 2
+    loader = union_loader(rows, noise, batch_size=2, weights=torch.tensor([1.0, 0]), replace=True)
+    (batch,) = loader
+    assert batch.index.tolist() == [2, 2]
+    assert not torch.equal(*batch.inputs)
+
+
+def noise(inputs):
+    return inputs + torch.rand(4)
 
 
 def test_union_batches_of_rows_by_weight():

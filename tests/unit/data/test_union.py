@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.processes import run_in_processes
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import transforms as v1
@@ -347,3 +348,15 @@ def test_rows_that_make_no_batch(arguments, error, message):
     loader = union_loader(*arguments, batch_size=2)
     with pytest.raises(error, match=message):
         next(iter(loader))
+
+
+def read_indices(_rank, loader):
+    return [batch.index.tolist() for batch in loader]
+
+
+@pytest.mark.distributed
+def test_a_loader_can_be_given_to_processes():
+    """As `ddp_spawn` does."""
+    rows = [(row.float(), int(label)) for row, label in TENSORS]
+    loader = union_loader(rows, torch.fliplr, batch_size=4)
+    assert run_in_processes(read_indices, 1, loader) == [read_indices(0, loader)]

@@ -241,6 +241,8 @@ class TestRowWeights:
         set_up(**noisy, seed=1, merge_val=True).train_dataloader()
         with pytest.raises(ValueError, match="with the same seed"):
             set_up(**noisy, seed=2).train_dataloader()
+        with pytest.raises(ValueError, match="`steering` other than 'split'"):
+            set_up(**noisy, seed=1, merge_val=True, steering="split").train_dataloader()
         # The labels that a mixed row was shown with are no longer those of the row.
         set_up(**noisy, seed=2, augmentation="mixup").train_dataloader()
 

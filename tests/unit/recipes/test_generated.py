@@ -288,6 +288,16 @@ class TestRowWeights:
         assert used[expected == 0].sum() == 0
         assert (used[expected == 1] == epochs).all()
 
+    def test_none_takes_the_place_of_those_that_are_left_out(self, folders, tmp_path):
+        """Of as many generated images as there are real ones, half are turned down."""
+        settings = {"per_class": "real", "redraw": False, "batch_size": 6}
+        first = generated_rows(set_up(folders, **settings))
+        file = tmp_path / "saflex_rows.csv"
+        lines = [f"{row},{place % 2}" for place, row in enumerate(first)]
+        file.write_text("\n".join(["index,mean_weight", *lines]))
+        second = generated_rows(set_up(folders, row_weights=str(file), **settings))
+        assert second == first[1::2]
+
 
 class TestLayouts:
     def test_class_folders_without_sources(self, own_folders):

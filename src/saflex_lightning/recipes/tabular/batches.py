@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.data.checks import check
 from saflex_lightning.data.mixing import mixing_group
-from saflex_lightning.data.resumable import epoch_and_row
+from saflex_lightning.data.resumable import draw_and_row
 from saflex_lightning.data.union import MadeRows, join_rows
 from saflex_lightning.recipes.tabular.cutmix import (
     MixedRows,
@@ -126,11 +126,11 @@ class CleanTable(Dataset[tuple[TabularInputs, Tensor]]):
 
 
 class TrainingTable(Dataset[AugmentedBatch]):
-    """Training batches, each augmented by draws that depend on (seed, epoch, its rows) alone.
+    """Training batches, each augmented by draws that depend on (seed, draw, its rows) alone.
 
     Neither the number of loader workers nor what the training does with the global random state
     changes them, so runs with and without SAFLEX see the same ones. Batches are addressed by lists
-    of ``(epoch, row)`` (see `EpochSampler`).
+    of ``(draw, row)`` (see `EpochSampler`).
 
     Args:
         rows: The clean rows.
@@ -167,14 +167,14 @@ class TrainingTable(Dataset[AugmentedBatch]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> AugmentedBatch:
-        """Return the batch of some ``(epoch, row)``; the loader asks for a whole one."""
-        pairs = [epoch_and_row(key) for key in keys]
+        """Return the batch of some ``(draw, row)``; the loader asks for a whole one."""
+        pairs = [draw_and_row(key) for key in keys]
         index = torch.tensor([row for _, row in pairs])
         inputs = TabularInputs(*(part[index] for part in self.rows.inputs))
         target = self.rows.target[index]
         made = None
         if self.augmentation is not None:
-            # No other batch of the epoch holds the first row.
+            # No other batch holds the first pair.
             draw = np.random.SeedSequence((self.seed, *pairs[0])).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(draw[0]))
             mixed = self.augmentation.draw(inputs, target, self.num_classes, generator)

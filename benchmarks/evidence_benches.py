@@ -73,6 +73,9 @@ BENCHES = {
         annealed=True,
     ),
     "blood long": Bench("natural", "blood", "cnn", (400, 100, 0), 2500, "randaugment"),
+    "blood long annealed": Bench(
+        "natural", "blood", "cnn", (400, 100, 0), 2500, "randaugment", annealed=True
+    ),
     "blood operations": Bench("harmful", "blood", "cnn", (50, 25, 0), 300, "operations"),
     "fashion operations": Bench("harmful", "fashion", "cnn", (50, 25, 0), 300, "operations"),
     "blood generators": Bench("harmful", "blood", "cnn", (25, 25, 200), 400, "generators"),

@@ -95,7 +95,7 @@ class Settings:
     weight_rule: WeightRule = "ones"
     gradient_decay: float = 0.97
     precondition: bool = True
-    refresh_every_n_steps: int = 4
+    refresh_every_n_steps: int = 8
     val_batch_ratio: float = 0.25
     val_batch_size: int | None = None
     every_n_steps: int = 1
@@ -204,7 +204,9 @@ _ALLOWED: dict[str, tuple[str, Any]] = {
 PRESETS: Mapping[str, Settings] = MappingProxyType(
     {
         "robust": Settings(),
-        "gradient": Settings(label_rule="auto", weight_rule="sigmoid", row_evidence=False),
+        "gradient": Settings(
+            label_rule="auto", weight_rule="sigmoid", refresh_every_n_steps=4, row_evidence=False
+        ),
         "paper": Settings(
             engine="forward_mode",
             normalize=False,

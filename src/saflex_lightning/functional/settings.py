@@ -73,7 +73,7 @@ class Settings:
             validation rows and averaged over epochs where `AugmentedBatch.index` tells rows apart,
             with the share of wrong labels and an offset learned per group of
             `AugmentedBatch.group`. Needs class labels.
-        measure_overhead: Train the first eight blocks of a run (of 13 steps with the other
+        measure_overhead: Train the first six blocks of a run (of 17 steps with the other
             defaults) refined and plainly in turn, time their steps, and log
             ``saflex/overhead_ratio``, the median refined block over the median plain one: 1.08 is
             8 % longer. Loading data is not in it. Needs ``start_epoch=0``.

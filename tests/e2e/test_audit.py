@@ -16,6 +16,7 @@ from helpers.tables import make_table, write_csv, write_npz
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from saflex_lightning.audit.items import read_images
 from saflex_lightning.audit.judging import judge_items
 from saflex_lightning.audit.sources import Run, open_run, read_paths, read_run_rows, read_shipped
 from saflex_lightning.cli.audit import main
@@ -285,6 +286,36 @@ def test_the_rows_of_a_run_are_judged_by_its_network(run, call, tmp_path):
     weights = torch.load(next(run.rglob("*.ckpt")), weights_only=True)["state_dict"]
     assert torch.equal(network.state_dict()["network.1.weight"], weights["network.1.weight"])
     assert expected.shape == (2, 8)
+    assert {row["given"] for row in rows} >= {"basophil", "eosinophil"}
+
+
+def test_the_network_of_a_second_run_inside_is_another_ones(run, tmp_path):
+    home = tmp_path / "run"
+    shutil.copytree(run, home)
+    shutil.copytree(run, home / "second")  # newer
+    own = home / "checkpoints" / "last.ckpt"
+    assert open_run(home).checkpoint == own
+    assert open_run(home / "checkpoints").checkpoint == own
+    assert open_run(home / "second").checkpoint == home / "second" / "checkpoints" / "last.ckpt"
+
+
+def test_a_manifest_may_name_files_elsewhere_and_classes_that_begin_with_signs(tmp_path):
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    image.save(tmp_path / "=a.png")
+    (tmp_path / "pool").mkdir()
+    with (tmp_path / "pool" / "manifest.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["file", "class"], [tmp_path / "=a.png", "'+"]])
+    items = read_images(tmp_path / "pool", (3, 8, 8))
+    assert (items.names, items.classes) == (["../=a.png"], ["+"])
+    assert items.inputs[0].shape == (3, 8, 8)
+
+
+def test_a_file_name_that_is_no_text_is_named(tmp_path):
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"in UTF-8, but got 'cat/caf\\udce9\.png'"):
+        read_images(tmp_path, (3, 8, 8))
 
 
 def test_of_a_run_with_a_pool_the_pool_is_judged(tmp_path):

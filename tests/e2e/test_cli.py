@@ -184,7 +184,10 @@ def test_every_leaf_of_an_experiment_is_that_of_hydra(name):
     expected = OmegaConf.to_container(cfg, resolve=True)
     expected["trainer"]["logger"] |= {"name": "", "version": None}
     trainer = {"_target_": "lightning.Trainer", **job["trainer"]}
-    del expected["callbacks"]["last"]  # Lightning keeps the last weights in the run's own folder
+    if expected["trainer"].get("check_val_every_n_epoch", 1) == 1:
+        del expected["callbacks"]["last"]  # Lightning keeps the last weights itself
+    for callback in expected["callbacks"].values():
+        callback.pop("dirpath", None)  # the run's own folder
     assert trainer.pop("callbacks") == list(expected["callbacks"].values())
     assert (trainer, job["model"], job["data"]) == tuple(
         expected[part] for part in ("trainer", "model", "data")
@@ -204,7 +207,14 @@ class TestFindConfig:
         found = yaml.safe_load(find_config("tabular_mlp method=uniform data=arrhythmia seed=7"))
         assert found["seed_everything"] == 7
         assert found["data"]["init_args"]["dataset"] == "arrhythmia"
-        assert found["trainer"]["callbacks"] == []
+        (last,) = found["trainer"]["callbacks"]
+        assert last["class_path"].endswith(".ModelCheckpoint")
+        assert "dirpath" not in last["init_args"]  # that of the logger
+
+    def test_a_long_list_of_overrides_is_no_name_of_a_file(self):
+        columns = ",".join(map(str, range(1000, 1060)))
+        found = yaml.safe_load(find_config(f"tabular_mlp 'data.categorical=[{columns}]'"))
+        assert len(found["data"]["init_args"]["categorical"]) == 60
 
     def test_a_command_that_a_launcher_repeats_is_composed_already(self):
         text = find_config("main")

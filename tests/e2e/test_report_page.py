@@ -150,6 +150,19 @@ def test_other_runs_stand_beside_it_and_seeds_are_averaged(run, tmp_path):
     assert any("less test accuracy than other" in text for text in texts)
 
 
+def test_runs_of_a_method_with_other_settings_are_not_averaged(run, tmp_path):
+    """They have the same seed."""
+    other = tmp_path / "longer"
+    other.mkdir()
+    result = json.loads((run / "result.json").read_text())
+    (other / "result.json").write_text(json.dumps({**result, "test_accuracy": 1.0}))
+    texts = Reader(make_page(run, [other])).texts
+    rows = [f"{result['name']} ({folder})" for folder in (run, other)]
+    assert [text for text in texts if text in rows] == rows
+    assert "100.00" in texts
+    assert any(f"less test accuracy than {rows[1]}" in text for text in texts)
+
+
 def test_a_run_without_saflex_says_so(run):
     page = make_page(run / "rivals" / "upstream")
     assert "This run has no tables of SAFLEX" in page

@@ -11,9 +11,12 @@ from typing import get_args, get_type_hints
 
 import lightning as L
 import pytest
+import torch
 from helpers.configs import CONFIGS, compose_config, groups_in_log, render
 from helpers.standins import write_medmnist
 from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,7 +25,7 @@ from torchvision.transforms import v2
 import saflex_lightning
 from saflex_lightning.cli.report import make_run_table
 from saflex_lightning.cli.sweep import make_sweep_table, read_results
-from saflex_lightning.cli.train import train
+from saflex_lightning.cli.train import main, train
 from saflex_lightning.data import TagOperations
 from saflex_lightning.fit.report import varying_fractions
 from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
@@ -268,6 +271,45 @@ def test_an_epoch_is_not_selected_by_rows_that_are_not_there(tmp_path, overrides
     cfg = compose_config(tmp_path, "callbacks=best", *overrides)
     with pytest.raises(MisconfigurationException, match=r"select an epoch by.*`callbacks=last`"):
         train(cfg)
+
+
+def test_an_epoch_is_not_selected_where_none_is_validated(tmp_path, monkeypatch):
+    monkeypatch.setattr(L.Trainer, "fit", lambda *_, **__: pytest.fail("has trained"))
+    overrides = "++trainer.check_val_every_n_epoch=5", "trainer.max_epochs=4"
+    cfg = compose_config(tmp_path, "callbacks=best", *overrides)
+    with pytest.raises(MisconfigurationException, match="the first would be number 5 of 4"):
+        train(cfg)
+
+
+@pytest.mark.parametrize("override", ["check_val_every_n_epoch=2", "limit_val_batches=0"])
+def test_the_last_epoch_is_kept_without_validation_in_it(tmp_path, override):
+    overrides = "trainer.max_epochs=3", f"++trainer.{override}", "method=upstream"
+    result = train(compose_config(tmp_path, *SHORT, *overrides))
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(file, weights_only=False)["global_step"] == result["steps"]
+
+
+@pytest.mark.parametrize("folder", ["one", "runs/${seed}", None])
+def test_jobs_of_a_sweep_have_folders_of_their_own(folder, monkeypatch):
+    given = [] if folder is None else [f"output_dir={folder}"]
+    ran = []
+    monkeypatch.setattr("saflex_lightning.cli.train.train", ran.append)
+    with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
+        cfg = compose("train", given, return_hydra_config=True)
+        cfg.hydra.mode = RunMode.MULTIRUN
+        cfg.hydra.runtime.output_dir = "multirun/0"
+        HydraConfig.instance().set_config(cfg)
+        try:
+            if folder == "one":
+                with pytest.raises(
+                    ValueError, match=r"output_dir=one for all\. Pass `hydra\.sweep"
+                ):
+                    main.__wrapped__(compose("train", given))
+            else:
+                main.__wrapped__(compose("train", given))
+        finally:
+            HydraConfig.instance().cfg = None
+    assert len(ran) == (folder != "one")
 
 
 def test_same_seed_same_result(tmp_path):

@@ -1,6 +1,7 @@
 """Items whose labels are judged or trusted: images in folders or a manifest, or rows of a table."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from saflex_lightning.data.cells import from_cell
 from saflex_lightning.data.files import read_records
 from saflex_lightning.recipes.folders import FileImages, read_class_folders
 from saflex_lightning.recipes.images import normalize
@@ -122,8 +124,8 @@ def read_images(path: Path, shape: Sequence[int]) -> Items:
     if manifest.is_file():
         advice = "Add them, or name the labels' column by `--target` if this is a table."
         records = [record for _, record in read_records(manifest, ("file", "class"), advice)]
-        files = [manifest.parent / record["file"] for record in records]
-        labels = [record["class"] for record in records]
+        files = [manifest.parent / from_cell(record["file"]) for record in records]
+        labels = [from_cell(record["class"]) for record in records]
         classes = sorted(set(labels))
         target = torch.tensor([classes.index(label) for label in labels], dtype=torch.int64)
     else:
@@ -133,7 +135,14 @@ def read_images(path: Path, shape: Sequence[int]) -> Items:
             f"Expected images in {path}, but there is none. Give a folder with one folder of "
             "images for each class, or a manifest with the columns `file` and `class`."
         )
-    names = [str(file.relative_to(manifest.parent)) for file in files]
+    names = [os.path.relpath(file, manifest.parent) for file in files]
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Expected file names in UTF-8, but got {name!r} in {path}. Rename the file."
+            ) from error
     return Items(names, target, classes, ImageInputs(FileImages(files, shape[1:]), shape))
 
 

@@ -157,15 +157,14 @@ def open_run(path: Path) -> Run:
             f"Expected the folder of a run at {path}, but there is nothing. Give the folder that "
             "`saflex-train` printed at its end."
         )
-    folders = [path.resolve(), *path.resolve().parents]
-    home = next((folder for folder in folders if (folder / _CONFIG).is_file()), None)
+    home = _home_of(path.resolve())
     if home is None:
         raise FileNotFoundError(
             f"Expected {_CONFIG} of a run in {path} or above it, but found none. Give the folder "
             "that `saflex-train` printed at its end. For a network of your own write its scores "
             "into a table, and give that."
         )
-    files = [file for file in path.rglob("*.ckpt") if "rivals" not in file.relative_to(path).parts]
+    files = [file for file in path.rglob("*.ckpt") if _home_of(file.resolve()) == home]
     files.sort(key=lambda file: file.stat().st_mtime_ns)
     if path.is_dir() and not files:
         raise FileNotFoundError(
@@ -208,6 +207,12 @@ def open_run(path: Path) -> Run:
     return Run(checkpoint, network.eval(), data)
 
 
+def _home_of(path: Path) -> Path | None:
+    """Return the folder of the run that something belongs to: rivals and second runs lie inside."""
+    folders = [path, *path.parents]
+    return next((folder for folder in folders if (folder / _CONFIG).is_file()), None)
+
+
 def read_run_rows(run: Run) -> Sources:
     """Return a run's own training rows, or its pool, to be judged by the rows that steered it.
 
@@ -227,7 +232,8 @@ def _rows_of(data: UnionDataModule, shape: tuple[int, ...] | None) -> list[Items
             "Expected trusted rows beside the training rows, but `steering` of this run is "
             f"'{data.steering}'. Give items to judge, and trusted ones by `--trusted`."
         )
-    names = getattr(data, "classes", None)
+    ask = getattr(data, "saflex_class_names", None)
+    names = ask() if ask else getattr(data, "classes", None)
     classes = [str(name) for name in names or range(data.sizes()["num_classes"])]
     return [_as_items(each, classes, shape) for each in rows]
 

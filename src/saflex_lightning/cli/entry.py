@@ -5,7 +5,7 @@ import logging
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 __all__ = ["main"]
 
@@ -21,10 +21,17 @@ def main(cfg: DictConfig) -> None:
     # Lightning prints its messages itself, and Hydra's handler would again.
     logging.getLogger("lightning").propagate = False
     settings = HydraConfig.get()
+    is_sweep = settings.mode == RunMode.MULTIRUN
+    folder = OmegaConf.to_container(cfg, resolve=False)["output_dir"]  # type: ignore[index]
+    if is_sweep and "${" not in str(folder):
+        raise ValueError(
+            f"Expected each job of a sweep to have a folder of its own, but got output_dir={folder}"
+            " for all. Pass `hydra.sweep.dir=FOLDER`; the jobs write into 0, 1, ... of that."
+        )
     chosen = any(
         item.startswith(("method=", "debug=", "ckpt_path=")) for item in settings.overrides.task
     )
-    alone = settings.mode == RunMode.MULTIRUN or cfg.trainer.get("devices", 1) != 1
+    alone = is_sweep or cfg.trainer.get("devices", 1) != 1
     if cfg.rivals and not chosen and not alone:
         compare(cfg)
     else:

@@ -47,7 +47,7 @@ def make_page(run: Path, others: Sequence[Path] = ()) -> str:
         ValueError: If a file of a run cannot be read.
     """
     found = read_run(run)
-    results = read_results_of(run, list(others))
+    results = _with_labels(read_results_of(run, list(others)))
     jinja2 = _need("jinja2")
     _need("matplotlib")
     markup = importlib.import_module("markupsafe").Markup
@@ -159,11 +159,24 @@ def _costs(run: Run) -> list[tuple[str, str]]:
     return found
 
 
+def _with_labels(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each result a label: its method, and its folder where a method has a seed twice.
+
+    Such runs have other settings, and must not be averaged.
+    """
+    runs = [(str(result.get("name", result["folder"])), result.get("seed")) for result in results]
+    twice = {name for name, seed in runs if runs.count((name, seed)) > 1}
+    return [
+        {**result, "label": f"{name} ({result['folder']})" if name in twice else name}
+        for result, (name, _) in zip(results, runs, strict=True)
+    ]
+
+
 def _comparison(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return headings and one row for each method, its seeds averaged."""
+    """Return headings and one row for each label, its seeds averaged."""
     methods: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        methods.setdefault(str(result.get("name", result["folder"])), []).append(result)
+        methods.setdefault(result["label"], []).append(result)
     shown = [key for key in COLUMNS if any(result.get(key) is not None for result in results)]
     rows = []
     for method, runs in methods.items():
@@ -179,28 +192,27 @@ def _comparison(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _remarks(run: Run, results: Sequence[dict[str, Any]]) -> list[str]:
     """Say who was best, and what makes the runs hard to compare."""
     accuracy = {
-        name: sum(values) / len(values)
-        for name in {str(result.get("name")) for result in results}
+        label: sum(values) / len(values)
+        for label in {result["label"] for result in results}
         if (
             values := [
                 result["test_accuracy"]
                 for result in results
-                if str(result.get("name")) == name and result.get("test_accuracy") is not None
+                if result["label"] == label and result.get("test_accuracy") is not None
             ]
         )
     }
-    if run.name not in accuracy or len(accuracy) < 2:
+    own = results[0]["label"] if run.result else ""  # the first is the run itself
+    if own not in accuracy or len(accuracy) < 2:
         return []
-    rival = max((name for name in accuracy if name != run.name), key=lambda name: accuracy[name])
-    gain = 100 * (accuracy[run.name] - accuracy[rival])
-    is_single = len({(result.get("name"), result.get("seed")) for result in results}) == len(
-        accuracy
-    )
+    rival = max((label for label in accuracy if label != own), key=lambda label: accuracy[label])
+    gain = 100 * (accuracy[own] - accuracy[rival])
+    is_single = len({(result["label"], result.get("seed")) for result in results}) == len(accuracy)
     found = (
-        f"{run.name} has {abs(gain):.1f} points {'more' if gain > 0 else 'less'} test accuracy "
+        f"{own} has {abs(gain):.1f} points {'more' if gain > 0 else 'less'} test accuracy "
         f"than {rival}, the best of the others"
         if round(gain, 1)
-        else f"{run.name} and {rival}, the best of the others, have the same test accuracy"
+        else f"{own} and {rival}, the best of the others, have the same test accuracy"
     )
     remarks = [f"{found}, with one seed each." if is_single else f"{found}."]
     if is_single:

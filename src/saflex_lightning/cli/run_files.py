@@ -40,7 +40,7 @@ class Run:
     @property
     def name(self) -> str:
         """What the run calls itself, else its folder."""
-        return str(self.result.get("name", self.path.name))
+        return str(self.result.get("name", self.path.resolve().name))
 
 
 def read_run(path: Path) -> Run:

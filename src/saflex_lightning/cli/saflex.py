@@ -1,5 +1,6 @@
 """``saflex fit|validate|test``: the experiments, or your own classes, by LightningCLI."""
 
+import os
 import shlex
 import sys
 from importlib import resources
@@ -34,7 +35,8 @@ def find_config(value: str) -> str:
         A path or the content of a file; ``value`` itself where nothing is found: the parser then
         reports it.
     """
-    if "\n" in value or Path(value).is_file():  # content, which a launcher repeats, or a file
+    # Content, which a launcher repeats, or a file; `Path.is_file` raises where it is too long.
+    if "\n" in value or os.path.isfile(value):
         return value
     configs = Path(str(resources.files("saflex_lightning") / "configs"))
     try:
@@ -50,8 +52,8 @@ def find_config(value: str) -> str:
 def compose_experiment(name: str, *overrides: str) -> dict[str, Any]:
     """Return a job of ``saflex-train`` as LightningCLI writes it, with class paths.
 
-    It differs in one thing: every run has a folder of its own, ``outputs/NAME/version_N``, and
-    Lightning keeps the weights there.
+    It differs in one thing: every run has a folder of its own, ``outputs/NAME/version_N``, where
+    the weights are too.
 
     Args:
         name: An experiment, or ``main``.
@@ -62,8 +64,14 @@ def compose_experiment(name: str, *overrides: str) -> dict[str, Any]:
     with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
         cfg = compose("train", [*chosen, *own, *overrides])
     job: Any = OmegaConf.to_container(cfg, resolve=True)
-    job["callbacks"].pop("last", None)
-    logger = job["trainer"]["logger"]
+    trainer = job["trainer"]
+    if trainer.get("limit_val_batches") != 0 and trainer.get("check_val_every_n_epoch", 1) == 1:
+        # Lightning keeps the last epoch itself, and `--trainer.enable_checkpointing=false` is free.
+        job["callbacks"].pop("last", None)
+    for callback in job["callbacks"].values():
+        if callback["_target_"].endswith(".ModelCheckpoint"):
+            del callback["dirpath"]  # that of the logger takes its place
+    logger = trainer["logger"]
     if logger:
         logger |= {"name": "", "version": None}
     return {

@@ -33,6 +33,8 @@ from saflex_lightning.insight.write import ROWS
 __all__ = ["CONFIG", "compare", "main", "train"]
 
 CONFIG = "config.yaml"  # what was run, with every interpolation resolved
+# Settings that a method has not, since it chooses its augmentation itself.
+NOT_OF = dict.fromkeys(("no_aug", "soft_augmentation"), ("data.augmentation_settings",))
 
 
 def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
@@ -139,6 +141,13 @@ def _check_selection(trainer: L.Trainer, datamodule: Any) -> None:
             "Expected validation rows for `callbacks=best` to select an epoch by, but they are "
             "trained on, or `limit_val_batches` is 0. Pass `callbacks=last` to test the last epoch."
         )
+    every = trainer.check_val_every_n_epoch or 1
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs < every:
+        raise MisconfigurationException(
+            "Expected an epoch with validation for `callbacks=best` to select, but the first would "
+            f"be number {every} of {trainer.max_epochs}. Pass `trainer.check_val_every_n_epoch=1`, "
+            "or `callbacks=last` to test the last epoch."
+        )
 
 
 def _check_directories(trainer: L.Trainer) -> None:
@@ -177,14 +186,16 @@ def compare(cfg: DictConfig) -> None:
     for number, rival in enumerate(cfg.rivals, 1):
         console.print(Text(f"Rival {number} of {len(cfg.rivals)}: {rival}"))
         own = [f"method={rival}", _assign("output_dir", home / "rivals" / rival)]
-        kept = _without(given, "callbacks.saflex")  # which rivals do not have
+        kept = _without(given, *NOT_OF.get(rival, ()), "callbacks.saflex")
         train(compose("train", overrides=[*kept, *own]), table=False)
     console.print(Text(f"SAFLEX: {cfg.name}"))
     result = train(cfg, table=False)
-    results = read_results(home, since=start)
+    results = [{**each, "overrides": []} for each in read_results(home, since=start)]  # all alike
     console.print(make_run_table(result))
     console.print(make_sweep_table(results, title=f"the same rows, seed {result['seed']}"))
-    if (home / ROWS).is_file() and cfg.data.get("steering") != "split":  # whose rows are a part
+    # Rows that are split or merged already have other numbers than those of the next run.
+    is_whole = cfg.data.get("steering") != "split" and not cfg.data.get("merge_val")
+    if (home / ROWS).is_file() and is_whole:
         print("Train again by what was learned, on the validation rows too:")
         print(shlex.join(_command_of_a_second_run(given, home)))
     _say_where(home)

@@ -8,7 +8,7 @@ extra time is that of a refined block over the plain one after it, given as medi
 ``FLOPs`` is what the extra computing alone would cost. ``launches`` are calls that a GPU would
 run, and ``waits`` looks at values that would wait for it, both counted, per step, beside those of
 plain steps. ``memory`` is the peak of a fresh process beyond what it held before its first step.
-Rivals (`step_rivals.py`) see as many validation rows in each step as SAFLEX in each eighth.
+Rivals (`step_rivals.py`) see as many validation rows in each step as SAFLEX in each fourth.
 
 Rows are written to the file of ``--json`` as they are measured; a second call measures what is
 missing there.

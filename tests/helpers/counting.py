@@ -18,7 +18,7 @@ from saflex_lightning import AugmentedBatch, SAflexCallback
 
 PACKAGE = str(Path(saflex_lightning.__file__).parent)
 ROWS, FEATURES, CLASSES = 128, 64, 8
-FIRST, LAST = 20, 100  # steps that are counted: four, five and sixteen divide their number
+FIRST, LAST = 20, 60  # steps that are counted: four, five and ten divide their number
 NO_LAUNCH = load_benchmark("step_time").NO_LAUNCH
 LOOKS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "nonzero", "unique")
 

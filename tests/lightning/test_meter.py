@@ -22,7 +22,7 @@ from saflex_lightning.fit.meter import Meter
 from saflex_lightning.functional import Settings
 
 REFRESH = 10
-BATCHES = 6 * (REFRESH + 1)
+BATCHES = 8 * (REFRESH + 1)
 
 
 class Paced(Classifier):
@@ -68,7 +68,7 @@ def test_blocks_take_turns_and_plain_ones_are_plain():
     module = seeded(Paced)
     measure(module, every_n_steps=1)
     block = [True] * (REFRESH + 1) + [False] * (REFRESH + 1)
-    assert module.refined == 3 * block + [True]
+    assert module.refined == 4 * block + [True]
     for is_refined, is_equal, metrics in zip(
         module.refined, module.equal_losses, module.metrics, strict=True
     ):
@@ -81,16 +81,16 @@ def test_blocks_take_turns_and_plain_ones_are_plain():
 @pytest.mark.parametrize(
     ("settings", "counted"),
     [
-        ({}, 16),
+        ({}, 12),
         ({"refresh_every_n_steps": 1}, 10),
         ({"refresh_every_n_steps": 30}, 30),
-        ({"every_n_steps": 3}, 18),  # a look at validation rows every ninth batch
+        ({"every_n_steps": 3}, 12),  # a look at validation rows every sixth batch
     ],
     ids=str,
 )
 def test_blocks_count_whole_cycles(settings, counted):
     meter = Meter(Settings(**settings))
-    assert (meter.counted, meter.batches) == (counted, 6 * (counted + 1))
+    assert (meter.counted, meter.batches) == (counted, 8 * (counted + 1))
 
 
 def test_the_first_step_of_a_block_is_not_counted():
@@ -98,12 +98,12 @@ def test_the_first_step_of_a_block_is_not_counted():
     meter = Meter(Settings(), lambda: clock[0])
     for number in range(meter.batches + 5):
         meter.begin(number, torch.device("cpu"))
-        is_first = number % 17 == 0
+        is_first = number % 13 == 0
         clock[0] += 1000 if is_first else 1 if meter.is_plain(number) else 1.5
         meter.end()
         clock[0] += 50  # between two steps, where data are loaded
-    assert meter.refined == [24] * 3
-    assert meter.plain == [16] * 3
+    assert meter.refined == [18] * 4
+    assert meter.plain == [12] * 4
     assert meter.ratio == 1.5
 
 

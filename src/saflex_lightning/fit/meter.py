@@ -12,7 +12,7 @@ from saflex_lightning.functional.settings import Settings
 
 __all__ = ["Meter"]
 
-_BLOCKS = 6  # refined and plain in turn
+_BLOCKS = 8  # refined and plain in turn
 _FEWEST_STEPS = 10  # of a block; evidence is fitted anew about so often
 
 

@@ -73,7 +73,7 @@ class Settings:
             validation rows and averaged over epochs where `AugmentedBatch.index` tells rows apart,
             with the share of wrong labels and an offset learned per group of
             `AugmentedBatch.group`. Needs class labels.
-        measure_overhead: Train the first six blocks of a run (of 17 steps with the other
+        measure_overhead: Train the first eight blocks of a run (of 13 steps with the other
             defaults) refined and plainly in turn, time their steps, and log
             ``saflex/overhead_ratio``, the median refined block over the median plain one: 1.08 is
             8 % longer. Loading data is not in it. Needs ``start_epoch=0``.
@@ -95,7 +95,7 @@ class Settings:
     weight_rule: WeightRule = "ones"
     gradient_decay: float = 0.97
     precondition: bool = True
-    refresh_every_n_steps: int = 8
+    refresh_every_n_steps: int = 4
     val_batch_ratio: float = 0.25
     val_batch_size: int | None = None
     every_n_steps: int = 1
@@ -204,9 +204,7 @@ _ALLOWED: dict[str, tuple[str, Any]] = {
 PRESETS: Mapping[str, Settings] = MappingProxyType(
     {
         "robust": Settings(),
-        "gradient": Settings(
-            label_rule="auto", weight_rule="sigmoid", refresh_every_n_steps=4, row_evidence=False
-        ),
+        "gradient": Settings(label_rule="auto", weight_rule="sigmoid", row_evidence=False),
         "paper": Settings(
             engine="forward_mode",
             normalize=False,

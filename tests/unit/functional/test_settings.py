@@ -29,7 +29,7 @@ ROBUST = {
     "weight_rule": "ones",
     "gradient_decay": 0.97,
     "precondition": True,
-    "refresh_every_n_steps": 8,
+    "refresh_every_n_steps": 4,
     "val_batch_ratio": 0.25,
     "row_evidence": True,
 }
@@ -37,7 +37,6 @@ GRADIENT = {
     **ROBUST,
     "label_rule": "auto",
     "weight_rule": "sigmoid",
-    "refresh_every_n_steps": 4,
     "row_evidence": False,
 }
 PAPER = {

@@ -56,3 +56,8 @@ class Grouped(Classifier):
 
 def steering(dtype=torch.float32):
     return make_loader(64, seed=7, dtype=dtype)
+
+
+def read_indices(_rank, loader):
+    """Return the index of every row of every batch, from a process of its own, say."""
+    return [batch.index.tolist() for batch in loader]

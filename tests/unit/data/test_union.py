@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.grouped import read_indices
 from helpers.processes import run_in_processes
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -348,10 +349,6 @@ def test_rows_that_make_no_batch(arguments, error, message):
     loader = union_loader(*arguments, batch_size=2)
     with pytest.raises(error, match=message):
         next(iter(loader))
-
-
-def read_indices(_rank, loader):
-    return [batch.index.tolist() for batch in loader]
 
 
 @pytest.mark.distributed

@@ -211,6 +211,13 @@ class TestFindConfig:
         assert last["class_path"].endswith(".ModelCheckpoint")
         assert "dirpath" not in last["init_args"]  # that of the logger
 
+    def test_weights_go_where_the_user_says(self):
+        mine = "+callbacks.mine={_target_: lightning.pytorch.callbacks.ModelCheckpoint}"
+        given = f"main callbacks=best callbacks.best.dirpath=here '{mine}'"
+        callbacks = yaml.safe_load(find_config(given))["trainer"]["callbacks"]
+        keepers = [c for c in callbacks if c["class_path"].endswith(".ModelCheckpoint")]
+        assert [c["init_args"].get("dirpath") for c in keepers] == ["here", None]
+
     def test_a_long_list_of_overrides_is_no_name_of_a_file(self):
         columns = ",".join(map(str, range(1000, 1060)))
         found = yaml.safe_load(find_config(f"tabular_mlp 'data.categorical=[{columns}]'"))

@@ -174,12 +174,8 @@ def test_rivals_share_the_closing_table_and_the_folder_is_printed(tmp_path, caps
     assert table.endswith(
         f"Results and weights: {home}\nA page of them: saflex-report {shlex.quote(str(home))}\n"
     )
-    assert (
-        yaml.safe_load((home / "config.yaml").read_text())["callbacks"]["saflex"][
-            "refresh_every_n_steps"
-        ]
-        == 2
-    )
+    settings = yaml.safe_load((home / "config.yaml").read_text())
+    assert settings["callbacks"]["saflex"]["refresh_every_n_steps"] == 2
     (again,) = re.findall(r"^saflex-train (.*)$", table, flags=re.MULTILINE)
     with initialize_config_module("saflex_lightning.configs", version_base="1.3"):
         second = compose("train", shlex.split(again))

@@ -22,11 +22,11 @@ def main(cfg: DictConfig) -> None:
     logging.getLogger("lightning").propagate = False
     settings = HydraConfig.get()
     is_sweep = settings.mode == RunMode.MULTIRUN
-    folder = OmegaConf.to_container(cfg, resolve=False)["output_dir"]  # type: ignore[index]
-    if is_sweep and "${" not in str(folder):
+    if is_sweep and not OmegaConf.is_interpolation(cfg, "output_dir"):
         raise ValueError(
-            f"Expected each job of a sweep to have a folder of its own, but got output_dir={folder}"
-            " for all. Pass `hydra.sweep.dir=FOLDER`; the jobs write into 0, 1, ... of that."
+            "Expected each job of a sweep to have a folder of its own, but got "
+            f"output_dir={cfg.output_dir} for all. Pass `hydra.sweep.dir=FOLDER`; the jobs write "
+            "into 0, 1, ... of that."
         )
     chosen = any(
         item.startswith(("method=", "debug=", "ckpt_path=")) for item in settings.overrides.task

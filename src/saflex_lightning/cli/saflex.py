@@ -69,7 +69,7 @@ def compose_experiment(name: str, *overrides: str) -> dict[str, Any]:
         # Lightning keeps the last epoch itself, and `--trainer.enable_checkpointing=false` is free.
         job["callbacks"].pop("last", None)
     for callback in job["callbacks"].values():
-        if callback["_target_"].endswith(".ModelCheckpoint"):
+        if callback.get("dirpath") == f"{job['output_dir']}/checkpoints":
             del callback["dirpath"]  # that of the logger takes its place
     logger = trainer["logger"]
     if logger:

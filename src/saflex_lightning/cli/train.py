@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -33,8 +34,7 @@ from saflex_lightning.insight.write import ROWS
 __all__ = ["CONFIG", "compare", "main", "train"]
 
 CONFIG = "config.yaml"  # what was run, with every interpolation resolved
-# Settings that a method has not, since it chooses its augmentation itself.
-NOT_OF = dict.fromkeys(("no_aug", "soft_augmentation"), ("data.augmentation_settings",))
+OWN_AUGMENTATION = ("no_aug", "soft_augmentation")  # methods that choose it themselves
 
 
 def train(cfg: DictConfig, *, table: bool = True) -> dict[str, Any]:
@@ -186,7 +186,9 @@ def compare(cfg: DictConfig) -> None:
     for number, rival in enumerate(cfg.rivals, 1):
         console.print(Text(f"Rival {number} of {len(cfg.rivals)}: {rival}"))
         own = [f"method={rival}", _assign("output_dir", home / "rivals" / rival)]
-        kept = _without(given, *NOT_OF.get(rival, ()), "callbacks.saflex")
+        kept = _without(given, "callbacks.saflex")
+        if rival in OWN_AUGMENTATION:
+            kept = _without(kept, "data.augmentation_settings")
         train(compose("train", overrides=[*kept, *own]), table=False)
     console.print(Text(f"SAFLEX: {cfg.name}"))
     result = train(cfg, table=False)
@@ -232,11 +234,9 @@ def _without(overrides: list[str], *names: str) -> list[str]:
 def _assign(name: str, path: Path) -> str:
     """Return an override of Hydra, whose grammar reads some characters of a path otherwise."""
     value = str(path)
-    if re.fullmatch(r"[\w/.:@+-]+", value, re.ASCII):
-        return f"{name}={value}"
-    # Backslashes count where a quotation mark follows them.
-    value = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), value)
-    return f"{name}='{value}'"
+    if not re.fullmatch(r"[\w/.:@+-]+", value, re.ASCII):
+        value = QuotedString(value, Quote.single).with_quotes()
+    return f"{name}={value}"
 
 
 if __name__ == "__main__":

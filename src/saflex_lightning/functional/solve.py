@@ -25,7 +25,7 @@ __all__ = [
     "solve",
 ]
 
-_FLOOR = 1e-12  # below this, a root mean square or the weight of a class counts as zero
+_FLOOR = 1e-12  # below this, a root mean square counts as zero
 _CLASS_PRIOR = 4.0  # pseudo-rows of average weight that steady a class's mean weight
 _CLASS_LIMIT = 5.0  # largest factor by which a class is lifted
 

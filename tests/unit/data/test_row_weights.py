@@ -113,9 +113,7 @@ def keys(*, rank=0, num_replicas=1, start=0):
 def test_a_row_that_comes_again_is_augmented_anew():
     found = [key for epoch in keys() for key in epoch]
     assert len(set(found)) == len(found) == 18 > len({row for _, row in found})
-    assert [key for epoch in keys(start=4) for key in epoch] == found[4:6] + found[10:12] + found[
-        16:
-    ]
+    assert keys(start=4) == [epoch[4:] for epoch in keys()]
     for first, second, whole in zip(
         *(keys(rank=rank, num_replicas=2) for rank in range(2)), keys(), strict=True
     ):

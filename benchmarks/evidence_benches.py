@@ -28,6 +28,13 @@ __all__ = ["BENCHES", "KINDS", "Batches", "Bench", "Data", "Pool", "make_data"]
 
 KINDS = ("natural", "harmful", "wrong labels")
 VERSIONS = 12  # augmented versions of a row that are made beforehand
+TABLES = {
+    "letter": "standin_letter",
+    "qsar": "qsar",
+    "shrutime": "shrutime",
+    "kdd": "appetency_kdd99_10pct",
+}
+MOST_LEVELS = 100  # of a categorical column that is read
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -36,7 +43,7 @@ class Bench:
     """What is trained on what: see `make_data`."""
 
     kind: str
-    source: str  # blood, fashion, digits or letter
+    source: str  # blood, fashion, digits, or a table: letter, qsar, shrutime, kdd
     network: str  # cnn, resnet18 or mlp
     rows: tuple[int, int, int]  # clean, validation and pool rows of each class
     steps: int
@@ -52,6 +59,8 @@ BENCHES = {
     "blood mixup": Bench("natural", "blood", "cnn", (50, 25, 0), 300, "mixup"),
     "fashion randaugment": Bench("natural", "fashion", "cnn", (50, 25, 0), 300, "randaugment"),
     "letter cutmix": Bench("natural", "letter", "mlp", (100, 25, 0), 1200, "cutmix", batch=128),
+    "shrutime cutmix": Bench("natural", "shrutime", "mlp", (200, 50, 0), 600, "cutmix"),
+    "kdd cutmix": Bench("natural", "kdd", "mlp", (100, 25, 0), 600, "cutmix"),
     "blood randaugment alone": Bench(
         "natural", "blood", "cnn", (50, 25, 0), 300, "randaugment", alone=True
     ),
@@ -94,6 +103,9 @@ BENCHES = {
     "blood pseudo": Bench("wrong labels", "blood", "cnn", (25, 25, 200), 400, "pseudo"),
     "fashion symmetric": Bench("wrong labels", "fashion", "cnn", (25, 25, 200), 400, "symmetric"),
     "fashion classwise": Bench("wrong labels", "fashion", "cnn", (25, 25, 200), 400, "classwise"),
+    "qsar classwise": Bench("wrong labels", "qsar", "mlp", (20, 20, 200), 400, "classwise"),
+    "shrutime classwise": Bench("wrong labels", "shrutime", "mlp", (50, 50, 800), 400, "classwise"),
+    "kdd classwise": Bench("wrong labels", "kdd", "mlp", (20, 20, 400), 400, "classwise"),
     "blood alone": Bench(
         "wrong labels", "blood", "cnn", (2, 10, 200), 400, "symmetric", alone=True
     ),
@@ -215,9 +227,19 @@ def read(source: str, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     if source == "digits":
         x, y = load_digits(return_X_y=True)
         return {"train": (torch.tensor(x).float() / 16, torch.tensor(y).long())}
-    file = np.load(folder / "tabular" / "standin_letter.npz")
-    x = torch.tensor(file["x_num"]).float()
-    return {"train": ((x - x.mean(0)) / x.std(0), torch.tensor(file["y"]).long())}
+    return {"train": _table(folder / "tabular" / f"{TABLES[source]}.npz")}
+
+
+def _table(file: Path) -> tuple[Tensor, Tensor]:
+    """Return the distinct rows of a table, scaled; a column for each level of a few."""
+    read = np.load(file)
+    few = [codes for codes in read["x_cat"].T if codes.max() < MOST_LEVELS]
+    columns = [read["x_num"], *(np.eye(codes.max() + 1)[codes] for codes in few)]
+    rows = np.column_stack([*columns, read["y"]])
+    _, first = np.unique(rows, axis=0, return_index=True)
+    rows = torch.from_numpy(rows[np.sort(first)]).float()
+    x, y = rows[:, :-1], rows[:, -1].long()
+    return (x - x.mean(0)) / x.std(0).clamp(min=1e-6), y
 
 
 def _fashion(folder: Path, part: str) -> tuple[Tensor, Tensor]:

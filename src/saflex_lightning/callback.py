@@ -22,7 +22,7 @@ from .fit.checks import (
 from .fit.report import Report, log_metrics, log_settings, read_step
 from .fit.run import Fit
 from .functional.settings import PresetName, SettingsKwargs, make_settings
-from .step import Step, StepRows
+from .step import SolvedTask, Step, StepRows
 from .validation.source import ask_hook, check_is_loader, check_loader, other_roles, trainer_loader
 
 __all__ = ["SAflexCallback"]
@@ -74,7 +74,7 @@ class SAflexCallback(pl.Callback):
         self._step: Step | None = None
         self._newest: Step | None = None  # until its metrics are read
         self._metrics: dict[str, Tensor] = {}
-        self._rows: StepRows | None = None
+        self._solved: SolvedTask | None = None
         self._armed_steps = self._loss_calls = 0  # of this epoch
 
     # Once per fit
@@ -135,7 +135,7 @@ class SAflexCallback(pl.Callback):
     ) -> None:
         """Disarm the module, take in what was learned, and log it where a logger would read it."""
         step, self._step = self._step, None
-        self._newest, self._metrics, self._rows = None, {}, None
+        self._newest, self._metrics, self._solved = None, {}, None
         self._fit.served.disarm()
         if step is not None:
             self._take_in(trainer, pl_module, step, outputs, batch_idx)
@@ -157,7 +157,7 @@ class SAflexCallback(pl.Callback):
         if step.options is None and outputs:
             self._report.say_no_loss(pl_module)
         if step.tasks:
-            self._newest, self._rows = step, step.tasks[0].rows
+            self._newest, self._solved = step, step.tasks[0]
             is_read = self._is_read_before_next(trainer, batch_idx)
             if is_read or met_trouble:
                 self._report.look_at(step, trainer, batch_idx)
@@ -232,7 +232,7 @@ class SAflexCallback(pl.Callback):
         Returns:
             Tensors on the device where they are; None where the batch was not refined.
         """
-        return self._rows
+        return None if self._solved is None else self._solved.rows()
 
     # Checkpoints
 

@@ -33,7 +33,7 @@ from .functional.solve import SAflexSolution, solve
 if TYPE_CHECKING:
     from .fit.run import Fit
 
-__all__ = ["Step", "StepRows"]
+__all__ = ["SolvedTask", "Step", "StepRows"]
 
 
 @dataclass
@@ -84,9 +84,20 @@ class SolvedTask:
     """One task of the loss: its solution, and what it was solved from."""
 
     solution: SAflexSolution
+    gathered: GatheredRows | None
+    told: StepRows
     target: Tensor
     augmented: Tensor
-    rows: StepRows
+    label_rule: str
+
+    def rows(self) -> StepRows:
+        """Return what the step tells of each of its rows."""
+        told = self.told._replace(weights=self.solution.weights)
+        if self.gathered is not None:
+            return told._replace(suggested=self.gathered.suggested, beliefs=self.gathered.beliefs)
+        if self.label_rule == "keep":
+            return told
+        return told._replace(suggested=self.solution.soft_labels.argmax(-1))
 
 
 class Step:
@@ -218,7 +229,7 @@ class Step:
                     self.number, wide, target, mask, told.group, told.index, options, fit.ranks
                 )
             if jvp is None:
-                solution = unrefined(wide, target, mask, gathered)
+                solution = gathered or unrefined(wide, target, mask)
             else:
                 jvp = jvp + (wide - wide).sum(-1, keepdim=True)  # no number where scores are none
                 solution = solve(
@@ -241,12 +252,8 @@ class Step:
             total = fit.ranks.sum(share.sum())
         labels = solution.soft_labels if fit.solves else target
         loss = weighted_cross_entropy(scores, labels, weights, **options._asdict(), total=total)
-        rows = told._replace(
-            **suggestions(solution, gathered, fit.settings.label_rule),
-            weights=weights,
-        )
         loss = fit.ranks.size * loss if fit.ranks.size > 1 else loss
-        return loss, SolvedTask(solution, target, mask, rows)
+        return loss, SolvedTask(solution, gathered, told, target, mask, fit.settings.label_rule)
 
     def _told(
         self, group: Tensor | None, index: Tensor | None, target: Tensor | None, mask: Tensor
@@ -300,13 +307,9 @@ class Step:
         return call
 
 
-def unrefined(
-    scores: Tensor, target: Tensor, augmented: Tensor, rows: GatheredRows | None
-) -> SAflexSolution:
-    """Return the solution that keeps labels; all rows are worth the same without evidence."""
+def unrefined(scores: Tensor, target: Tensor, augmented: Tensor) -> SAflexSolution:
+    """Return the solution that keeps labels, and to which all rows are worth the same."""
     labels = dense_target(target, scores.shape[-1], scores.dtype)
-    if rows is not None:
-        return SAflexSolution(rows.weights, labels, rows.products, rows.rms, rows.finite)
     ones, zeros = torch.ones_like(scores[:, 0]), torch.zeros_like(scores)
     finite = (scores.isfinite().all(-1) | ~augmented).all()
     return SAflexSolution(ones, labels, zeros, zeros.sum(), finite)
@@ -317,19 +320,10 @@ def with_evidence(solution: SAflexSolution, rows: GatheredRows) -> SAflexSolutio
     return replace(
         solution,
         weights=solution.weights * rows.weights,
-        inner_products=rows.products,
-        inner_product_rms=rows.rms,
+        inner_products=rows.inner_products,
+        inner_product_rms=rows.inner_product_rms,
         finite=solution.finite & rows.finite,
     )
-
-
-def suggestions(
-    solution: SAflexSolution, rows: GatheredRows | None, label_rule: str
-) -> dict[str, Tensor]:
-    """Return the fields of `StepRows` that say which labels the rows should have."""
-    if rows is not None:
-        return {"suggested": rows.suggested, "beliefs": rows.beliefs}
-    return {} if label_rule == "keep" else {"suggested": solution.soft_labels.argmax(-1)}
 
 
 def contrastive_message() -> str:

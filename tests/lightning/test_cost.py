@@ -34,7 +34,7 @@ def test_no_step_waits_for_the_device_but_those_that_look_at_validation_rows(set
     assert between == set()
     if not settings:  # the ways in which a look is allowed, so that the count can see one
         assert set().union(*(looks[step] for step in due)) == {
-            "averages.<listcomp>",
+            "averages._with_waiting",
             "averages._with_room",
             "discriminant.best_temperature",
             "evidence._take_in",

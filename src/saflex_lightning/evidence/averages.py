@@ -31,7 +31,8 @@ class RowAverages:
 
     Only indices that occur are held, whatever their size, where the rows are and the same on all
     ranks. What steps tell waits until it is taken in, so that a step finds its rows without waiting
-    for the device; on one, a row that comes again before that has its earlier visits alone.
+    for the device; on one, a row that comes again before that has its earlier visits alone, and
+    those that wait together count alike.
     """
 
     def __init__(self) -> None:
@@ -99,19 +100,16 @@ class RowAverages:
 
     def _with_waiting(self) -> tuple[Tensor, Tensor]:
         """Return indices and sums with those that wait, in new tensors."""
-        counted = [new[1] > 0 for _, new in self._waiting]
-        waiting = [
-            (index[those], new[:, those])
-            for (index, new), those in zip(self._waiting, counted, strict=True)
-        ]
         index, sums = self._index, self._sums
-        if waiting:
-            index, sums = _with_room(index, sums, torch.cat([rows for rows, _ in waiting]))
-        for rows, new in waiting:
-            places = torch.searchsorted(index, rows)
-            sums.index_copy_(1, places, VISIT_DECAY * sums[:, places])
-            sums.index_add_(1, places, new)
-        return index, sums
+        if not self._waiting:
+            return index, sums
+        waiting = [torch.cat(parts, -1) for parts in zip(*self._waiting, strict=True)]
+        counted = waiting[1][1] > 0
+        rows, new = waiting[0][counted], waiting[1][:, counted]
+        index, sums = _with_room(index, sums, rows)
+        places = torch.searchsorted(index, rows)
+        sums.index_copy_(1, places, VISIT_DECAY * sums[:, places])
+        return index, sums.index_add_(1, places, new)
 
 
 def _with_room(index: Tensor, sums: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

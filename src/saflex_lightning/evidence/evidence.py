@@ -1,6 +1,7 @@
 """Evidence of a fit: what validation rows say about augmented ones, gathered over many steps."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +10,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from saflex_lightning.functional.losses import NO_OPTIONS, LossOptions, looking_is_free
+from saflex_lightning.functional.losses import (
+    NO_OPTIONS,
+    LossOptions,
+    dense_target,
+    looking_is_free,
+)
 from saflex_lightning.functional.ranks import Ranks
-from saflex_lightning.functional.solve import loss_inner_products
+from saflex_lightning.functional.solve import SAflexSolution, loss_inner_products
 
 from .averages import RowAverages
 from .discriminant import MOST_SCORES, Discriminant, best_temperature, fit_discriminant
@@ -35,36 +41,69 @@ class Judgement(NamedTuple):
         posteriors: Of the given label, ``(rows,)``, in [0.0001, 0.9999].
         given: Gradient inner product of that label, ``(rows,)``.
         products: Those of every class, ``(rows, classes)``.
-        suggested: Class of the largest posterior, ``(rows,)`` int64.
+        classes: Posteriors of every class, ``(rows, classes)``.
     """
 
     posteriors: Tensor
     given: Tensor
     products: Tensor
-    suggested: Tensor
+    classes: Tensor
 
 
-class GatheredRows(NamedTuple):
-    """What is made of a batch.
+class GatheredRows(SAflexSolution):
+    """What is made of a batch; what a step itself does not need is computed where it is read.
 
-    Attributes:
+    Args:
         weights: ``(rows,)``, in [0, 2.01]; 1 for clean rows.
-        products: Gradient inner products over their root mean square, ``(rows, classes)``; 0 for
-            clean rows and those whose scores are not finite.
-        rms: That root mean square, scalar.
         finite: False where a row's scores were not finite; such a row has weight 1, scalar bool.
-        suggested: Most probable class of each row, ``(rows,)`` int64; -1 where its scores tell
-            nothing.
         beliefs: Posterior of each label, averaged over the visits of its row where that is known,
             ``(rows,)``.
+        target: Labels of the rows, which are kept.
+        judgement: Of the rows.
+        useless: Rows whose scores are not finite, ``(rows,)`` bool.
+        ignored: These and clean rows, ``(rows,)`` bool.
+        sizes: How many rows there are of each group, on all ranks, and the sum of the mean squares
+            of their inner products, ``(groups, 2)``.
     """
 
-    weights: Tensor
-    products: Tensor
-    rms: Tensor
-    finite: Tensor
-    suggested: Tensor
-    beliefs: Tensor
+    def __init__(
+        self,
+        weights: Tensor,
+        finite: Tensor,
+        beliefs: Tensor,
+        target: Tensor,
+        judgement: Judgement,
+        useless: Tensor,
+        ignored: Tensor,
+        sizes: Tensor,
+    ) -> None:
+        vars(self).update(weights=weights, finite=finite)
+        self.beliefs = beliefs
+        self._target, self._judgement = target, judgement
+        self._useless, self._ignored, self._sizes = useless, ignored, sizes
+
+    @cached_property
+    def soft_labels(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Labels of the rows as they came, ``(rows, classes)``."""
+        products = self._judgement.products
+        return dense_target(self._target, products.shape[1], products.dtype)
+
+    @cached_property
+    def inner_products(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Inner products of gradients over `inner_product_rms`, 0 for rows that are ignored."""
+        products = self._judgement.products / self.inner_product_rms.clamp(min=_FLOOR)
+        return products.masked_fill(self._ignored.unsqueeze(1), 0)
+
+    @cached_property
+    def inner_product_rms(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Root mean square of the inner products of all rows, scalar."""
+        count, squares = self._sizes.sum(0)
+        return (squares / count.clamp(min=1)).sqrt()
+
+    @cached_property
+    def suggested(self) -> Tensor:
+        """Most probable class, ``(rows,)`` int64; -1 for a row whose scores tell nothing."""
+        return self._judgement.classes.argmax(-1).masked_fill(self._useless, -1)
 
 
 class GroupEvidence(NamedTuple):
@@ -190,7 +229,8 @@ class Evidence:
             return None
         assert self._expected is not None
         group = self._group(group, augmented)
-        posteriors, given, products, suggested = self.judge(scores, target, options)
+        judgement = self.judge(scores, target, options)
+        posteriors, given, products, _ = judgement
         useless = (posteriors + given).isnan()  # of scores that are not finite
         failed = useless & augmented
         ignored = useless | ~augmented
@@ -211,11 +251,8 @@ class Evidence:
             self._take_in()
         if self.is_alone and number < _WARM_UP_ALONE:
             weights = ones
-        count, _, squares = sums[:, 4:7].sum(0)
-        rms = (squares / count.clamp(min=1)).sqrt()
-        products = (products / rms.clamp(min=_FLOOR)).masked_fill(ignored.unsqueeze(1), 0)
-        suggested = suggested.masked_fill(useless, -1)
-        return GatheredRows(weights, products, rms, ~failed.any(), suggested, posteriors)
+        given = target, judgement, useless, ignored
+        return GatheredRows(weights, ~failed.any(), posteriors, *given, sums[:, 4:7:2])
 
     def judge(self, scores: Tensor, target: Tensor, options: LossOptions) -> Judgement:
         """Return what the discriminant thinks of rows; of clean ones too."""
@@ -223,15 +260,14 @@ class Evidence:
         assert self._temperature is not None
         logits, products = self._discriminant.judge(scores)
         products = loss_inner_products(products, *options)
-        posteriors = (self._temperature * logits).softmax(-1)
-        suggested = posteriors.argmax(-1)
+        posteriors = classes = (self._temperature * logits).softmax(-1)
         if target.ndim == 1:
             column = target.long().unsqueeze(1)
             posteriors, given = (v.gather(1, column).squeeze(1) for v in (posteriors, products))
         else:
             labels = target.to(products)
             posteriors, given = ((labels * v).sum(-1) for v in (posteriors, products))
-        return Judgement(posteriors.clamp(SURE, 1 - SURE), given, products, suggested)
+        return Judgement(posteriors.clamp(SURE, 1 - SURE), given, products, classes)
 
     def _group(self, group: Tensor | None, augmented: Tensor) -> Tensor:
         """Return the group of every row: 0 for clean ones, and 1 for the others of no group.

@@ -61,16 +61,30 @@ class TestAverages:
             )
             assert found.tolist() == pytest.approx(expected)
 
-    def test_what_waits_is_read_saved_and_taken_in_step_by_step(self, monkeypatch):
-        """As on a device that would be waited for."""
+    def test_what_waits_is_read_saved_and_taken_in_together(self, monkeypatch):
+        """As on a device that would be waited for; visits that wait together count alike."""
         monkeypatch.setattr(averages_module, "looking_is_free", lambda device: False)
         generator = torch.Generator().manual_seed(0)
         at_once, waiting = RowAverages(), RowAverages()
-        for _ in range(6):
+        none = torch.zeros(5, dtype=torch.bool)
+        for _ in range(3):  # rows that were seen before they wait
             index = KEYS[torch.randint(len(KEYS), (5,), generator=generator)]
             values = torch.rand(5, generator=generator)
-            update(at_once, index, values)
-            waiting.update(index, values, torch.zeros(5, dtype=torch.bool), ALONE)
+            for one in (at_once, waiting):
+                update(one, index, values)
+                one.take_in()
+        parts = [
+            (
+                KEYS[torch.randint(len(KEYS), (5,), generator=generator)],
+                torch.rand(5, generator=generator),
+            )
+            for _ in range(6)
+        ]
+        for index, values in parts:
+            waiting.update(index, values, none, ALONE)
+        index, values = map(torch.cat, zip(*parts, strict=True))
+        at_once.update(index, values, none.repeat(6), ALONE)
+        at_once.take_in()
         copy = RowAverages()
         copy.load_state_dict(waiting.state_dict())
         before = deepcopy(waiting.state_dict())

@@ -180,7 +180,7 @@ def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     m = (v * s).sum() / v.sum()
     (slope,) = torch.autograd.grad(m, b)
     torch.testing.assert_close(rows.weights, v.detach())
-    torch.testing.assert_close(rows.rms, rms)
+    torch.testing.assert_close(rows.inner_product_rms, rms)
     torch.testing.assert_close(torch.from_numpy(seen["offsets"])[1:], slope[1:])
     assert seen["offsets"][0] == 0
 
@@ -203,7 +203,7 @@ def test_clean_rows_count_in_full_and_nothing_is_learned_of_them():
     for number in range(100, 130):
         rows = weigh(evidence, batch, number)
         assert rows.weights[:8].eq(1).all()
-        assert rows.products[:8].eq(0).all()
+        assert rows.inner_products[:8].eq(0).all()
         assert rows.weights.max() <= 2.02
     assert evidence.rule._state["offsets"][0] == 0
     assert evidence.rule._state["offsets"][1] != 0
@@ -251,10 +251,9 @@ def test_a_restored_evidence_goes_on_alike():
     copy.load_state_dict(deepcopy(evidence.state_dict()))
     copy.start(("clean", "one", "two"), 40, CPU)
     for number in range(105, 110):
-        for found, expected in zip(
-            weigh(copy, batch, number), weigh(evidence, batch, number), strict=True
-        ):
-            assert torch.equal(found, expected)
+        found, expected = weigh(copy, batch, number), weigh(evidence, batch, number)
+        for name in ("weights", "beliefs", "inner_products", "suggested", "finite"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_rows_that_are_not_finite_teach_nothing():
@@ -280,8 +279,10 @@ def test_class_weights_enter_the_products():
     plain = weigh(evidence, batch)
     weighted = weigh(problem()[0], {**batch, "options": LossOptions(weight)})
     rows = batch["augmented"]
-    expected = plain.products * plain.rms * weight
-    torch.testing.assert_close(weighted.products[rows] * weighted.rms, expected[rows])
+    expected = plain.inner_products * plain.inner_product_rms * weight
+    torch.testing.assert_close(
+        weighted.inner_products[rows] * weighted.inner_product_rms, expected[rows]
+    )
 
 
 def test_a_batch_without_rows():

@@ -23,6 +23,8 @@ from torchvision.transforms import v2
 from saflex_lightning import AugmentedBatch
 from saflex_lightning.data import TagOperations
 from saflex_lightning.recipes.label_noise import plant_wrong_labels
+from saflex_lightning.recipes.tabular.npz_file import read_npz
+from saflex_lightning.recipes.tabular.table import drop_duplicates
 
 __all__ = ["BENCHES", "KINDS", "Batches", "Bench", "Data", "Pool", "make_data"]
 
@@ -232,14 +234,11 @@ def read(source: str, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _table(file: Path) -> tuple[Tensor, Tensor]:
     """Return the distinct rows of a table, scaled; a column for each level of a few."""
-    read = np.load(file)
-    few = [codes for codes in read["x_cat"].T if codes.max() < MOST_LEVELS]
-    columns = [read["x_num"], *(np.eye(codes.max() + 1)[codes] for codes in few)]
-    rows = np.column_stack([*columns, read["y"]])
-    _, first = np.unique(rows, axis=0, return_index=True)
-    rows = torch.from_numpy(rows[np.sort(first)]).float()
-    x, y = rows[:, :-1], rows[:, -1].long()
-    return (x - x.mean(0)) / x.std(0).clamp(min=1e-6), y
+    table = drop_duplicates(read_npz(file))
+    few = [codes for codes in table.categorical.T if codes.max() < MOST_LEVELS]
+    columns = [table.numeric, *(np.eye(codes.max() + 1)[codes] for codes in few)]
+    x = torch.from_numpy(np.column_stack(columns)).float()
+    return (x - x.mean(0)) / x.std(0).clamp(min=1e-6), torch.from_numpy(table.target)
 
 
 def _fashion(folder: Path, part: str) -> tuple[Tensor, Tensor]:

@@ -102,8 +102,13 @@ def split_rows(table: Table, *, seed: int, stratified: bool) -> tuple[Table, Tab
         stratified: Split every class by itself, for classes with few rows.
 
     Raises:
-        ValueError: If a part misses a class.
+        ValueError: If there is one class alone, or a part misses one.
     """
+    if len(table.classes) < 2:
+        raise ValueError(
+            f"Expected a table of two classes or more, but got {list(table.classes)}. Name the "
+            "column of the labels as `target`."
+        )
     generator = np.random.default_rng(seed)
     strata = table.target if stratified else np.zeros_like(table.target)
     parts: list[list[np.ndarray]] = [[], [], []]

@@ -61,6 +61,11 @@ class TestSplit:
         with pytest.raises(ValueError, match=rf"of class 'yes' \(2 rows in all\).*{advice}"):
             split_rows(table, seed=0, stratified=stratified)
 
+    def test_one_class_is_an_error(self):
+        table = make_table()._replace(classes=("yes",))
+        with pytest.raises(ValueError, match=r"two classes or more, but got \['yes'\]"):
+            split_rows(table, seed=0, stratified=False)
+
 
 class TestPreprocessing:
     def test_numbers_against_a_plain_computation(self):

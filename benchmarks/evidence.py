@@ -3,11 +3,13 @@
     python benchmarks/evidence.py run --data FOLDER --seeds 1 2 3
     python benchmarks/evidence.py run --benches "digits symmetric" --methods union robust
     python benchmarks/evidence.py table --save docs/results/evidence_cpu
+    python benchmarks/evidence.py table --known docs/results/evidence_cpu.json
 
-FOLDER holds ``medmnist/bloodmnist.npz`` and ``tabular/standin_letter.npz`` and, in ``fashion``, the
-four files of Fashion-MNIST. A finished run is kept under ``outputs/evidence`` and never computed
-twice. All methods of a bench and seed see the same rows in the same order; differences are paired
-by seed. Accuracy is that of the whole test split, after the last step; loss is in nats.
+FOLDER holds ``medmnist/bloodmnist.npz``, the tables in ``tabular`` and, in ``fashion``, the four
+files of Fashion-MNIST. A finished run is kept under ``outputs/evidence`` and never computed twice;
+tables are made of these and of ``--known`` ones, as ``--save`` wrote them. All methods of a bench
+and seed see the same rows in the same order; differences are paired by seed. Accuracy is that of
+the whole test split, after the last step; loss is in nats.
 """
 
 import argparse
@@ -59,6 +61,7 @@ METHODS = {
 LOOKING_AHEAD = {"learning to reweight": LearningToReweight, "meta-weight-net": MetaWeightNet}
 SMOOTHING = 0.1
 CONTROL, PLAIN = "shuffled", "union"
+SAVED = ("accuracy", "loss", "auroc", "seconds")
 SECOND_RUNS = ("merged by rows", "merged by shuffled rows")  # and its control
 
 
@@ -297,13 +300,27 @@ def what_was_learned(callback, data):
     return learned
 
 
-def load():
+def load(known=None):
     """Return the results that are there, by bench, method and seed."""
     found = {}
+    for line in [] if known is None else json.loads(known.read_text()):
+        found[line.pop("bench"), line.pop("method"), line.pop("seed")] = line
     for file in sorted(OUTPUTS.glob("*/*/*.json")):
         key = file.parts[-3].replace("_", " "), file.parts[-2].replace("_", " "), int(file.stem)
         found[key] = json.loads(file.read_text())
     return found
+
+
+def as_lines(found):
+    """Return results as JSON, a line for each run."""
+    lines = [
+        json.dumps(
+            {"bench": bench, "method": method, "seed": seed}
+            | {name: round(result[name], 4) for name in SAVED if name in result}
+        )
+        for (bench, method, seed), result in sorted(found.items())
+    ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
 def difference(found, bench, method, rival, key="accuracy"):
@@ -384,6 +401,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--known", type=Path)
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -401,7 +419,8 @@ def main():
                     file.write_text(json.dumps(result))
                     line = f"{result['accuracy']:.2f} % {result['loss']:.3f} nats"
                     print(f"{name}, {method}, seed {seed}: {line}", flush=True)
-    text = "\n".join(tables(load()))
+    found = load(options.known)
+    text = "\n".join(tables(found))
     print(text)
     if options.save:
         options.save.with_suffix(".md").write_text(
@@ -410,6 +429,7 @@ def main():
             f"{platform.python_version()}, torch {torch.__version__}, lightning {pl.__version__}, "
             f"one CPU core.\n{text}\n"
         )
+        options.save.with_suffix(".json").write_text(as_lines(found))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import time
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import cache
 from io import StringIO
 from operator import add
 from pathlib import Path
@@ -191,7 +192,7 @@ def run(name, method, seed, folder):
     if method.startswith("merged"):
         believed = None
         if method in SECOND_RUNS:
-            believed = rows_of_a_first_run(bench, data, seed)
+            believed = rows_of_a_first_run(name, seed, folder)
         if method == SECOND_RUNS[1]:
             draws = torch.Generator().manual_seed(seed)
             believed = believed[torch.randperm(len(believed), generator=draws)]
@@ -226,17 +227,20 @@ def steering(data, method="robust"):
     return (Shuffled if method == CONTROL else SAflexCallback)(loader, **METHODS[method])
 
 
-def rows_of_a_first_run(bench, data, seed):
+@cache
+def rows_of_a_first_run(name, seed, folder):
     """Return the weight of each row of the pool after a run of the default, from its file."""
+    bench = BENCHES[name]
+    data = make_data(bench, seed, folder)
     pl.seed_everything(seed, verbose=False)
     module = Classifier(data.network(), "robust", data)
     module.saflex_group_names = lambda: data.names
-    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        insight = SAflexInsight(folder, figures=False)
+    with TemporaryDirectory() as run_dir, redirect_stdout(StringIO()):
+        insight = SAflexInsight(run_dir, figures=False)
         fit(module, bench, data, seed, "robust", [steering(data), insight])
         first = 0 if bench.alone else len(data.clean[1])
         labels = data.make.labels
-        file = Path(folder) / ROWS
+        file = Path(run_dir) / ROWS
         return read_row_weights(file, len(labels), first_index=first, labels=labels)
 
 

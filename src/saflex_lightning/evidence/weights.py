@@ -22,7 +22,7 @@ right: by -log q, the surprise, of validation rows over that of clean ones,
     \frac{\mathrm{mean}_{\text{validation}} (-\log q)}{\mathrm{mean}_{\text{clean}} (-\log q)}
     \right)\right),
 
-which is 3 where no row is clean. The same ratio, to the power of -6, is how much a step counts for
+which is 3 where no row is clean. The same ratio, to the power of -3, is how much a step counts for
 the estimate of epsilon: once a network knows its rows by heart, wrong labels seem to fit them. b
 ascends the evidence of the weighted batch
 
@@ -54,7 +54,7 @@ Array = NDArray[np.float64]
 NOISE = np.array((0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
 _LEAST, _MOST_POWER = 3.0, 10.0  # a
 _MEMORY = 30  # steps in which likelihoods and surprises fade
-_CAUTION = 6  # the power to which a network that knows its rows by heart is heeded less
+_CAUTION = 3  # the power to which a network that knows its rows by heart is heeded less
 _RATE = 0.02  # of Adam
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 _OFFSETS = (-6.0, 0.7)  # of b

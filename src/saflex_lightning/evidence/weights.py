@@ -22,9 +22,7 @@ right: by -log q, the surprise, of validation rows over that of clean ones,
     \frac{\mathrm{mean}_{\text{validation}} (-\log q)}{\mathrm{mean}_{\text{clean}} (-\log q)}
     \right)\right),
 
-which is 3 where no row is clean. The same ratio, to the power of -3, is how much a step counts for
-the estimate of epsilon: once a network knows its rows by heart, wrong labels seem to fit them. b
-ascends the evidence of the weighted batch
+which is 3 where no row is clean. b ascends the evidence of the weighted batch
 
 .. math:: m = \frac{\sum_i v_i s_i}{\sum_i v_i},
 
@@ -54,7 +52,6 @@ Array = NDArray[np.float64]
 NOISE = np.array((0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
 _LEAST, _MOST_POWER = 3.0, 10.0  # a
 _MEMORY = 30  # steps in which likelihoods and surprises fade
-_CAUTION = 3  # the power to which a network that knows its rows by heart is heeded less
 _RATE = 0.02  # of Adam
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 _OFFSETS = (-6.0, 0.7)  # of b
@@ -114,12 +111,8 @@ class GroupWeights:
     @property
     def power(self) -> float:
         """What beliefs are taken to."""
-        return min(_LEAST * self._surer(), _MOST_POWER)
-
-    def _surer(self) -> float:
-        """Return how much surer of clean rows than of validation rows a network is, at least 1."""
         found, expected = self._state["surprises"]
-        return max(float(expected / max(found, SURE)), 1.0)
+        return float(min(_LEAST * max(expected / max(found, SURE), 1.0), _MOST_POWER))
 
     def ascend(self, gradient: Array) -> None:
         """Take one step of Adam along the gradient of m, ``(groups,)``."""
@@ -150,9 +143,7 @@ class GroupWeights:
 
     def watch(self, likelihoods: Array) -> None:
         """Take in the sums of a step's log-likelihoods, ``(groups, shares)``."""
-        counts = self._surer() ** -_CAUTION
-        kept = (1 - counts / _MEMORY) * self._state["likelihoods"]
-        self._state["likelihoods"] = kept + counts * likelihoods
+        self._state["likelihoods"] = (1 - 1 / _MEMORY) * self._state["likelihoods"] + likelihoods
         self._copies.pop("shares", None)
 
     def state_dict(self) -> dict[str, Any]:

@@ -93,19 +93,6 @@ def test_the_share_of_wrong_labels_is_estimated(share):
     assert expected.item() == pytest.approx(share, abs=0.05)
 
 
-@pytest.mark.parametrize(("found", "share"), [(0.5, 1 / 8), (1.0, 1.0), (2.0, 1.0)])
-def test_what_is_known_by_heart_counts_less_for_the_share_of_wrong_labels(found, share):
-    """Clean rows half as surprising as validation rows make a step count 2^-3 times."""
-    rule = GroupWeights()
-    rule.start(2)
-    before, new = np.random.default_rng(0).normal(size=(2, 2, len(NOISE)))
-    rule.watch(before)
-    rule.compare(found, 1.0)
-    rule.watch(new)
-    expected = (1 - share / 30) * before + share * new
-    np.testing.assert_allclose(rule.state_dict()["likelihoods"], expected)
-
-
 def problem(seed=0, *, alone=False, dtype=torch.float64):
     """An evidence that remembers validation rows, and a batch."""
     generator = torch.Generator().manual_seed(seed)

@@ -245,7 +245,8 @@ class Evidence:
         columns = torch.column_stack([*columns, told])
         places = group.masked_fill(useless, len(self.seen))  # the last of the sums is of no use
         sums = columns.new_zeros(len(self.seen) + 1, columns.shape[1])
-        sums = ranks.sum(sums.index_add_(0, places, columns)[:-1])
+        sums = sums.index_add_(0, places, columns)[:-1]
+        sums = ranks.sum(sums) if ranks.size > 1 else sums
         self._waiting.append((number, sums))
         if self._looks:
             self._take_in()

@@ -62,7 +62,7 @@ METHODS = {
 LOOKING_AHEAD = {"learning to reweight": LearningToReweight, "meta-weight-net": MetaWeightNet}
 SMOOTHING = 0.1
 CONTROL, PLAIN = "shuffled", "union"
-SAVED = ("accuracy", "loss", "auroc", "seconds")
+SAVED = ("accuracy", "loss", "auroc")
 SECOND_RUNS = ("merged by rows", "merged by shuffled rows")  # and its control
 
 

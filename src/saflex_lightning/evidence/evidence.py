@@ -77,7 +77,7 @@ class GatheredRows(SAflexSolution):
         ignored: Tensor,
         sizes: Tensor,
     ) -> None:
-        vars(self).update(weights=weights, finite=finite)
+        vars(self).update(weights=weights, finite=finite)  # fields of the base are frozen
         self.beliefs = beliefs
         self._target, self._judgement = target, judgement
         self._useless, self._ignored, self._sizes = useless, ignored, sizes
@@ -252,8 +252,16 @@ class Evidence:
             self._take_in()
         if self.is_alone and number < _WARM_UP_ALONE:
             weights = ones
-        given = target, judgement, useless, ignored
-        return GatheredRows(weights, ~failed.any(), posteriors, *given, sums[:, 4:7:2])
+        return GatheredRows(
+            weights,
+            ~failed.any(),
+            posteriors,
+            target,
+            judgement,
+            useless,
+            ignored,
+            sums[:, 4:7:2],  # `ones` and `sizes`
+        )
 
     def judge(self, scores: Tensor, target: Tensor, options: LossOptions) -> Judgement:
         """Return what the discriminant thinks of rows; of clean ones too."""

@@ -38,6 +38,7 @@ def test_no_step_waits_for_the_device_but_those_that_look_at_validation_rows(set
             "averages._with_room",
             "discriminant.best_temperature",
             "evidence._take_in",
+            "evidence.remember",
             "stream._row",  # on the host
         }
 

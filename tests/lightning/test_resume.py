@@ -287,8 +287,8 @@ def with_value(value, *keys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda state: state.clear(), "version 7, but the checkpoint holds version None"),
-        (with_value(99, "version"), "version 7, but the checkpoint holds version 99"),
+        (lambda state: state.clear(), "version 8, but the checkpoint holds version None"),
+        (with_value(99, "version"), "version 8, but the checkpoint holds version 99"),
         (without("draws"), "`draws` is missing"),
         (without("looked"), "`looked` is missing"),
         (with_value("4", "batches"), "`batches` is a str, not a number"),

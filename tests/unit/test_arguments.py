@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from dataclasses import asdict
+from functools import cache
 from types import SimpleNamespace
 from typing import get_args
 
@@ -41,7 +42,8 @@ def paint(prompt, **settings):
     return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in prompt])
 
 
-def encoders():
+@cache
+def encoders():  # whose vocabulary takes a while to read
     return contrastive.OpenClipEncoders(config=TINY)
 
 

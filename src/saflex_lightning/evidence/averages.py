@@ -8,9 +8,7 @@ from torch import Tensor
 from saflex_lightning.functional.losses import looking_is_free
 from saflex_lightning.functional.ranks import Ranks
 
-__all__ = ["VISIT_DECAY", "RowAverages", "RowEvidence"]
-
-VISIT_DECAY = 0.7  # of earlier visits of a row, per visit
+__all__ = ["RowAverages", "RowEvidence"]
 
 
 class RowEvidence(NamedTuple):
@@ -18,8 +16,8 @@ class RowEvidence(NamedTuple):
 
     Attributes:
         index: Identity of each row that was seen as an augmented one, ``(rows,)`` int64, sorted.
-        evidence: Posterior of its label, averaged over its visits with the newest ones counting
-            most, ``(rows,)`` float64 in [0, 1]; low where the label looks wrong.
+        evidence: Posterior of its label, averaged over its visits, ``(rows,)`` float64 in [0, 1];
+            low where the label looks wrong. A visit counts by how much the discriminant told then.
     """
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  tuple.index is not used
@@ -27,27 +25,32 @@ class RowEvidence(NamedTuple):
 
 
 class RowAverages:
-    """Average a number of each row over its visits; rows are known by their index.
+    """Average a number of each row over its visits, each of some worth; its index tells a row.
 
     Only indices that occur are held, whatever their size, where the rows are and the same on all
     ranks. What steps tell waits until it is taken in, so that a step finds its rows without waiting
-    for the device; on one, a row that comes again before that has its earlier visits alone, and
-    those that wait together count alike.
+    for the device; on one, a row that comes again before that has its earlier visits alone.
     """
 
     def __init__(self) -> None:
         self._index = torch.zeros(0, dtype=torch.int64)  # sorted
-        self._sums = torch.zeros(2, 0)  # of the numbers, and of visits
+        self._sums = torch.zeros(2, 0)  # of worth times numbers, and of worth
         self._waiting: list[tuple[Tensor, Tensor]] = []  # index and what is new, of each step
+        self._worth = 1.0  # of the visits that wait
         self._those: set[int] = set()  # indices that wait, where looking at them is free
 
-    def update(self, index: Tensor, values: Tensor, ignored: Tensor, ranks: Ranks) -> Tensor:
+    def update(
+        self, index: Tensor, values: Tensor, ignored: Tensor, ranks: Ranks, worth: float = 1.0
+    ) -> Tensor:
         """Let the numbers of one step wait, and return the averages of its rows with them.
 
         These are ``(rows,)`` like ``values``. What is ``ignored`` counts in this step alone.
         """
         if not self._sums.shape[1]:
             self._index, self._sums = self._index.to(index.device), self._sums.to(values)
+        if worth != self._worth:
+            self.take_in()
+            self._worth = worth
         sums = torch.stack([values, torch.ones_like(values)])
         new = sums.masked_fill(ignored, 0)
         rows = index, new
@@ -62,7 +65,7 @@ class RowAverages:
         if len(self._index):
             own = torch.searchsorted(self._index, index).clamp(max=len(self._index) - 1)
             known = self._index[own] == index
-            sums = torch.add(sums, self._sums[:, own] * known, alpha=VISIT_DECAY)
+            sums = torch.add(sums, self._sums[:, own] * known, alpha=1 / worth)
         self._waiting.append(rows)
         return sums[0] / sums[1]
 
@@ -73,8 +76,8 @@ class RowAverages:
 
     def read(self) -> RowEvidence:
         """Return the average of every index."""
-        index, (sums, visits) = self._with_waiting()
-        return RowEvidence(index.cpu(), (sums / visits).cpu().double())
+        index, (sums, worth) = self._with_waiting()
+        return RowEvidence(index.cpu(), (sums / worth).cpu().double())
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""
@@ -82,13 +85,14 @@ class RowAverages:
         return {
             "index": self._index,
             "sums": self._sums,
+            "worth": self._worth,
             "waiting_index": index or None,
             "waiting": new or None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._index, self._sums = state["index"], state["sums"]
+        self._index, self._sums, self._worth = state["index"], state["sums"], state["worth"]
         if state["waiting"] is not None:
             self._waiting = list(zip(state["waiting_index"], state["waiting"], strict=True))
             self._those = set(torch.cat(state["waiting_index"]).tolist())
@@ -108,8 +112,7 @@ class RowAverages:
         rows, new = waiting[0][counted], waiting[1][:, counted]
         index, sums = _with_room(index, sums, rows)
         places = torch.searchsorted(index, rows)
-        sums.index_copy_(1, places, VISIT_DECAY * sums[:, places])
-        return index, sums.index_add_(1, places, new)
+        return index, sums.index_add_(1, places, new, alpha=self._worth)
 
 
 def _with_room(index: Tensor, sums: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,9 @@ Gaussian discriminant, whose logits are tempered as two-fold likelihood on these
 .. math::
     q_{ik} = \mathrm{softmax}_k\big(\tau\, (\log \pi_k - \tfrac12 \|h_i - m_k\|_S^2)\big).
 
+What this likelihood is above that of the frequencies of the classes is the information I, in nats
+per row: how much the discriminant can be trusted to tell.
+
 The same covariance makes the gradient of their loss, for a linear layer on top of the scores, a
 second-order step, along which the scores of a training row move by Z:
 
@@ -130,8 +133,11 @@ def _solve(rows: _ClassMeans, columns: Tensor) -> Tensor:
     return torch.cholesky_solve(columns, factor)
 
 
-def best_temperature(scores: Tensor, labels: Tensor, present: Tensor) -> Tensor:
-    """Return the tau under which each half of the rows is most likely by the other half, scalar."""
+def best_temperature(scores: Tensor, labels: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tau under which each half of the rows is most likely by the other half, and I.
+
+    Both are scalars. I is negative where the scores tell less than the frequencies of the classes.
+    """
     choices = scores.new_tensor(TEMPERATURES)
     given = scores, labels, present
     if len(scores) % 2:  # a row that is not there makes the halves equal
@@ -143,4 +149,7 @@ def best_temperature(scores: Tensor, labels: Tensor, present: Tensor) -> Tensor:
     others = h.flip(0) - rows.center.unsqueeze(1)
     logits = others @ directions + _offsets(rows, directions).unsqueeze(1)
     tempered = torch.log_softmax(choices.view(-1, 1, 1, 1) * logits, -1)
-    return choices[(tempered * y.flip(0)).sum((1, 2, 3)).argmax()]
+    frequencies = (rows.counts / rows.counts.sum(-1, keepdim=True)).log().unsqueeze(1)
+    gains = ((tempered - frequencies) * y.flip(0)).sum((1, 2, 3)) / y.sum().clamp(min=1)
+    best = gains.argmax()
+    return choices[best], gains[best]

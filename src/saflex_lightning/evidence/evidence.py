@@ -32,6 +32,9 @@ _WARM_UP = 10  # training batches during which nothing is learned of groups
 _WARM_UP_ALONE = 100  # and during which rows without clean ones beside them all count
 _UNNAMED = 64  # groups that are served without names
 _FLOOR = 1e-12  # below this, a root mean square counts as zero
+_TRUST = 4  # the power of the information of validation rows that a step counts for
+_LEAST_INFORMATION = 1e-3  # nats per row
+_SMOOTHING = 0.3  # share of the newest discriminant in their running mean
 
 
 class Judgement(NamedTuple):
@@ -142,6 +145,7 @@ class Evidence:
         self._discriminant: Discriminant | None = None
         self._temperature: Tensor | None = None
         self._expected: Tensor | None = None  # mean log posterior of validation labels, by both
+        self._information: float | None = None  # running mean, nats per validation row
         self._fitted = 0  # the step at which it was
         self._looks = True  # at values, in every step
         self._has_looked = False
@@ -196,11 +200,25 @@ class Evidence:
                 )
             rows = self.memory.read()
             scores, _, labels, present = rows
-            self._temperature, self._fitted = best_temperature(scores, labels, present), number
+            self._temperature, told = best_temperature(scores, labels, present)
+            self._trust(told.item())
+            self._fitted = number
             self._discriminant = fit_discriminant(*rows)
             told = self.judge(scores, labels, NO_OPTIONS).posteriors.log() * present
             self._expected = told.sum() / present.sum().clamp(min=1)
         self.is_alone = not self.seen[0]
+
+    def _trust(self, information: float) -> None:
+        """Take in how much a new discriminant tells, in nats per row."""
+        new = max(information, _LEAST_INFORMATION)
+        old = new if self._information is None else self._information
+        self._information = old + _SMOOTHING * (new - old)
+
+    @property
+    def _worth(self) -> float:
+        """What a step counts for what many tell together."""
+        assert self._information is not None
+        return self._information**_TRUST
 
     def forget(self) -> None:
         """Let go of validation rows whose residuals are those of another loss."""
@@ -236,7 +254,7 @@ class Evidence:
         ignored = useless | ~augmented
         newest = posteriors
         if index is not None:
-            posteriors = self.averages.update(index, posteriors, ignored, ranks)
+            posteriors = self.averages.update(index, posteriors, ignored, ranks, self._worth)
         log_weights, own, told = self.rule.weigh(posteriors, group, scores.shape[-1])
         weights, trust = both = torch.stack([log_weights, own]).masked_fill(ignored, 0).exp()
         ones = torch.ones_like(given)
@@ -320,7 +338,7 @@ class Evidence:
         total, present = max(v.sum(), _FLOOR), count > 0
         if present[1:].any():
             self.rule.compare(*-sums[0, 7:9])
-            self.rule.watch(_of_groups(sums[:, 9:]))
+            self.rule.watch(_of_groups(sums[:, 9:]), self._worth)
             if number >= _WARM_UP and not self.is_alone:
                 slope = (vs - vs.sum() / total * v) / (scale * total)
                 self.rule.ascend(_of_groups(slope))
@@ -373,6 +391,7 @@ class Evidence:
             "discriminant": self._discriminant and tuple(self._discriminant),
             "temperature": self._temperature,
             "expected": self._expected,
+            "information": self._information,
             "fitted": self._fitted,
             "is_alone": self.is_alone,
         }
@@ -390,6 +409,7 @@ class Evidence:
         self._discriminant = None if parts is None else Discriminant(*parts)
         self._temperature = state["temperature"]
         self._expected = state["expected"]
+        self._information = state["information"]
         self._fitted = state["fitted"]
         self.is_alone = state["is_alone"]
 

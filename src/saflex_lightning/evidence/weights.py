@@ -5,8 +5,8 @@ the label under the discriminant, and the group's share of wrong labels known to
 
 .. math:: r_i = \frac{(1 - \epsilon)\, q_i}{(1 - \epsilon)\, q_i + \epsilon\, (1 - q_i) / (K - 1)},
 
-which is averaged over epsilon by how likely each makes the newest rows of the group: of a group
-without wrong labels every row is believed. The weight is
+which is averaged over epsilon by how likely each makes the rows of the group: of a group without
+wrong labels every row is believed. The weight is
 
 .. math:: \log v_i = \min(0.7,\; a \log r_i + b_g + c_g),
 
@@ -22,7 +22,10 @@ right: by -log q, the surprise, of validation rows over that of clean ones,
     \frac{\mathrm{mean}_{\text{validation}} (-\log q)}{\mathrm{mean}_{\text{clean}} (-\log q)}
     \right)\right),
 
-which is 3 where no row is clean. b ascends the evidence of the weighted batch
+which is 3 where no row is clean. That ratio of surprises, to the power of -6, is also what a step
+counts for epsilon, times what validation rows then told, I to the power of 4 (see
+`discriminant`): before a network knows much, and once it knows its rows by heart, labels do not
+fit as they should. b ascends the evidence of the weighted batch
 
 .. math:: m = \frac{\sum_i v_i s_i}{\sum_i v_i},
 
@@ -51,7 +54,8 @@ Array = NDArray[np.float64]
 
 NOISE = np.array((0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
 _LEAST, _MOST_POWER = 3.0, 10.0  # a
-_MEMORY = 30  # steps in which likelihoods and surprises fade
+_CAUTION = 6  # the power to which a network that knows its rows by heart is heeded less
+_MEMORY = 30  # steps in which surprises fade
 _RATE = 0.02  # of Adam
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 _OFFSETS = (-6.0, 0.7)  # of b
@@ -73,6 +77,7 @@ class GroupWeights:
             "moments": None,  # of Adam: mean and square of the gradient of b, (2, groups)
             "steps": 0,  # of Adam
             "likelihoods": None,  # of each share of wrong labels, in logarithms, (groups, shares)
+            "most_worth": 0.0,  # that a step has counted for them
             "surprises": np.zeros(2),  # sums over clean rows, and what validation rows let expect
         }
         self._copies: dict[str, Tensor] = {}  # of what batches need, until it changes
@@ -111,8 +116,12 @@ class GroupWeights:
     @property
     def power(self) -> float:
         """What beliefs are taken to."""
+        return min(_LEAST * self._sureness(), _MOST_POWER)
+
+    def _sureness(self) -> float:
+        """Return how much surer of clean rows than of validation rows the network is, from 1 on."""
         found, expected = self._state["surprises"]
-        return float(min(_LEAST * max(expected / max(found, SURE), 1.0), _MOST_POWER))
+        return max(float(expected / max(found, SURE)), 1.0)
 
     def ascend(self, gradient: Array) -> None:
         """Take one step of Adam along the gradient of m, ``(groups,)``."""
@@ -141,9 +150,15 @@ class GroupWeights:
         new = np.array([found, expected])
         self._state["surprises"] = (1 - 1 / _MEMORY) * self._state["surprises"] + new
 
-    def watch(self, likelihoods: Array) -> None:
-        """Take in the sums of a step's log-likelihoods, ``(groups, shares)``."""
-        self._state["likelihoods"] = (1 - 1 / _MEMORY) * self._state["likelihoods"] + likelihoods
+    def watch(self, likelihoods: Array, worth: float) -> None:
+        """Take in the sums of a step's log-likelihoods, ``(groups, shares)``, for what it counts.
+
+        The step that counts most so far counts 1.
+        """
+        state, worth = self._state, worth * self._sureness() ** -_CAUTION
+        before, state["most_worth"] = state["most_worth"], max(state["most_worth"], worth)
+        kept = before / state["most_worth"] * state["likelihoods"]
+        state["likelihoods"] = kept + worth / state["most_worth"] * likelihoods
         self._copies.pop("shares", None)
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ __all__ = [
     "launch_problems",
 ]
 
-STATE_VERSION = 7
+STATE_VERSION = 8
 _INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning ignores SLURM
 
 

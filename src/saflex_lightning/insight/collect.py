@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saflex_lightning.evidence.averages import VISIT_DECAY
 from saflex_lightning.functional.ranks import Ranks
 from saflex_lightning.step import StepRows
 
@@ -16,6 +15,7 @@ __all__ = ["Collector", "GroupCounts", "RowTable", "WeightHistory"]
 
 STEPS_PER_FLUSH = 64  # that stay on their device before they are added up
 _BINS, _MOST = 40, 2.0  # of the histogram of weights
+_VISIT_DECAY = 0.7  # of the weights of earlier visits of a row, per visit
 _MOST_POINTS = 512  # of the history
 _LEAST = 1e-200  # what has faded to this fades no more
 _FACTS = ("label", "suggested", "group")
@@ -62,8 +62,8 @@ class RowTable:
         self.left_out += int((~there).sum())
         places = places[there]
         self.visits += np.bincount(places, minlength=len(self.index))
-        fading = VISIT_DECAY ** _later_ones(places)
-        self.sums *= VISIT_DECAY ** np.bincount(places, minlength=len(self.index))
+        fading = _VISIT_DECAY ** _later_ones(places)
+        self.sums *= _VISIT_DECAY ** np.bincount(places, minlength=len(self.index))
         self.sums[0] += np.bincount(places, fading, len(self.index))
         self.sums[1] += np.bincount(places, fading * rows.weight[there], len(self.index))
         for column in _FACTS:

@@ -12,35 +12,34 @@ from saflex_lightning.evidence.averages import RowAverages
 KEYS = torch.tensor([-(2**63), -7, 0, 3, 4, 10**6, 2**40, 2**62, 2**63 - 1])
 
 
-def update(averages, index, values, ignored=None, ranks=ALONE):
+def update(averages, index, values, ignored=None, ranks=ALONE, worth=1.0):
     index, values = torch.as_tensor(index), torch.as_tensor(values)
     ignored = torch.zeros(len(values), dtype=torch.bool) if ignored is None else ignored
-    found = averages.update(index, values, torch.as_tensor(ignored), ranks)
+    found = averages.update(index, values, torch.as_tensor(ignored), ranks, worth)
     averages.take_in()
     return found
 
 
-def faded(values):
-    """The mean of a row's visits, in order; each later visit makes them count 0.7 times as much."""
-    shares = [0.7 ** (len(values) - 1 - place) for place in range(len(values))]
-    return sum(s * v for s, v in zip(shares, values, strict=True)) / sum(shares)
+def mean(visits):
+    """The mean of a row's values, each counting by its worth."""
+    return sum(worth * value for worth, value in visits) / sum(worth for worth, _ in visits)
 
 
 class TestAverages:
-    def test_averages_equal_plain_sums_whose_older_visits_fade(self):
+    def test_averages_equal_plain_sums_of_visits_by_their_worth(self):
         generator = torch.Generator().manual_seed(0)
         averages, seen = RowAverages(), {}
-        for _ in range(5):
+        for worth in (0.1, 2.0, 1e-6, 0.7, 0.3):
             index = KEYS[torch.randperm(8, generator=generator)[:4]]
             values = torch.rand(4, generator=generator)
             for key, value in zip(index.tolist(), values.tolist(), strict=True):
-                seen.setdefault(key, []).append(value)
-            found = update(averages, index, values)
-            expected = [faded(seen[key]) for key in index.tolist()]
+                seen.setdefault(key, []).append((worth, value))
+            found = update(averages, index, values, worth=worth)
+            expected = [mean(seen[key]) for key in index.tolist()]
             assert found.tolist() == pytest.approx(expected)
         index, evidence = averages.read()
         assert index.tolist() == sorted(seen)
-        assert evidence.tolist() == pytest.approx([faded(seen[key]) for key in sorted(seen)])
+        assert evidence.tolist() == pytest.approx([mean(seen[key]) for key in sorted(seen)])
 
     def test_a_row_may_stand_in_a_batch_twice(self):
         """Both count from the next batch on."""
@@ -51,18 +50,18 @@ class TestAverages:
         index, evidence = averages.read()
         assert index.tolist() == [2, 5]
         assert evidence.tolist() == pytest.approx([0.9, 0.3])
-        assert update(averages, [5], [0.9]).item() == pytest.approx((0.7 * 0.6 + 0.9) / 2.4)
+        assert update(averages, [5], [0.9]).item() == pytest.approx(0.5)
 
     def test_a_row_that_comes_again_is_found_before_it_is_taken_in(self):
         averages = RowAverages()
-        for values, expected in (([0.2, 0.5], [0.2, 0.5]), ([0.6, 0.1], [0.74 / 1.7, 0.45 / 1.7])):
+        for values, expected in (([0.2, 0.5], [0.2, 0.5]), ([0.6, 0.1], [0.4, 0.3])):
             found = averages.update(
                 torch.tensor([7, 3]), torch.tensor(values), torch.zeros(2, dtype=torch.bool), ALONE
             )
             assert found.tolist() == pytest.approx(expected)
 
     def test_what_waits_is_read_saved_and_taken_in_together(self, monkeypatch):
-        """As on a device that would be waited for; visits that wait together count alike."""
+        """As on a device that would be waited for."""
         monkeypatch.setattr(averages_module, "looking_is_free", lambda device: False)
         generator = torch.Generator().manual_seed(0)
         at_once, waiting = RowAverages(), RowAverages()
@@ -104,7 +103,7 @@ class TestAverages:
         update(averages, [0, 1], [0.5, 0.5])
         ignored = [True, True, False, True]
         found = update(averages, [-1, 1, 2, 0], [0.1, torch.nan, 0.9, 0.7], ignored).tolist()
-        assert found == pytest.approx([0.1, torch.nan, 0.9, 1.05 / 1.7], nan_ok=True)
+        assert found == pytest.approx([0.1, torch.nan, 0.9, 0.6], nan_ok=True)
         index, evidence = averages.read()
         assert index.tolist() == [0, 1, 2]
         assert evidence.tolist() == pytest.approx([0.5, 0.5, 0.9])

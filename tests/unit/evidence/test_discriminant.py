@@ -93,7 +93,10 @@ def test_temperature_equals_brute_force_over_two_folds(rows, number):
     rows = [part[:number] for part in rows]
     scores, _, labels, _ = rows
     even = torch.arange(number) % 2 == 0
-    totals = []
+    totals, frequencies = [], 0.0
+    for fold in (even, ~even):
+        counts = labels[fold].sum(0) + 1
+        frequencies += ((counts / counts.sum()).log() * labels[~fold]).sum().item()
     for tau in TEMPERATURES:
         total = 0.0
         for fold in (even, ~even):
@@ -102,8 +105,10 @@ def test_temperature_equals_brute_force_over_two_folds(rows, number):
             total += (torch.log_softmax(tau * logits, 1) * labels[~fold]).sum().item()
         totals.append(total)
     best = TEMPERATURES[max(range(len(totals)), key=totals.__getitem__)]
-    assert best_temperature(scores, labels, rows[3]).item() == best
-    assert best > 0.03
+    found, information = best_temperature(scores, labels, rows[3])
+    assert found.item() == best > 0.03
+    assert information.item() == pytest.approx((max(totals) - frequencies) / number)
+    assert information > 0.3
 
 
 def test_confident_labels_by_chance_are_tempered():
@@ -111,7 +116,9 @@ def test_confident_labels_by_chance_are_tempered():
     generator = torch.Generator().manual_seed(1)
     scores = 5 * torch.randn(40, CLASSES, generator=generator)
     labels = one_hot(torch.randint(0, CLASSES, (40,), generator=generator), CLASSES).float()
-    assert best_temperature(scores, labels, torch.ones(40)).item() == pytest.approx(0.03)
+    tau, information = best_temperature(scores, labels, torch.ones(40))
+    assert tau.item() == pytest.approx(0.03)
+    assert information.item() == pytest.approx(0, abs=0.05)
 
 
 def test_products_are_derivatives_along_a_second_order_step(rows):
@@ -172,7 +179,7 @@ def test_fewer_rows_than_scores_and_classes_without_a_row(labels):
     onehot = one_hot(labels, 9).float()
     judge = fit_discriminant(scores, scores.softmax(1) - onehot, onehot, torch.ones(6))
     assert all(part.isfinite().all() for part in judge.judge(scores))
-    assert best_temperature(scores, onehot, torch.ones(6)).isfinite()
+    assert all(found.isfinite() for found in best_temperature(scores, onehot, torch.ones(6)))
 
 
 def test_constant_scores():

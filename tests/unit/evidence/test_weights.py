@@ -35,7 +35,7 @@ def test_beliefs_and_likelihoods_are_bayes_rule():
     rule = GroupWeights()
     rule.start(GROUPS)
     likelihoods = torch.randn(GROUPS, len(NOISE), generator=torch.Generator().manual_seed(0))
-    rule.watch(likelihoods.double().numpy())
+    rule.watch(likelihoods.double().numpy(), 1.0)
     rule._state["offsets"] = np.array([0.0, -0.3, 0.2])
     posteriors = torch.tensor([0.9, 0.5, 0.05, 0.7], dtype=torch.float64)
     group = torch.tensor([1, 1, 2, 2])
@@ -52,7 +52,7 @@ def test_all_rows_of_a_group_without_wrong_labels_are_believed():
     rule.start(2)
     certain = np.full((2, len(NOISE)), -1e3)
     certain[:, 0] = 0
-    rule.watch(certain)
+    rule.watch(certain, 1.0)
     log_v, own, _ = rule.weigh(torch.tensor([0.9, 0.01]), torch.ones(2).long(), CLASSES)
     torch.testing.assert_close(own, torch.zeros(2))
     assert log_v.equal(own)
@@ -65,7 +65,7 @@ def test_a_label_that_tells_nothing_leaves_the_posterior():
     certain = np.full((2, len(NOISE)), -1e3)
     certain[:, NOISE.tolist().index(0.8)] = 0
     assert 1 - 1 / CLASSES == 0.8
-    rule.watch(certain)
+    rule.watch(certain, 1.0)
     posteriors = 0.05 + 0.9 * torch.rand(7, dtype=torch.float64)
     own = rule.weigh(posteriors, torch.ones(7).long(), CLASSES)[1]
     torch.testing.assert_close(own, 3 * posteriors.log())
@@ -86,11 +86,30 @@ def test_the_share_of_wrong_labels_is_estimated(share):
         posteriors = probs.gather(1, given.unsqueeze(1)).squeeze(1)
         sums = np.zeros((2, len(NOISE)))
         sums[1] = rule.weigh(posteriors, torch.ones(64).long(), CLASSES)[2].sum(0)
-        rule.watch(sums)
+        rule.watch(sums, 1.0)
     likelihoods = rule.state_dict()["likelihoods"][1]
     expected = (likelihoods.softmax(0) * torch.tensor(NOISE)).sum()
     assert rule.wrong_labels[1] == pytest.approx(expected.item())
     assert expected.item() == pytest.approx(share, abs=0.05)
+
+
+def test_a_step_counts_by_what_validation_rows_tell_and_by_how_sure_clean_rows_are():
+    """The log-likelihoods of steps, over the largest of their weights."""
+    generator = np.random.default_rng(0)
+    rule, told, weights = GroupWeights(), [], []
+    rule.start(GROUPS)
+    for worth, found, expected in [(0.2, 4, 2), (3, 2, 3), (0.5, 3, 3), (9, 1, 9), (2, 3, 3)]:
+        rule._state["surprises"] = np.array([found, expected], dtype=float)
+        told.append(generator.normal(size=(GROUPS, len(NOISE))))
+        rule.watch(told[-1], worth)
+        weights.append(worth * max(expected / found, 1) ** -6)
+        wanted = sum(w * one for w, one in zip(weights, told, strict=True)) / max(weights)
+        np.testing.assert_allclose(rule._state["likelihoods"], wanted)
+    copy = GroupWeights()
+    copy.load_state_dict(deepcopy(rule.state_dict()))
+    for one in (rule, copy):
+        one.watch(told[0], 0.1)
+    np.testing.assert_array_equal(copy._state["likelihoods"], rule._state["likelihoods"])
 
 
 def problem(seed=0, *, alone=False, dtype=torch.float64):
@@ -159,7 +178,7 @@ def test_the_ascent_is_along_the_gradient_of_the_weighted_evidence(target):
     state = evidence.rule._state
     state["offsets"] = np.array([0.0, -0.4, 0.1])
     likelihoods = torch.randn(3, len(NOISE), generator=torch.Generator().manual_seed(1)).double()
-    evidence.rule.watch(likelihoods.numpy())
+    evidence.rule.watch(likelihoods.numpy(), 1.0)
     evidence.rule.compare(0.4, 0.6)
     seen = {}
     evidence.rule.ascend = lambda gradient: seen.update(offsets=gradient)
@@ -270,7 +289,7 @@ def test_rows_that_are_not_finite_teach_nothing():
     torch.testing.assert_close(rows.weights[kept], expected.weights)
     for name, value in other.rule.state_dict().items():
         found = evidence.rule.state_dict()[name]
-        assert found == value if name == "steps" else torch.allclose(found, value)
+        assert found == pytest.approx(value)
 
 
 def test_class_weights_enter_the_products():

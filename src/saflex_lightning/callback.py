@@ -217,7 +217,7 @@ class SAflexCallback(pl.Callback):
         return None if evidence is None else evidence.averages.read()
 
     def read_group_evidence(self) -> GroupEvidence | None:
-        """Return what the newest steps tell of each group of augmented rows.
+        """Return what steps have told of each group of augmented rows.
 
         Returns:
             Names, shares of wrong labels, and mean evidence with its standard error; None without

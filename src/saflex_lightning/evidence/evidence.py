@@ -110,13 +110,13 @@ class GatheredRows(SAflexSolution):
 
 
 class GroupEvidence(NamedTuple):
-    """What the newest steps tell of each group; the first is that of clean rows.
+    """What steps have told of each group; the first is that of clean rows.
 
     Attributes:
         names: Of the groups; empty where the data names none.
         wrong_labels: Estimated share of wrong labels, ``(groups,)`` in [0, 0.9]; NaN for a group
             that was not seen.
-        mean: Mean evidence of its rows as they are, positive where the group lowers the validation
+        mean: In the newest steps, mean evidence of its rows as they are, positive where the group lowers the validation
             loss, ``(groups,)``.
         error: Its standard error, ``(groups,)``.
         steps: How many steps have shown the group beside clean rows, faded ones counting less,

@@ -45,7 +45,7 @@ class Names(NamedTuple):
 
 
 class GroupSummary(NamedTuple):
-    """One group of augmented rows over the whole fit; the last four of its newest steps.
+    """One group of augmented rows over the whole fit; the last three of its newest steps.
 
     In means and shares an epoch counts twice as much as the one before.
     """

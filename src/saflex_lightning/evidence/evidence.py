@@ -116,8 +116,8 @@ class GroupEvidence(NamedTuple):
         names: Of the groups; empty where the data names none.
         wrong_labels: Estimated share of wrong labels, ``(groups,)`` in [0, 0.9]; NaN for a group
             that was not seen.
-        mean: In the newest steps, mean evidence of its rows as they are, positive where the group lowers the validation
-            loss, ``(groups,)``.
+        mean: Mean evidence of its rows as they are in the newest steps, positive where the group
+            lowers the validation loss, ``(groups,)``.
         error: Its standard error, ``(groups,)``.
         steps: How many steps have shown the group beside clean rows, faded ones counting less,
             ``(groups,)``.

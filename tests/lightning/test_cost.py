@@ -36,7 +36,6 @@ def test_no_step_waits_for_the_device_but_those_that_look_at_validation_rows(set
         assert set().union(*(looks[step] for step in due)) == {
             "averages._with_waiting",
             "averages._with_room",
-            "discriminant.best_temperature",
             "evidence._take_in",
             "evidence.remember",
             "stream._row",  # on the host

@@ -40,11 +40,12 @@ class RowAverages:
         self._those: set[int] = set()  # indices that wait, where looking at them is free
 
     def update(
-        self, index: Tensor, values: Tensor, ignored: Tensor, ranks: Ranks, worth: float = 1.0
+        self, index: Tensor, values: Tensor, ignored: Tensor, ranks: Ranks, worth: float
     ) -> Tensor:
         """Let the numbers of one step wait, and return the averages of its rows with them.
 
-        These are ``(rows,)`` like ``values``. What is ``ignored`` counts in this step alone.
+        These are ``(rows,)`` like ``values``. What is ``ignored`` counts in this step alone. The
+        ``worth`` of its visits is above 0.
         """
         if not self._sums.shape[1]:
             self._index, self._sums = self._index.to(index.device), self._sums.to(values)

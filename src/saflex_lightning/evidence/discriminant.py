@@ -151,5 +151,5 @@ def best_temperature(scores: Tensor, labels: Tensor, present: Tensor) -> tuple[T
     tempered = torch.log_softmax(choices.view(-1, 1, 1, 1) * logits, -1)
     frequencies = (rows.counts / rows.counts.sum(-1, keepdim=True)).log().unsqueeze(1)
     gains = ((tempered - frequencies) * y.flip(0)).sum((1, 2, 3)) / y.sum().clamp(min=1)
-    best = gains.argmax()
-    return choices[best], gains[best]
+    information, best = gains.max(0)
+    return choices.take(best), information  # to index would wait for the device

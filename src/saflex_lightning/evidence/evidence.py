@@ -145,8 +145,8 @@ class Evidence:
         self._discriminant: Discriminant | None = None
         self._temperature: Tensor | None = None
         self._expected: Tensor | None = None  # mean log posterior of validation labels, by both
-        self._information: float | None = None  # running mean, nats per validation row
         self._fitted = 0  # the step at which it was
+        self._information: float | None = None  # running mean, nats per validation row
         self._looks = True  # at values, in every step
         self._has_looked = False
         self._waiting: list[tuple[int, Tensor]] = []  # numbers of steps, and what they showed
@@ -200,8 +200,8 @@ class Evidence:
                 )
             rows = self.memory.read()
             scores, _, labels, present = rows
-            self._temperature, told = best_temperature(scores, labels, present)
-            self._trust(told.item())
+            self._temperature, information = best_temperature(scores, labels, present)
+            self._trust(information.item())
             self._fitted = number
             self._discriminant = fit_discriminant(*rows)
             told = self.judge(scores, labels, NO_OPTIONS).posteriors.log() * present

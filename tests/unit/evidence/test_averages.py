@@ -55,9 +55,8 @@ class TestAverages:
     def test_a_row_that_comes_again_is_found_before_it_is_taken_in(self):
         averages = RowAverages()
         for values, expected in (([0.2, 0.5], [0.2, 0.5]), ([0.6, 0.1], [0.4, 0.3])):
-            found = averages.update(
-                torch.tensor([7, 3]), torch.tensor(values), torch.zeros(2, dtype=torch.bool), ALONE
-            )
+            none = torch.zeros(2, dtype=torch.bool)
+            found = averages.update(torch.tensor([7, 3]), torch.tensor(values), none, ALONE, 1.0)
             assert found.tolist() == pytest.approx(expected)
 
     def test_what_waits_is_read_saved_and_taken_in_together(self, monkeypatch):
@@ -80,9 +79,9 @@ class TestAverages:
             for _ in range(6)
         ]
         for index, values in parts:
-            waiting.update(index, values, none, ALONE)
+            waiting.update(index, values, none, ALONE, 1.0)
         index, values = map(torch.cat, zip(*parts, strict=True))
-        at_once.update(index, values, none.repeat(6), ALONE)
+        at_once.update(index, values, none.repeat(6), ALONE, 1.0)
         at_once.take_in()
         copy = RowAverages()
         copy.load_state_dict(waiting.state_dict())

@@ -7,7 +7,8 @@ In each fit blocks of refined and of plain steps take turns, as with ``measure_o
 extra time is that of a refined block over the plain one after it, given as median and quartiles.
 ``FLOPs`` is what the extra computing alone would cost. ``launches`` are calls that a GPU would
 run, and ``waits`` looks at values that would wait for it, both counted, per step, beside those of
-plain steps. ``memory`` is the peak of a fresh process beyond what it held before its first step.
+plain steps. ``memory`` is the peak of a fresh process beyond what it held before the first step,
+less the plain one's, and over it; a fit of a tiny net has loaded the code of libraries before.
 Rivals (`step_rivals.py`) see as many validation rows in each step as SAFLEX in each fourth.
 
 Rows are written to the file of ``--json`` as they are measured; a second call measures what is
@@ -56,6 +57,7 @@ KINDS = {
 ALONE = ("robust", "gradient")  # measured on batches of augmented rows alone too
 FEWEST_BLOCKS = 2  # of each kind
 MEMORY_STEPS = 13
+TINY_ROWS = 8  # of a batch of the net that loads the libraries
 LONGEST = 5.5  # bar of the picture
 # Calls that launch nothing: views, memory without values, and questions of types.
 NO_LAUNCH = {
@@ -239,6 +241,8 @@ def measure_memory(cell: Cell, args: argparse.Namespace) -> float:
     """Return the peak beyond what was held before the first step, in bytes; of a fresh process."""
     quiet()
     torch.set_num_threads(args.threads)
+    tiny = argparse.Namespace(**{**vars(args), "batch_size": TINY_ROWS})
+    fit(cell._replace(model="qsar"), tiny, MEMORY_STEPS)
     held = Held()
     fit(cell, args, MEMORY_STEPS, held)
     return peak_bytes() - held.bytes
@@ -368,7 +372,8 @@ def table_row(row: dict, results: dict) -> str:
     percent = [f"{100 * (value - 1):+.0f}" for value in (row["ratio"], *row["quartiles"])]
     memory = "-"
     if "memory" in row:
-        memory = f"x {row['memory'] / results['plain_memory'][row['model']]:.2f}"
+        plain = results["plain_memory"][row["model"]]
+        memory = f"{(row['memory'] - plain) / 2**20:+.1f} MB, x {row['memory'] / plain:.2f}"
     return (
         f"{start} {1000 * row['plain_seconds']:.3g} ms | {percent[0]} % ({percent[1]} to "
         f"{percent[2]}) | {100 * (row['flops'] - 1):+.0f} % | {row['launches']:+.0f} to "

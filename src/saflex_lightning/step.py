@@ -127,7 +127,7 @@ class Step:
         self.options: LossOptions | None = None  # of the loss, once it was asked for
         self.is_contrastive = False
         self.is_masked = True  # whether something tells augmented rows from clean ones
-        self.finite: Tensor | None = None  # whether every task was solved without a NaN
+        self.failed: Tensor | None = None  # whether some task met a non-finite number
         self._open: Finish | None = None
 
     @property
@@ -148,7 +148,7 @@ class Step:
         if fit.solves:
             if fit.matching.engine.repeats_forward:
                 run = unwritten(run, inputs)
-            self._open = fit.matching.engine.jvp(run, fit.gradient.direction)
+            self._open = fit.matching.engine.jvp(run, fit.gradient.direction_at(self.number))
         self.seconds += time.perf_counter() - started
 
     def end(self, scores: Scores) -> None:
@@ -195,8 +195,8 @@ class Step:
             for scores, jvp in zip(given, call.jvp, strict=True)
         ]
         losses, self.tasks = zip(*tasks, strict=True)
-        finite = [task.solution.finite for task in self.tasks]
-        self.finite = finite[0] if len(finite) == 1 else torch.stack(finite).all()
+        failed = [task.solution.failed for task in self.tasks]
+        self.failed = failed[0] if len(failed) == 1 else torch.stack(failed).any()
         self.seconds += time.perf_counter() - started
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
@@ -231,10 +231,8 @@ class Step:
             if jvp is None:
                 solution = gathered or unrefined(wide, target, mask)
             else:
-                jvp = jvp + (wide - wide).sum(-1, keepdim=True)  # no number where scores are none
                 solution = solve(
-                    # Where it is no number the solve skips itself.
-                    jvp.masked_fill(~fit.gradient.is_usable(self.number), torch.nan),
+                    torch.add(jvp, wide, alpha=0),  # no number where scores are none
                     torch.softmax(wide, -1),
                     target,
                     mask,
@@ -311,8 +309,8 @@ def unrefined(scores: Tensor, target: Tensor, augmented: Tensor) -> SAflexSoluti
     """Return the solution that keeps labels, and to which all rows are worth the same."""
     labels = dense_target(target, scores.shape[-1], scores.dtype)
     ones, zeros = torch.ones_like(scores[:, 0]), torch.zeros_like(scores)
-    finite = (scores.isfinite().all(-1) | ~augmented).all()
-    return SAflexSolution(ones, labels, zeros, zeros.sum(), finite)
+    failed = (~scores.isfinite().all(-1) & augmented).any()
+    return SAflexSolution(ones, labels, zeros, zeros.sum(), failed)
 
 
 def with_evidence(solution: SAflexSolution, rows: GatheredRows) -> SAflexSolution:
@@ -322,7 +320,7 @@ def with_evidence(solution: SAflexSolution, rows: GatheredRows) -> SAflexSolutio
         weights=solution.weights * rows.weights,
         inner_products=rows.inner_products,
         inner_product_rms=rows.inner_product_rms,
-        finite=solution.finite & rows.finite,
+        failed=solution.failed | rows.failed,
     )
 
 

@@ -66,7 +66,7 @@ class CountNaN(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         solution = pl_module.saflex_solution
-        self.skipped = getattr(self, "skipped", 0) + int(not solution.finite)
+        self.skipped = getattr(self, "skipped", 0) + int(solution.failed)
 
 
 def soak(_rank, seed, folder=None):

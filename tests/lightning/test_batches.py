@@ -393,7 +393,6 @@ def test_pairs_of_one_process_are_solved_without_those_of_others(columns):
     for ranks in (Ranks(), Shifted(0, 2)):
         fit = Fit(PRESETS["gradient"], Report())
         fit.ranks = ranks
-        fit.gradient.is_usable = lambda number: torch.tensor(True)
         step = Step(fit, 0, None, torch.Generator())
         step.calls = [Call((scores,), (jvp,))]
         step.loss(scores, None if columns == 6 else torch.arange(6), NO_OPTIONS)

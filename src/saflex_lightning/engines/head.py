@@ -39,8 +39,9 @@ def linear_jvp(features: Tensor, direction: Direction) -> Tensor:
     wide = torch.promote_types(features.dtype, direction.norm.dtype)
     weight, *bias = (part.to(wide) for part in direction.parts)
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        jvp = features.to(wide) @ weight.T
-        return (jvp + bias[0] if bias else jvp) * direction.norm
+        features = features.to(wide)
+        jvp = torch.addmm(bias[0], features, weight.T) if bias else features @ weight.T
+        return jvp * direction.norm
 
 
 class LastLayer:

@@ -58,7 +58,7 @@ class GatheredRows(SAflexSolution):
 
     Args:
         weights: ``(rows,)``, in [0, 2.01]; 1 for clean rows.
-        finite: False where a row's scores were not finite; such a row has weight 1, scalar bool.
+        failed: Whether a row's scores were not finite; such a row has weight 1, scalar bool.
         beliefs: Posterior of each label, averaged over the visits of its row where that is known,
             ``(rows,)``.
         target: Labels of the rows, which are kept.
@@ -72,7 +72,7 @@ class GatheredRows(SAflexSolution):
     def __init__(
         self,
         weights: Tensor,
-        finite: Tensor,
+        failed: Tensor,
         beliefs: Tensor,
         target: Tensor,
         judgement: Judgement,
@@ -80,7 +80,7 @@ class GatheredRows(SAflexSolution):
         ignored: Tensor,
         sizes: Tensor,
     ) -> None:
-        vars(self).update(weights=weights, finite=finite)  # fields of the base are frozen
+        vars(self).update(weights=weights, failed=failed)  # fields of the base are frozen
         self.beliefs = beliefs
         self._target, self._judgement = target, judgement
         self._useless, self._ignored, self._sizes = useless, ignored, sizes
@@ -250,7 +250,6 @@ class Evidence:
         judgement = self.judge(scores, target, options)
         posteriors, given, products, _ = judgement
         useless = (posteriors + given).isnan()  # of scores that are not finite
-        failed = useless & augmented
         ignored = useless | ~augmented
         newest = posteriors
         if index is not None:
@@ -272,7 +271,7 @@ class Evidence:
             weights = ones
         return GatheredRows(
             weights,
-            ~failed.any(),
+            (useless & augmented).any(),
             posteriors,
             target,
             judgement,

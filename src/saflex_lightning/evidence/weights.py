@@ -106,12 +106,11 @@ class GroupWeights:
             them, ``(rows, shares)``.
         """
         slope, level = self._copy("mixture", posteriors, lambda: mixture(classes))
-        shares = self._copy("shares", posteriors, self._right)[group]
-        offsets = self._copy("offsets", posteriors, self._offsets)[group]
+        of_group = self._copy("groups", posteriors, self._of_groups)[group]
         given = torch.addcmul(level, posteriors.unsqueeze(1), slope)
-        beliefs = posteriors * (shares / given).sum(1)
+        beliefs = posteriors * (of_group[:, 1:] / given).sum(1)
         own = self.power * beliefs.clamp(min=SURE).log()
-        return (own + offsets).clamp(max=_MOST), own, given.log()
+        return (own + of_group[:, 0]).clamp(max=_MOST), own, given.log()
 
     @property
     def power(self) -> float:
@@ -137,13 +136,13 @@ class GroupWeights:
         mean, square = changed
         moved = state["offsets"] + _RATE * mean / (np.sqrt(square) + _EPSILON)
         state["offsets"] = moved.clip(*_OFFSETS)
-        self._copies.pop("offsets", None)
+        self._copies.pop("groups", None)
 
     def move_gates(self, verdicts: Array) -> None:
         """Close the gates of groups that harm, at -1, and open those of groups that help, at 1."""
         moved = self._state["gates"] + _GATE_STEP * verdicts
         self._state["gates"] = moved.clip(_LOWEST_GATE, 0)
-        self._copies.pop("offsets", None)
+        self._copies.pop("groups", None)
 
     def compare(self, found: float, expected: float) -> None:
         """Take in how surprising a step's clean rows were, and validation rows in their place."""
@@ -159,7 +158,7 @@ class GroupWeights:
         before, state["most_worth"] = state["most_worth"], max(state["most_worth"], worth)
         kept = before / state["most_worth"] * state["likelihoods"]
         state["likelihoods"] = kept + worth / state["most_worth"] * likelihoods
-        self._copies.pop("shares", None)
+        self._copies.pop("groups", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""
@@ -181,12 +180,13 @@ class GroupWeights:
         """Estimated share of wrong labels of each group, ``(groups,)`` in [0, 0.9]."""
         return self._probabilities() @ NOISE
 
-    def _offsets(self) -> Array:
-        return self._state["offsets"] + self._state["gates"]
+    def _of_groups(self) -> Array:
+        """Return each group's b + c, and the probability of each share times that of right labels.
 
-    def _right(self) -> Array:
-        """Return the probability of each share of wrong labels, times that of right ones."""
-        return self._probabilities() * (1 - NOISE)
+        ``(groups, 1 + shares)``.
+        """
+        offsets = self._state["offsets"] + self._state["gates"]
+        return np.column_stack([offsets, self._probabilities() * (1 - NOISE)])
 
     def _probabilities(self) -> Array:
         """Return that of each share of wrong labels, ``(groups, shares)``."""

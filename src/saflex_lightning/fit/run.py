@@ -148,8 +148,8 @@ class Fit:
         started = time.perf_counter()
         if step.tasks and not step.is_masked and not step.is_contrastive:
             self.report.tell_of_unions()
-        if step.finite is not None:
-            self.skipped += ~step.finite
+        if step.failed is not None:
+            self.skipped += step.failed
         else:  # the gradient was made with other options than the loss has
             self.gradient = ValidationGradient(self.settings)
             if self.evidence is not None:
@@ -157,7 +157,7 @@ class Fit:
             self._looked = None
         self.options = step.options
         step.seconds += time.perf_counter() - started
-        return step.finite is not None and self.looks and not bool(step.finite)
+        return step.failed is not None and self.looks and bool(step.failed)
 
     def _look(
         self,

@@ -28,6 +28,7 @@ __all__ = [
 _FLOOR = 1e-12  # below this, a root mean square counts as zero
 _CLASS_PRIOR = 4.0  # pseudo-rows of average weight that steady a class's mean weight
 _CLASS_LIMIT = 5.0  # largest factor by which a class is lifted
+_COLD = 1e-6  # a temperature over which float32 has room for any inner product
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SAflexSolution:
         soft_labels: ``(batch, classes)``; rows sum to 1; the target itself for clean rows.
         inner_products: What the rules saw, ``(batch, classes)``; 0 for clean rows.
         inner_product_rms: Root mean square over augmented rows before normalisation, scalar.
-        finite: False where the solve met a non-finite number and fell back to weights 1 and the
+        failed: Whether the solve met a non-finite number and fell back to weights 1 and the
             upstream labels, scalar bool.
     """
 
@@ -48,7 +49,7 @@ class SAflexSolution:
     soft_labels: Tensor
     inner_products: Tensor
     inner_product_rms: Tensor
-    finite: Tensor
+    failed: Tensor
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def solve(
     products = products.masked_fill(clean, 0)
     flat = products.flatten()
     rms = (ranks.sum(flat.dot(flat)) / (count * num_classes)).sqrt()
-    finite = rms < torch.inf
+    failed = ~(rms < torch.inf)
     if settings.normalize:
         # Where centring leaves nothing but rounding, that must not be blown up to size 1.
         rounding = means[-1].sqrt() * (8 * torch.finfo(probs.dtype).eps / num_classes**0.5)
@@ -121,8 +122,8 @@ def solve(
 
     noise = _gumbel_noise(products, generator) if settings.gumbel else None
     soft_labels = learned_labels(products, labels, settings, noise)
-    refined = augmented & finite
-    soft_labels = torch.where(refined.unsqueeze(-1), soft_labels, labels)
+    kept = clean | failed
+    soft_labels = torch.where(kept, labels, soft_labels)
     weights = learned_weights(
         products,
         labels,
@@ -132,8 +133,8 @@ def solve(
         balance_classes=balance_classes,
         ranks=ranks,
     )
-    weights = torch.where(refined, weights, 1)
-    return SAflexSolution(weights, soft_labels, products, rms, finite)
+    weights = weights.masked_fill(kept.squeeze(-1), 1)
+    return SAflexSolution(weights, soft_labels, products, rms, failed)
 
 
 def inner_products(
@@ -198,9 +199,10 @@ def learned_labels(
         objective = objective + noise
     if rule == "argmax":
         return dense_target(objective.argmax(-1), num_classes, labels.dtype)
-    # Relative to the largest entry nothing overflows, however cold it is.
-    lead = objective - objective.amax(-1, keepdim=True)
-    return torch.softmax(lead / max(settings.temperature, torch.finfo(lead.dtype).tiny), dim=-1)
+    if settings.temperature < _COLD:  # relative to the largest entry nothing overflows
+        objective = objective - objective.amax(-1, keepdim=True)
+    lowest = torch.finfo(objective.dtype).tiny
+    return torch.softmax(objective / max(settings.temperature, lowest), dim=-1)
 
 
 def learned_weights(
@@ -225,14 +227,14 @@ def learned_weights(
     mask = augmented.to(products.dtype)
     raw = mask * _raw_weights(products, labels, soft_labels, settings.weight_rule)
     sums = (torch.stack([mask, raw]).unsqueeze(-1) * labels).sum(1)
-    rows_of_class, weight_of_class = sums = ranks.sum(sums)
-    count, total = sums.sum(1)
+    sums = ranks.sum(sums)
+    count, total = totals = sums.sum(1, keepdim=True)
     if settings.weight_rule == "sigmoid" and balance_classes:
-        average = total / count.clamp(min=1)
-        steadied = torch.add(weight_of_class, average, alpha=_CLASS_PRIOR)
-        factors = ((rows_of_class + _CLASS_PRIOR) / steadied).clamp(max=_CLASS_LIMIT)
+        average_row = totals / count.clamp(min=1)
+        rows_of_class, weight_of_class = torch.add(sums, average_row, alpha=_CLASS_PRIOR)
+        factors = (rows_of_class / weight_of_class).clamp(max=_CLASS_LIMIT)
         raw = raw * (labels * factors).sum(-1)  # a matrix product autocast would round
-        total = (weight_of_class * factors).sum()
+        total = sums[1].dot(factors)
     return count * (raw / total.clamp(min=torch.finfo(raw.dtype).tiny))  # all 0 stay 0
 
 

@@ -23,7 +23,7 @@ class ValidationGradient:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.direction: Direction  # in use, once there is one
+        self.direction: Direction  # once there is one; its length is NaN until a gradient is finite
         self._decay = settings.gradient_decay
         self._interval = settings.refresh_every_n_steps
         self._state: dict[str, Any] = {
@@ -46,15 +46,12 @@ class ValidationGradient:
         refreshed = self._state["refreshed"]
         return refreshed is None or number >= refreshed + self._interval
 
-    def is_usable(self, number: int) -> Tensor:
-        """Say whether the direction may be used at a training batch, without waiting for it.
-
-        Scalar bool: False before the first finite gradient, and at a batch whose own gradient was
-        not finite.
-        """
+    def direction_at(self, number: int) -> Direction:
+        """Return the direction of a training batch, of length NaN if its gradient is not finite."""
+        parts, length = self.direction
         if number == self._state["refreshed"]:
-            return self._state["started"] & self._state["finite"]
-        return self._state["started"]
+            length = _length_where(self._state["finite"], length)
+        return Direction(parts, length)
 
     def update(
         self,
@@ -77,7 +74,8 @@ class ValidationGradient:
         state["refreshed"] = number
         state["direction"] = None
         self.direction = Direction((), state["norm"])  # their memory serves the next one
-        self.direction = descent_direction(state["average"], second_moments)
+        parts, length = descent_direction(state["average"], second_moments)
+        self.direction = Direction(parts, _length_where(state["started"], length))
         state["direction"], state["length"] = self.direction
 
     def to(self, device: torch.device) -> None:
@@ -93,3 +91,8 @@ class ValidationGradient:
         """Restore what `state_dict` returned."""
         # Averages are updated in place: the dictionary's own tensors must stay as they are.
         self._state = apply_to_collection(dict(state), Tensor, torch.clone)
+
+
+def _length_where(is_finite: Tensor, length: Tensor) -> Tensor:
+    """Return a length, or NaN, without waiting for what decides."""
+    return length.masked_fill(~is_finite, torch.nan)

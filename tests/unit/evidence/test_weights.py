@@ -271,7 +271,7 @@ def test_a_restored_evidence_goes_on_alike():
     copy.start(("clean", "one", "two"), 40, CPU)
     for number in range(105, 110):
         found, expected = weigh(copy, batch, number), weigh(evidence, batch, number)
-        for name in ("weights", "beliefs", "inner_products", "suggested", "finite"):
+        for name in ("weights", "beliefs", "inner_products", "suggested", "failed"):
             assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
@@ -281,7 +281,7 @@ def test_rows_that_are_not_finite_teach_nothing():
     spoiled = {**batch, "scores": batch["scores"].clone()}
     spoiled["scores"][12] = torch.nan
     rows = weigh(evidence, spoiled)
-    assert not rows.finite
+    assert rows.failed
     assert rows.weights[12] == 1
     kept = [i for i in range(24) if i != 12]
     part = {n: v[kept] if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
@@ -309,7 +309,7 @@ def test_a_batch_without_rows():
     empty = {n: v[:0] if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
     rows = weigh(evidence, empty)
     assert rows.weights.shape == (0,)
-    assert rows.finite
+    assert not rows.failed
 
 
 def test_without_validation_rows_nothing_is_said():

@@ -396,7 +396,7 @@ class TestUnionBatches:
         expected = solve(jvp[4:], probs[4:], target[4:])
         jvp[:4] = torch.nan
         solution = solve(jvp, probs, target, augmented)
-        assert solution.finite
+        assert not solution.failed
         torch.testing.assert_close(solution.weights[4:], expected.weights)
         torch.testing.assert_close(solution.soft_labels[4:], expected.soft_labels)
 
@@ -406,7 +406,7 @@ class TestUnionBatches:
         assert torch.equal(solution.weights, torch.ones(4).double())
         assert torch.equal(solution.soft_labels, F.one_hot(target, 3).double())
         assert solution.inner_product_rms == 0
-        assert solution.finite
+        assert not solution.failed
 
 
 class TestLossOptions:
@@ -552,7 +552,7 @@ class TestSharedBatches:
         jvp[6, 1] = torch.nan
         every = torch.ones(8, dtype=torch.bool)
         for part in solve_in_parts([4, 4], jvp, probs, target, every, normalize=normalize):
-            assert not part.finite
+            assert part.failed
             assert torch.equal(part.weights, torch.ones(4).double())
             assert torch.equal(part.soft_labels.sum(-1), torch.ones(4).double())
             assert part.soft_labels.max() == 1
@@ -565,7 +565,7 @@ class TestPrecision:
         jvp, probs = (300 * jvp).to(dtype), probs.to(dtype)  # squares overflow float16
         solution = solve(jvp, probs, target)
         expected = solve(jvp.float(), probs.float(), target)
-        assert solution.finite
+        assert not solution.failed
         for name in ("weights", "soft_labels", "inner_products", "inner_product_rms"):
             found = getattr(solution, name)
             assert found.dtype == torch.float32

@@ -58,6 +58,7 @@ ALONE = ("robust", "gradient")  # measured on batches of augmented rows alone to
 FEWEST_BLOCKS = 2  # of each kind
 MEMORY_STEPS = 13
 TINY_ROWS = 8  # of a batch of the net that loads the libraries
+MMAP_BYTES = 2**16  # memory of more is given back at once
 LONGEST = 5.5  # bar of the picture
 # Calls that launch nothing: views, memory without values, and questions of types.
 NO_LAUNCH = {
@@ -292,7 +293,8 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict:
 
 @contextmanager
 def fresh_process() -> Iterator:
-    """Give one whose libraries are loaded."""
+    """Give one whose libraries are loaded, and whose freed tensors are no longer resident."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_BYTES)  # glibc reads it when a process starts
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning.pytorch", "torchvision", "saflex_lightning"])
     with context.Pool(1) as pool:

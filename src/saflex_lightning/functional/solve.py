@@ -226,16 +226,16 @@ def learned_weights(
     """
     mask = augmented.to(products.dtype)
     raw = mask * _raw_weights(products, labels, soft_labels, settings.weight_rule)
-    sums = (torch.stack([mask, raw]).unsqueeze(-1) * labels).sum(1)
-    sums = ranks.sum(sums)
-    count, total = totals = sums.sum(1, keepdim=True)
+    sums = ranks.sum((torch.stack([mask, raw]).unsqueeze(-1) * labels).sum(1))
+    least = torch.finfo(raw.dtype).tiny  # weights that are all 0 stay so
+    count, total = totals = sums.sum(1, keepdim=True).clamp(min=least)
     if settings.weight_rule == "sigmoid" and balance_classes:
-        average_row = totals / count.clamp(min=1)
+        average_row = totals / count
         rows_of_class, weight_of_class = torch.add(sums, average_row, alpha=_CLASS_PRIOR)
         factors = (rows_of_class / weight_of_class).clamp(max=_CLASS_LIMIT)
         raw = raw * (labels * factors).sum(-1)  # a matrix product autocast would round
-        total = sums[1].dot(factors)
-    return count * (raw / total.clamp(min=torch.finfo(raw.dtype).tiny))  # all 0 stay 0
+        total = sums[1].dot(factors).clamp(min=least)
+    return count * (raw / total)
 
 
 def _raw_weights(products: Tensor, labels: Tensor, soft_labels: Tensor, rule: str) -> Tensor:

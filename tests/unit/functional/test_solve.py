@@ -273,6 +273,14 @@ class TestWeightRules:
         )
         assert weights[:2].tolist() == [2.0, 0.0]
 
+    @pytest.mark.parametrize("rule", ["sigmoid", "expected", "sum", "positive", "ones"])
+    def test_without_augmented_rows_all_are_0(self, rule) -> None:
+        none = torch.zeros(4, dtype=torch.bool)
+        weights = learned_weights(
+            self.products, self.labels, self.labels, none, Settings(weight_rule=rule)
+        )
+        assert weights.tolist() == [0.0] * 4
+
     def test_weights_of_tiny_sigmoids_still_sum_to_their_number(self) -> None:
         # Without `normalize` products of -40 are common; their sigmoids are around 1e-18.
         solution = plain_solve(

@@ -135,14 +135,14 @@ def measure_indices(size: int, args: argparse.Namespace) -> dict:
     clock, averages = getattr(time, args.clock), RowAverages()
     every, device = Ranks(), torch.device(args.device)
     rows, ones = torch.arange(size, device=device), torch.ones(size, device=device)
-    averages.update(7 * rows, ones, ones < 0, every)
+    averages.update(7 * rows, ones, ones < 0, every, 1.0)
     averages.take_in()
     times = []
     for _ in range(30):
         batches = [7 * rows[torch.randint(size, (ROWS,), device=device)] for _ in range(LOOK)]
         started = clock()
         for index in batches:
-            averages.update(index, ones[:ROWS], ones[:ROWS] < 0, every)
+            averages.update(index, ones[:ROWS], ones[:ROWS] < 0, every, 1.0)
         averages.take_in()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,5 +1,7 @@
 """The benchmarks of steps: rivals that must agree, counts by hand, and what is sent by theory."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.benchmarks import load_benchmark
@@ -115,3 +117,22 @@ def test_growth_by_theory():
     )
     assert "| batch | 32 | 1 ms | 1 ms (0 to 2) | | |" in lines
     assert "| 2 | 5.0 | 10 | 9 |" in lines
+
+
+def test_each_way_in_which_the_cost_may_grow_is_measured(args):
+    measures = [
+        partial(growth.measure_point, "features", 64),
+        partial(growth.measure_classes, 10, diagonal=True),
+        partial(growth.measure_classes, 10, diagonal=False),
+        partial(growth.measure_indices, 1000),
+    ]
+    for measure in measures:
+        row = measure(args)
+        assert row["quartiles"][0] <= row["extra"] <= row["quartiles"][1]
+        assert row["theory"] > 0
+
+
+@pytest.mark.slow
+def test_what_ranks_send_is_what_theory_says(args):
+    found = growth.measure_ranks(2, args)
+    assert found["bytes"] == pytest.approx(found["theory"], rel=0.01)

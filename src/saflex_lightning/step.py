@@ -232,7 +232,7 @@ class Step:
                 solution = gathered or unrefined(wide, target, mask)
             else:
                 solution = solve(
-                    torch.add(jvp, wide, alpha=0),  # no number where scores are none
+                    jvp + (wide - wide),  # no number where scores are none
                     torch.softmax(wide, -1),
                     target,
                     mask,

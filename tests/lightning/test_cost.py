@@ -16,7 +16,7 @@ def plain():
     return count()
 
 
-@pytest.mark.parametrize(("settings", "most"), [({}, 83), ({"preset": "gradient"}, 84)], ids=str)
+@pytest.mark.parametrize(("settings", "most"), [({}, 83), ({"preset": "gradient"}, 85)], ids=str)
 def test_kernels_beside_those_of_the_plain_step(plain, settings, most):
     with as_on_an_accelerator():
         counted = count(saflex(**settings))

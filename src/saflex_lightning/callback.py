@@ -197,8 +197,8 @@ class SAflexCallback(pl.Callback):
         Lightning is told only where a logger, or the end of the epoch, would read it.
 
         Returns:
-            Scalars by the names that are logged, without ``saflex/``; empty where the batch was
-            not refined.
+            Scalars by the names that are logged, without ``saflex/``, but for those that the
+            settings make constant; empty where the batch was not refined.
         """
         if self._newest is not None:
             fit, step, self._newest = self._fit, self._newest, None

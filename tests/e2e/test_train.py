@@ -27,7 +27,7 @@ from saflex_lightning.cli.report import make_run_table
 from saflex_lightning.cli.sweep import make_sweep_table, read_results
 from saflex_lightning.cli.train import main, train
 from saflex_lightning.data import TagOperations
-from saflex_lightning.fit.report import varying_fractions
+from saflex_lightning.fit.report import varying_metrics
 from saflex_lightning.recipes.medmnist_sets import MEDMNIST_SETS
 
 # Choices for tables and for CLIP, not for the images of the main job; see test_tabular.py and
@@ -131,7 +131,7 @@ def test_every_choice_takes_a_short_run(tmp_path, group, choice):
     assert 0.0 <= result["test_accuracy"] <= 1.0
     assert json.loads((tmp_path / "result.json").read_text()) == result
     saflex = "saflex" in cfg.callbacks
-    varies = varying_fractions(instantiate(cfg.callbacks.saflex).settings) if saflex else set()
+    varies = varying_metrics(instantiate(cfg.callbacks.saflex).settings) if saflex else []
     table = render(make_run_table(result))
     for name in ("kept_fraction", "relabelled_fraction", "effective_fraction"):
         assert (result[name] is not None) == (name in varies)

@@ -11,7 +11,6 @@ from rich.text import Text
 from torch import Tensor
 
 from saflex_lightning import SAflexCallback
-from saflex_lightning.fit.report import varying_fractions
 from saflex_lightning.recipes.label_noise import detection_auroc
 
 __all__ = ["RunReport", "make_run_table", "read_report"]
@@ -66,7 +65,7 @@ class RunReport(L.Callback):
             metrics = callback.read_metrics()
             self._refined_steps += bool(metrics)
             self._overhead = metrics.get(OVERHEAD, self._overhead)
-            for name in (*varying_fractions(callback.settings), SOLVE_SECONDS):
+            for name in (*FRACTIONS, SOLVE_SECONDS):
                 if name in metrics:
                     self._sums[name] = self._sums.get(name, 0.0) + metrics[name]
         now = perf_counter()

@@ -1,6 +1,6 @@
 """What a fit says: one line at its start, what each step learned, and each warning once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +21,7 @@ __all__ = [
     "log_settings",
     "read_step",
     "solution_metrics",
-    "varying_fractions",
+    "varying_metrics",
 ]
 
 
@@ -54,11 +54,14 @@ def describe_fit(settings: Settings, engine: str) -> str:
 
 
 def read_step(step: Step, val_gradient_norm: Tensor | None, skipped: Tensor) -> dict[str, Tensor]:
-    """Return what a step learned, as scalars; fractions are averaged over its tasks."""
+    """Return what a step learned, as scalars that vary, averaged over its tasks."""
     overhead = None if step.fit.meter is None else step.fit.meter.ratio
-    tasks = [solution_metrics(task.solution, task.target, task.augmented) for task in step.tasks]
+    names = varying_metrics(step.fit.settings)
+    tasks = [
+        solution_metrics(task.solution, task.target, task.augmented, names) for task in step.tasks
+    ]
     return {
-        **{name: torch.stack([task[name].float() for task in tasks]).mean() for name in tasks[0]},
+        **{name: torch.stack([task[name].float() for task in tasks]).mean() for name in names},
         **({} if step.fit.evidence is None else step.fit.evidence.metrics()),
         **({} if val_gradient_norm is None else {"val_gradient_norm": val_gradient_norm}),
         **({} if overhead is None else {"overhead_ratio": torch.tensor(overhead)}),
@@ -68,56 +71,69 @@ def read_step(step: Step, val_gradient_norm: Tensor | None, skipped: Tensor) -> 
 
 
 def solution_metrics(
-    solution: SAflexSolution, target: Tensor, augmented: Tensor | None = None
+    solution: SAflexSolution,
+    target: Tensor,
+    augmented: Tensor | None = None,
+    names: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
     r"""Return what the solution did to the augmented rows of this process, as scalars.
 
     ``kept_fraction`` (weight above 0), ``relabelled_fraction`` (argmax moved away from the upstream
     label's), ``effective_fraction`` :math:`(\sum w)^2 / (n \sum w^2)` (1 for equal weights, 0 when
-    all are dropped), ``target_entropy`` (nats), ``inner_product_rms``. The fractions of a batch
-    without augmented rows are 1, 0 and 1.
+    all are dropped), ``target_entropy`` (nats), ``inner_product_rms``; of these the ``names``. The
+    fractions of a batch without augmented rows are 1, 0 and 1.
     """
-    labels = solution.soft_labels
     mask = torch.ones_like(solution.weights, dtype=torch.bool) if augmented is None else augmented
     count = mask.sum().clamp(min=1)
     none = ~mask.any()
-    upstream = target if target.ndim == 1 else target.argmax(-1)
     weights = torch.where(mask, solution.weights, 0)
-    squares = weights.square().sum()
-    effective = torch.where(
-        squares > 0, weights.sum().square() / (count * squares).clamp(min=1e-12), 0
-    )
-    entropy = -(torch.xlogy(labels, labels)).sum(-1)
-    return {
-        "kept_fraction": ((weights > 0).sum() / count).masked_fill(none, 1.0),
-        "relabelled_fraction": ((labels.argmax(-1) != upstream) & mask).sum() / count,
-        "effective_fraction": effective.masked_fill(none, 1.0),
-        "target_entropy": torch.where(mask, entropy, 0).sum() / count,
-        "inner_product_rms": solution.inner_product_rms,
+
+    def kept() -> Tensor:
+        return ((weights > 0).sum() / count).masked_fill(none, 1.0)
+
+    def relabelled() -> Tensor:
+        upstream = target if target.ndim == 1 else target.argmax(-1)
+        return ((solution.soft_labels.argmax(-1) != upstream) & mask).sum() / count
+
+    def effective() -> Tensor:
+        squares = weights.square().sum()
+        fraction = weights.sum().square() / (count * squares).clamp(min=1e-12)
+        return torch.where(squares > 0, fraction, 0).masked_fill(none, 1.0)
+
+    def entropy() -> Tensor:
+        labels = solution.soft_labels
+        return torch.where(mask, -torch.xlogy(labels, labels).sum(-1), 0).sum() / count
+
+    metrics: dict[str, Callable[[], Tensor]] = {
+        "kept_fraction": kept,
+        "relabelled_fraction": relabelled,
+        "effective_fraction": effective,
+        "target_entropy": entropy,
+        "inner_product_rms": lambda: solution.inner_product_rms,
     }
+    return {name: metrics[name]() for name in (metrics if names is None else names)}
 
 
-def varying_fractions(settings: Settings) -> set[str]:
-    """Return the fractions that the settings do not make constant."""
+def varying_metrics(settings: Settings) -> list[str]:
+    """Return the names of `solution_metrics` that the settings do not make constant."""
+    learns_labels = settings.label_rule != "keep"
     varies = {
         "kept_fraction": settings.weight_rule in {"expected", "sum", "positive"},
-        "relabelled_fraction": settings.label_rule != "keep",
+        "relabelled_fraction": learns_labels,
         "effective_fraction": settings.weight_rule != "ones" or settings.row_evidence,
+        "target_entropy": learns_labels,
+        "inner_product_rms": settings.solves or settings.row_evidence,
     }
-    return {name for name, does in varies.items() if does}
+    return [name for name, does in varies.items() if does]
 
 
 def log_metrics(module: pl.LightningModule, step: Step, values: Mapping[str, Tensor]) -> None:
-    """Log what a step learned, by names that begin with ``saflex/``.
-
-    What the settings make constant is left out of the progress bar.
-    """
-    shown = varying_fractions(step.fit.settings)
+    """Log what a step learned, by names that begin with ``saflex/``; fractions are in the bar."""
     for name, value in values.items():
         module.log(
             f"saflex/{name}",
             value,
-            prog_bar=name in shown,
+            prog_bar=name.endswith("_fraction"),
             on_step=True,
             on_epoch=False,
             batch_size=step.batch_size,

@@ -151,6 +151,6 @@ def best_temperature(scores: Tensor, labels: Tensor, present: Tensor) -> tuple[T
     tempered = torch.log_softmax(choices.view(-1, 1, 1, 1) * logits, -1)
     frequencies = (rows.counts / rows.counts.sum(-1, keepdim=True)).log().unsqueeze(1)
     truth, count = y.flip(0), y.sum().clamp(min=1)
-    likely = tempered.flatten(1) @ truth.flatten()  # in one pass over much
+    likely = tempered.flatten(1) @ truth.flatten()  # makes nothing as large as these
     information, best = ((likely - (frequencies * truth).sum()) / count).max(0)
     return choices.take(best), information  # to index would wait for the device

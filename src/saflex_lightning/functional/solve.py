@@ -28,7 +28,7 @@ __all__ = [
 _FLOOR = 1e-12  # below this, a root mean square counts as zero
 _CLASS_PRIOR = 4.0  # pseudo-rows of average weight that steady a class's mean weight
 _CLASS_LIMIT = 5.0  # largest factor by which a class is lifted
-_COLD = 1e-6  # a temperature over which float32 has room for any inner product
+_COLD = 1e-6  # below this times beta, or this, a temperature may let float32 overflow
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ def learned_labels(
         objective = objective + noise
     if rule == "argmax":
         return dense_target(objective.argmax(-1), num_classes, labels.dtype)
-    if settings.temperature < _COLD:  # relative to the largest entry nothing overflows
+    if settings.temperature < _COLD * max(1.0, settings.label_penalty):
+        # Relative to the largest entry nothing overflows.
         objective = objective - objective.amax(-1, keepdim=True)
     lowest = torch.finfo(objective.dtype).tiny
     return torch.softmax(objective / max(settings.temperature, lowest), dim=-1)

@@ -123,6 +123,10 @@ class TestLabelRules:
         )
         assert found.tolist() == [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
 
+    def test_no_penalty_is_too_high_for_float32(self) -> None:
+        settings = Settings(label_rule="softmax", label_penalty=1e37, temperature=0.01)
+        assert torch.equal(learned_labels(PRODUCTS, torch.eye(3)[1:2], settings), torch.eye(3)[1:2])
+
     def test_keep_returns_hard_and_mixed_labels_untouched(self) -> None:
         mixed = torch.tensor([[0.2, 0.3, 0.5]])
         for target in (mixed, torch.tensor([2])):
